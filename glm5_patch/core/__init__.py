@@ -1,0 +1,1 @@
+"""The patching machine. It knows nothing of GLM-5."""

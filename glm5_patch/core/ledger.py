@@ -1,0 +1,113 @@
+"""The one place that remembers, for this process, what became of each patch."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .patch import Patch
+from .wrapper import Seams
+
+
+class State(str, enum.Enum):
+    """What became of a patch."""
+
+    ARMED = "armed"
+    """Waits for its host module to be imported."""
+    APPLIED = "applied"
+    """In place; written after its last change succeeded."""
+    NOT_NEEDED = "not_needed"
+    """The host does it right; nothing of it was touched."""
+    DISABLED = "disabled"
+    """Switched off by the environment or by ``disable()``."""
+    FAILED = "failed"
+    """Could not be probed or applied; what it had changed was undone."""
+
+
+@dataclass
+class Entry:
+    """One patch in this process."""
+
+    patch: Patch
+    state: State
+    reason: str
+    late: bool = False
+    """The host module was imported before the patch was applied."""
+    seams: Seams | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a status."""
+
+    id: str
+    seam: str
+    state: State
+    reason: str
+    late: bool
+
+
+@dataclass(frozen=True)
+class Status:
+    """A snapshot of the ledger. Truthy when at least one patch is armed, applied or not needed
+    and none has failed."""
+
+    rows: tuple[Row, ...]
+
+    def __getitem__(self, patch_id: str) -> Row:
+        for row in self.rows:
+            if row.id == patch_id:
+                return row
+        raise KeyError(patch_id)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __bool__(self) -> bool:
+        states = {row.state for row in self.rows}
+        live = {State.ARMED, State.APPLIED, State.NOT_NEEDED}
+        return State.FAILED not in states and bool(states & live)
+
+    def __str__(self) -> str:
+        width = max((len(row.id) for row in self.rows), default=0)
+        return "\n".join(
+            f"{row.id:{width}}  {row.state.value:10}  {row.reason}{' (late)' if row.late else ''}"
+            for row in self.rows
+        )
+
+
+class Ledger:
+    """Patch id -> Entry, in the order of the table of patches."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, Entry] = {}
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
+
+    def __contains__(self, patch_id: str) -> bool:
+        return patch_id in self._entries
+
+    def __getitem__(self, patch_id: str) -> Entry:
+        return self._entries[patch_id]
+
+    def set(self, patch: Patch, state: State, reason: str, **details) -> Entry:
+        entry = self._entries[patch.id] = Entry(patch, state, reason, **details)
+        return entry
+
+    def status(self) -> Status:
+        if not self._entries:
+            from ..patches import PATCHES
+
+            never = "never enabled in this process (torch not imported, or GLM5_PATCH=0)"
+            return Status(tuple(Row(p.id, p.seam, State.DISABLED, never, False) for p in PATCHES))
+        return Status(
+            tuple(
+                Row(e.patch.id, e.patch.seam, e.state, e.reason, e.late)
+                for e in self._entries.values()
+            )
+        )
+
+
+LEDGER = Ledger()

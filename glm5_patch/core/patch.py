@@ -1,0 +1,55 @@
+"""What a patch is: data first, then a probe and the change itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from .wrapper import Seams
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A probe's answer: whether the host lacks the thing, and what was seen."""
+
+    needed: bool
+    reason: str
+
+
+class Patch(ABC):
+    """One change to one seam of one host.
+
+    The class attributes are the record that people read; ``needed`` looks at the host's shape and
+    never at its version; ``apply`` makes the change through ``seams``, which knows how to undo it.
+    """
+
+    id: ClassVar[str]
+    module: ClassVar[str]
+    """The host module whose import triggers the patch."""
+    attribute: ClassVar[str]
+    """The attribute of that module which is changed; dots reach into classes."""
+    why: ClassVar[str]
+    """One line: what goes wrong without it."""
+    upstream: ClassVar[str]
+    """Where the host mends, or could mend, this itself."""
+    remove_when: ClassVar[str]
+    """The condition under which this file can be deleted."""
+
+    @property
+    def seam(self) -> str:
+        return f"{self.module}:{self.attribute}"
+
+    @abstractmethod
+    def needed(self, module: ModuleType) -> Finding:
+        """Probe the imported host module. An exception counts as a failed patch."""
+
+    @abstractmethod
+    def apply(self, module: ModuleType, seams: Seams) -> None:
+        """Make the change. Whatever was done before an exception is undone by the caller."""
+
+    def guards(self, config: Any) -> bool:
+        """Whether a model of this configuration is wrong without the patch."""
+        return True

@@ -1,0 +1,26 @@
+"""Every exception that glm5-patch raises on its own account.
+
+Each is also the builtin that a caller would think of catching.
+"""
+
+from __future__ import annotations
+
+
+class GLM5PatchError(RuntimeError):
+    """A GLM-5 model can't be built or run rightly here; the message says what to change."""
+
+
+class ScheduleError(GLM5PatchError, ValueError):
+    """An index schedule that no model can have: the field, its value and the fix are named."""
+
+
+class PipelineSplitError(GLM5PatchError, ValueError):
+    """A pipeline stage whose first layers would need a top-k from another stage."""
+
+
+class MissingTopkError(GLM5PatchError, LookupError):
+    """A skip layer found no top-k of its source layer."""
+
+
+class CheckpointError(GLM5PatchError, ValueError):
+    """A checkpoint that is absent, damaged or of another model; file and cause are named."""

@@ -1,0 +1,1 @@
+"""GLM-5's maths and modules. Nothing here patches anything."""

@@ -1,0 +1,75 @@
+"""What one query sees, and how many queries are worked on at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+BLOCK_BYTES = 256 << 20
+"""Upper bound of one fp32 logits tensor of a block of queries."""
+
+
+def document_starts(packed_seq_params: PackedSeqParams | None, seqlen: int, device) -> Tensor:
+    """The position where each token's document starts, int64 [s]; zeros unless packed (thd).
+
+    A query sees the keys from its document's start up to itself. Padding inside a pack
+    (``cu_seqlens_q_padded``) comes after the tokens it pads, so no real token sees it.
+
+    Raises:
+        ValueError: ``cu_seqlens_q`` does not cover the pack exactly.
+    """
+    if not is_thd(packed_seq_params):
+        return torch.zeros(seqlen, dtype=torch.int64, device=device)
+    padded = packed_seq_params.cu_seqlens_q_padded
+    cu_seqlens = packed_seq_params.cu_seqlens_q if padded is None else padded
+    lengths = cu_seqlens.diff().to(device=device, dtype=torch.int64)
+    starts = cu_seqlens[:-1].to(device=device, dtype=torch.int64).repeat_interleave(lengths)
+    if starts.numel() != seqlen:
+        raise ValueError(
+            f"cu_seqlens_q ends at {starts.numel()}, but the pack has {seqlen} tokens; "
+            "count padding at the end of the pack as part of its last document"
+        )
+    return starts
+
+
+def is_thd(packed_seq_params: PackedSeqParams | None) -> bool:
+    """Whether the batch is packed: documents one after another, without a batch dimension."""
+    return packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
+
+
+def query_blocks(seqlen: int, bytes_per_query: int) -> Iterator[slice]:
+    """Slices over the queries, each at most ``BLOCK_BYTES`` of logits (but one query at least)."""
+    rows = max(1, BLOCK_BYTES // max(1, bytes_per_query))
+    for begin in range(0, seqlen, rows):
+        yield slice(begin, min(begin + rows, seqlen))
+
+
+def visible_keys(block: slice, starts: Tensor) -> Tensor:
+    """Causal and document mask of a block of queries, bool [rows, block.stop]."""
+    queries = torch.arange(block.start, block.stop, device=starts.device)[:, None]
+    keys = torch.arange(block.stop, device=starts.device)[None, :]
+    return (keys <= queries) & (keys >= starts[block, None])
+
+
+def selected_keys(block: slice, starts: Tensor, topk_indices: Tensor) -> Tensor:
+    """The keys that a top-k names for a block of queries, bool [b, rows, block.stop].
+
+    Args:
+        block: the queries.
+        starts: int64 [s], see ``document_starts``.
+        topk_indices: int32 [b, s, k], positions counted from the query's document start, -1 for
+            an empty place.
+    """
+    chosen = topk_indices[:, block].long()
+    spare = block.stop  # one more column takes the empty places
+    columns = torch.where(chosen < 0, spare, chosen + starts[block, None])
+    mask = torch.zeros(
+        (*chosen.shape[:2], spare + 1), dtype=torch.bool, device=topk_indices.device
+    )
+    return mask.scatter_(-1, columns, True)[..., :spare]

@@ -1,0 +1,177 @@
+"""The lightning indexer as Hugging Face's ``GlmMoeDsaIndexer`` (transformers >= 5.13) computes it.
+
+Parameters, names and construction are the host's ``DSAIndexer``; what it computes is not. The
+released megatron-core 0.16 to 0.18 take the rope slice from the wrong end, rotate by a Hadamard
+matrix that GLM-5 does not have, and give ``k_norm`` the wrong epsilon.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+from megatron.core.models.common.embeddings import apply_rotary_pos_emb
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.experimental_attention_variant.dsa import (
+    DSAIndexer,
+    rotate_activation,
+)
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor
+
+from .blocks import document_starts, is_thd, query_blocks, visible_keys
+
+
+class IndexerInputs(NamedTuple):
+    """What the scores are made of; positions are already rotated in."""
+
+    query: Tensor
+    """[s, b, index_n_heads, index_head_dim]."""
+    key: Tensor
+    """[s, b, index_head_dim]."""
+    weights: Tensor
+    """fp32 [s, b, index_n_heads], scaled by ``index_n_heads ** -0.5``."""
+
+
+class LightningIndexer(DSAIndexer):
+    """Selects the keys that each query attends to (DeepSeek-V3.2-Exp, section 2.1).
+
+    ``dsa_indexer_rope_interleaved``, ``dsa_indexer_rotate_activation`` and
+    ``dsa_indexer_k_norm_epsilon`` mean what they mean in megatron-core 0.19.
+    """
+
+    def __init__(self, config, submodules, pg_collection=None) -> None:
+        super().__init__(config, submodules, pg_collection)
+        if config.dsa_indexer_k_norm_epsilon is not None:
+            k_norm_config = copy.copy(config)
+            k_norm_config.normalization = "LayerNorm"
+            self.k_norm = build_module(
+                submodules.k_norm,
+                config=k_norm_config,
+                hidden_size=self.index_head_dim,
+                eps=config.dsa_indexer_k_norm_epsilon,
+            )
+        # apply_rotary_pos_emb pairs (0, 1), (2, 3), ... for MLA and splits halves otherwise.
+        self._rope_config = copy.copy(config)
+        self._rope_config.multi_latent_attention = config.dsa_indexer_rope_interleaved
+        self._rope_config.rotary_interleaved = False
+        self._rope_config.apply_rope_fusion = False
+
+    def inputs(self, x: Tensor, qr: Tensor, packed_seq_params=None) -> IndexerInputs:
+        """Project and rotate.
+
+        Args:
+            x: hidden states [s, b, h], or [s / tp, b, h] under sequence parallelism.
+            qr: the normalised query latent, [s, b, q_lora_rank] likewise; packed, [t, q_lora_rank].
+            packed_seq_params: documents of a pack; rope restarts at each.
+        """
+        qr = qr.unsqueeze(1) if qr.dim() == 2 else qr
+        freqs, mscale, cu_seqlens = self._rope(x, packed_seq_params)
+        if self.config.sequence_parallel and self.pg_collection.tp.size() > 1:
+            x = gather_from_sequence_parallel_region(x, group=self.pg_collection.tp)
+            qr = gather_from_sequence_parallel_region(qr, group=self.pg_collection.tp)
+        s, b, _ = x.shape
+        # [s, b, heads * dim] -> [s, b, heads, dim]
+        q = self.linear_wq_b(qr)[0].view(s, b, self.index_n_heads, self.index_head_dim)
+        # [s, b, dim] -> [s, b, 1, dim]
+        k = self.k_norm(self.linear_wk(x)[0]).unsqueeze(2)
+        q, k = (self._rotate_positions(t, freqs, mscale, cu_seqlens) for t in (q, k))
+        if self.config.dsa_indexer_rotate_activation:
+            q, k = rotate_activation(q), rotate_activation(k)
+        weights = self.linear_weights_proj(x)[0].float() * self.index_n_heads**-0.5
+        return IndexerInputs(q, k.squeeze(2), weights)
+
+    def block_scores(self, inputs: IndexerInputs, block: slice) -> Tensor:
+        """Index scores of a block of queries against the keys up to it, fp32 [b, rows, end].
+
+        Unmasked, and in Hugging Face's order of operations, so that near ties fall alike.
+        """
+        q = inputs.query[block].transpose(0, 1).float()  # [b, rows, heads, dim]
+        k = inputs.key[: block.stop].permute(1, 2, 0).float()  # [b, dim, end]
+        weights = inputs.weights[block].transpose(0, 1)  # [b, rows, heads]
+        # [b, rows * heads, end] -> [b, rows, heads, end]
+        per_head = torch.matmul(q.flatten(1, 2), k).unflatten(1, q.shape[1:3])
+        per_head = per_head.mul_(self.softmax_scale).relu_()
+        return torch.matmul(weights.unsqueeze(-2), per_head).squeeze(-2)
+
+    def blocks(self, inputs: IndexerInputs):
+        """Slices over the queries that bound the [b, rows, heads, s] logits of a block."""
+        s, b, heads, _ = inputs.query.shape
+        return query_blocks(s, b * heads * s * 4)
+
+    @torch.no_grad()
+    def select(self, inputs: IndexerInputs, starts: Tensor) -> Tensor:
+        """The ``index_topk`` best visible keys of each query.
+
+        Equal scores fall as ``torch.topk`` lets them, as in Hugging Face; under
+        ``torch.use_deterministic_algorithms`` the lower position wins.
+
+        Returns:
+            int32 [b, s, min(index_topk, s)]: positions counted from the query's document start;
+            -1 where fewer keys are visible.
+        """
+        s, b = inputs.query.shape[:2]
+        k = min(self.index_topk, s)
+        topk_indices = torch.empty((b, s, k), dtype=torch.int32, device=inputs.query.device)
+        for block in self.blocks(inputs):
+            # Full rows: the choice among equal scores depends on the length of the row.
+            rows = block.stop - block.start
+            scores = torch.full((b, rows, s), float("-inf"), device=inputs.query.device)
+            scores[..., : block.stop] = self.block_scores(inputs, block).masked_fill_(
+                ~visible_keys(block, starts), float("-inf")
+            )
+            if torch.are_deterministic_algorithms_enabled():
+                values, columns = scores.sort(dim=-1, descending=True, stable=True)
+                values, columns = values[..., :k], columns[..., :k]
+            else:
+                values, columns = scores.topk(k, dim=-1)
+            local = columns - starts[block, None]
+            topk_indices[:, block] = local.masked_fill(values == float("-inf"), -1).int()
+        return topk_indices
+
+    def forward(self, x, qr, mask=None, packed_seq_params=None) -> Tensor:
+        """Top-k of each query; see ``select``. The mask is causal, and only that."""
+        return self.forward_with_scores(x, qr, mask, packed_seq_params)[1]
+
+    def forward_with_scores(self, x, qr, mask=None, packed_seq_params=None):
+        """Scores [b, s, s] (-inf where invisible) and top-k. For looking: the scores alone take
+        memory quadratic in s, and the attention never asks for them."""
+        inputs = self.inputs(x, qr, packed_seq_params)
+        s, b = inputs.query.shape[:2]
+        starts = document_starts(packed_seq_params, s, x.device)
+        whole = slice(0, s)
+        scores = self.block_scores(inputs, whole)
+        scores = scores.masked_fill(~visible_keys(whole, starts), float("-inf"))
+        return scores, self.select(inputs, starts)
+
+    def _rope(self, x: Tensor, packed_seq_params):
+        """Rotary frequencies [s, 1, 1, d], their mscale, and cu_seqlens if packed."""
+        length = self.rotary_pos_emb.get_rotary_seq_len(
+            None, None, x, self.config, packed_seq_params
+        )
+        freqs = self.rotary_pos_emb(length, packed_seq=is_thd(packed_seq_params))
+        freqs, mscale = freqs if self.config.rope_type == "yarn" else (freqs, 1.0)
+        if not is_thd(packed_seq_params):
+            return freqs, mscale, None
+        padded = packed_seq_params.cu_seqlens_q_padded
+        return freqs, mscale, packed_seq_params.cu_seqlens_q if padded is None else padded
+
+    def _rotate_positions(self, t: Tensor, freqs, mscale, cu_seqlens) -> Tensor:
+        """Rotate the leading ``qk_pos_emb_head_dim`` of [s, b, heads, dim]: [rope | nope]."""
+        rope, nope = t.split(
+            [self.qk_pos_emb_head_dim, self.index_head_dim - self.qk_pos_emb_head_dim], dim=-1
+        )
+        if cu_seqlens is None:
+            freqs = freqs[: t.shape[0]]
+        else:
+            rope = rope.squeeze(1)  # the packed form is [t, heads, dim]
+        rope = apply_rotary_pos_emb(
+            rope,
+            freqs,
+            config=self._rope_config,
+            cu_seqlens=cu_seqlens,
+            mscale=mscale,
+            cp_group=self.pg_collection.cp,
+        )
+        return torch.cat([rope.view_as(t[..., : self.qk_pos_emb_head_dim]), nope], dim=-1)

@@ -1,0 +1,148 @@
+"""Which layers run their indexer, and whose top-k the others reuse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ..errors import ScheduleError
+
+FULL, SHARED = "full", "shared"
+_LETTERS = {"F": FULL, "S": SHARED}
+
+HF_DEFAULT_OFFSET = 2
+"""``index_skip_topk_offset`` where a config.json has none (``GlmMoeDsaConfig``, 5.11 on)."""
+
+MEGATRON_DEFAULT_OFFSET = 0
+"""``dsa_indexer_skip_topk_offset`` where a Megatron config sets none (megatron-core 0.19)."""
+
+
+@dataclass(frozen=True)
+class IndexSchedule:
+    """One entry a layer: ``"full"`` (a computing layer) or ``"shared"`` (a skip layer).
+
+    Layers are numbered from 1, as ``layer_number`` in Megatron. IndexCache (arXiv 2603.12201)
+    describes the scheme; Hugging Face calls the field ``indexer_types``.
+    """
+
+    types: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.types:
+            raise ScheduleError("indexer_types is empty; give one entry for each layer")
+        for number, kind in enumerate(self.types, 1):
+            if kind not in (FULL, SHARED):
+                raise ScheduleError(
+                    f"indexer_types has {kind!r} for layer {number}; use 'full' or 'shared', "
+                    "or a string of F and S"
+                )
+        if self.types[0] != FULL:
+            raise ScheduleError(
+                "indexer_types makes layer 1 a skip layer, but no layer before it computes a "
+                "top-k; the first entry must be 'full'"
+            )
+
+    @classmethod
+    def from_types(
+        cls, types: str | Sequence[str], num_layers: int, field: str = "indexer_types"
+    ) -> IndexSchedule:
+        """From a list of ``"full"``/``"shared"`` or a string of F and S, one for each layer."""
+        kinds = tuple(_LETTERS.get(kind, kind) for kind in types)
+        if len(kinds) != num_layers:
+            raise ScheduleError(
+                f"{field} has {len(kinds)} entries for num_layers={num_layers}; give one for "
+                "each layer"
+            )
+        return cls(kinds)
+
+    @classmethod
+    def from_freq(cls, num_layers: int, freq: int, offset: int) -> IndexSchedule:
+        """Layer n computes when ``max(n - max(offset, 1), 0) % freq == 0``."""
+        if freq < 1:
+            raise ScheduleError(f"topk_freq={freq} must be at least 1 (1: every layer computes)")
+        if offset < 0:
+            raise ScheduleError(f"skip_topk_offset={offset} must not be negative")
+        offset = max(offset, 1)
+        return cls(
+            tuple(
+                FULL if max(n - offset, 0) % freq == 0 else SHARED
+                for n in range(1, num_layers + 1)
+            )
+        )
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> IndexSchedule:
+        """From the fields of a ``glm_moe_dsa`` config.json, with Hugging Face's precedence.
+
+        ``indexer_types`` beats ``index_topk_pattern`` beats ``index_topk_freq`` with
+        ``index_skip_topk_offset``, whose default is 2 there.
+        """
+        num_layers = config["num_hidden_layers"]
+        for field in ("indexer_types", "index_topk_pattern"):
+            if config.get(field) is not None:
+                return cls.from_types(config[field], num_layers, field)
+        offset = config.get("index_skip_topk_offset")
+        return cls.from_freq(
+            num_layers,
+            config.get("index_topk_freq") or 1,
+            HF_DEFAULT_OFFSET if offset is None else offset,
+        )
+
+    @classmethod
+    def from_megatron(cls, config: Any) -> IndexSchedule:
+        """From a ``TransformerConfig``: ``dsa_indexer_types`` beats freq and offset, whose
+        default is 0 there."""
+        types = getattr(config, "dsa_indexer_types", None)
+        if types is not None:
+            return cls.from_types(types, config.num_layers, "dsa_indexer_types")
+        freq = getattr(config, "dsa_indexer_topk_freq", None)
+        offset = getattr(config, "dsa_indexer_skip_topk_offset", None)
+        return cls.from_freq(
+            config.num_layers,
+            1 if freq is None else freq,
+            MEGATRON_DEFAULT_OFFSET if offset is None else offset,
+        )
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.types)
+
+    @property
+    def shares(self) -> bool:
+        """Whether any layer reuses another's top-k."""
+        return SHARED in self.types
+
+    @cached_property
+    def computing_layers(self) -> tuple[int, ...]:
+        """The layer numbers that run their indexer, ascending."""
+        return tuple(n for n, kind in enumerate(self.types, 1) if kind == FULL)
+
+    def computes(self, layer_number: int) -> bool:
+        """Whether the layer runs its own indexer."""
+        return self.types[self._index(layer_number)] == FULL
+
+    def source(self, layer_number: int) -> int:
+        """The layer whose top-k this one uses: itself, or the last computing layer before it."""
+        index = self._index(layer_number)
+        while self.types[index] != FULL:
+            index -= 1
+        return index + 1
+
+    def consumers(self, layer_number: int) -> tuple[int, ...]:
+        """The skip layers that reuse this computing layer's top-k."""
+        end = self._index(layer_number) + 1
+        while end < self.num_layers and self.types[end] == SHARED:
+            end += 1
+        return tuple(range(layer_number + 1, end + 1)) if self.computes(layer_number) else ()
+
+    def __str__(self) -> str:
+        return f"{len(self.computing_layers)} of {self.num_layers} layers compute their top-k"
+
+    def _index(self, layer_number: int) -> int:
+        if not 1 <= layer_number <= self.num_layers:
+            raise ScheduleError(
+                f"layer {layer_number} is outside the schedule of {self.num_layers} layers"
+            )
+        return layer_number - 1

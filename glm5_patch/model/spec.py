@@ -1,0 +1,57 @@
+"""The attention spec of a GLM-5 layer, made from the host's own DSA spec."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
+from .attention import CrossLayerDSAttention, CrossLayerMLASelfAttention
+from .indexer import LightningIndexer
+from .local import DuplicatedLinear
+
+
+def glm5_attention_spec(host_spec: ModuleSpec, config, backend) -> ModuleSpec:
+    """The host's spec with what is wrong for GLM-5 put right.
+
+    The latent norms are modules of their own, because the indexer's query input is the
+    *normalised* latent; the core attention shares its top-k; the indexer is ours. Every other
+    module stays the host's, of the host's backend.
+    """
+    host = host_spec.submodules
+    latent_norm = IdentityOp
+    if config.qk_layernorm:
+        rms_norm = config.normalization == "RMSNorm"
+        latent_norm = backend.layer_norm(rms_norm=rms_norm, for_qk=True)
+    indexer = host.core_attention.submodules.indexer
+    submodules = dataclasses.replace(
+        host,
+        linear_q_down_proj=_down_projection(host.linear_q_down_proj),
+        linear_kv_down_proj=_down_projection(host.linear_kv_down_proj),
+        linear_q_up_proj=backend.column_parallel_linear(),
+        linear_kv_up_proj=backend.column_parallel_linear(),
+        q_layernorm=latent_norm,
+        kv_layernorm=latent_norm,
+        core_attention=ModuleSpec(
+            module=CrossLayerDSAttention,
+            submodules=dataclasses.replace(
+                host.core_attention.submodules,
+                indexer=ModuleSpec(module=LightningIndexer, submodules=indexer.submodules),
+            ),
+        ),
+    )
+    module = host_spec.module
+    return ModuleSpec(
+        module=CrossLayerMLASelfAttention if module is MLASelfAttention else module,
+        params=host_spec.params,
+        submodules=submodules,
+        metainfo={**host_spec.metainfo, "fuse_input_layernorm": False},
+    )
+
+
+def _down_projection(linear: type) -> type:
+    # MLASelfAttention takes a fixed list of classes there; of the local ones it is this one.
+    return ColumnParallelLinear if linear is DuplicatedLinear else linear

@@ -1,0 +1,27 @@
+"""The table of contents: every patch, in the order in which one host module's are applied."""
+
+from .megatron_core.block_spec import BlockSpec
+from .megatron_core.checkpoint_recompute import CheckpointRecompute
+from .megatron_core.dsa_spec import DSASpec
+from .megatron_core.gate import Gate
+from .megatron_core.index_share_carrier import IndexShareCarrier
+from .megatron_core.local_backend import LocalBackend
+from .megatron_core.moe_without_te import MoEWithoutTE
+from .megatron_core.te_checkpoint import TECheckpoint
+from .megatron_core.topk_carrier import BlockCarrier
+from .megatron_core.transformer_config import ConfigFields
+from .transformers.glm_moe_dsa_config import GlmMoeDsaConfigValues
+
+PATCHES = (
+    ConfigFields(),
+    LocalBackend(),
+    DSASpec(),
+    BlockSpec(),
+    MoEWithoutTE(),
+    BlockCarrier(),
+    Gate(),
+    IndexShareCarrier(),
+    CheckpointRecompute(),
+    TECheckpoint(),
+    GlmMoeDsaConfigValues(),
+)

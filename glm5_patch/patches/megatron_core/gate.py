@@ -1,0 +1,39 @@
+"""``TransformerBlock.__init__``: no GLM-5 model is built while a needed patch is missing."""
+
+from __future__ import annotations
+
+from ...core.host import is_dsa
+from ...core.patch import Finding, Patch
+
+
+class Gate(Patch):
+    id = "gate"
+    module = "megatron.core.transformer.transformer_block"
+    attribute = "TransformerBlock.__init__"
+    why = "A patch that silently did not apply would train a wrong model."
+    upstream = "none: it guards this package"
+    remove_when = "no other patch is left"
+
+    def needed(self, module) -> Finding:
+        return Finding(True, "every GLM-5 model passes here")
+
+    def apply(self, module, seams) -> None:
+        seams.wrap(module.TransformerBlock, "__init__", _init)
+
+
+def _init(wrapped, instance, args, kwargs):
+    config = kwargs["config"] if "config" in kwargs else args[0]
+    if is_dsa(config):
+        check_gate(config)
+    return wrapped(*args, **kwargs)
+
+
+def check_gate(config) -> None:
+    """Raise GLM5PatchError if a patch that this model needs is not in place.
+
+    The spec builders call it too: whichever of the three places is still patched speaks up.
+    """
+    from ...core.hooks import raise_unless_in_place
+    from .. import PATCHES
+
+    raise_unless_in_place(PATCHES, config)

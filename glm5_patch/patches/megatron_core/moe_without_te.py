@@ -1,0 +1,28 @@
+"""``moe_utils``: a router that does not look for Transformer Engine's GEMM."""
+
+from __future__ import annotations
+
+from ...core.host import has_transformer_engine
+from ...core.patch import Finding, Patch
+
+
+class MoEWithoutTE(Patch):
+    id = "moe_without_te"
+    module = "megatron.core.transformer.moe.moe_utils"
+    attribute = "te_general_gemm"
+    why = "Without Transformer Engine the router reads a name that was never bound."
+    upstream = "megatron-core 0.17.0 binds it to None"
+    remove_when = "no supported megatron-core leaves te_general_gemm unbound"
+
+    def needed(self, module) -> Finding:
+        if hasattr(module, "te_general_gemm"):
+            return Finding(False, "the name is bound")
+        if not has_transformer_engine() and hasattr(module, "RouterGatingLinearFunction"):
+            return Finding(True, "te_general_gemm is unbound, and the router reads it")
+        return Finding(False, "nothing reads the name")
+
+    def apply(self, module, seams) -> None:
+        seams.add(module, "te_general_gemm", None)
+
+    def guards(self, config) -> bool:
+        return config.num_moe_experts is not None
