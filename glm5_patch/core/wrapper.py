@@ -61,21 +61,21 @@ class Seams:
         self._changes: list[tuple[Any, str, Any, Any]] = []
 
     def wrap(self, owner: Any, name: str, around: Around) -> None:
-        """Wrap ``owner.name``; for a class, the attribute is a method. AttributeError if absent."""
+        """Wrap a function, or a method if ``owner`` is a class. AttributeError if absent."""
         original = _own(owner, name)
         if isinstance(original, staticmethod):
-            self.replace(owner, name, staticmethod(host_wrapper(original.__func__, around)))
+            self._set(owner, name, staticmethod(host_wrapper(original.__func__, around)), original)
             return
-        self.replace(owner, name, host_wrapper(original, around, method=isinstance(owner, type)))
-
-    def replace(self, owner: Any, name: str, value: Any) -> None:
-        """Put ``value`` in the place of an existing attribute, and of its aliases."""
-        original = _own(owner, name)
-        if self._late and not isinstance(owner, type):
+        wrapper = host_wrapper(original, around, method=isinstance(owner, type))
+        if self._late:
             for module, alias in aliases(original):
                 if (module, alias) != (owner, name):
-                    self._set(module, alias, value, original)
-        self._set(owner, name, value, original)
+                    self._set(module, alias, wrapper, original)
+        self._set(owner, name, wrapper, original)
+
+    def replace(self, owner: Any, name: str, value: Any) -> None:
+        """Put ``value`` in the place of an existing attribute of ``owner`` itself."""
+        self._set(owner, name, value, _own(owner, name))
 
     def add(self, owner: Any, name: str, value: Any) -> None:
         """Give ``owner`` an attribute that it does not have of its own."""

@@ -125,7 +125,7 @@ class CrossLayerDSAttention(MegatronModule):
         """This layer's top-k, published; in a recompute the one found in the forward pass, so
         that both passes attend to the same keys and no second selection is paid for."""
         carrier = current_carrier()
-        topk_indices = carrier and carrier.published(self.layer_number)
+        topk_indices = None if carrier is None else carrier.published(self.layer_number)
         inputs = None
         if topk_indices is None or wants_inputs:
             inputs = self.indexer.inputs(x, qr, packed_seq_params)

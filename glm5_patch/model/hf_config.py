@@ -137,6 +137,8 @@ class HFConfig:
         Parallelism, precision, recompute and the like are the caller's. ``rope_type`` is "rope",
         whatever Megatron's default says.
         """
+        from torch.nn.functional import silu  # the rest of this module needs no torch
+
         return {
             "num_layers": self.num_hidden_layers,
             "hidden_size": self.hidden_size,
@@ -156,6 +158,7 @@ class HFConfig:
             "init_method_std": self.initializer_range,
             "add_bias_linear": False,
             "gated_linear_unit": True,
+            "activation_func": silu,
             "hidden_dropout": 0.0,
             "attention_dropout": self.attention_dropout,
             "rope_type": "rope",

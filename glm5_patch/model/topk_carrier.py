@@ -50,7 +50,7 @@ class TopkCarrier:
     def published(self, layer_number: int) -> Tensor | None:
         """What a computing layer published earlier in this forward: in a recompute, its own."""
         slot = self._slots.get(layer_number)
-        return slot and slot.topk_indices
+        return None if slot is None else slot.topk_indices
 
     def read(self, layer_number: int, source: int) -> Tensor:
         """The top-k of ``source`` for the skip layer ``layer_number``.
@@ -67,8 +67,10 @@ class TopkCarrier:
             del self._slots[source]
         return slot.topk_indices
 
-    def __len__(self) -> int:
-        return len(self._slots)
+    @property
+    def held_layers(self) -> tuple[int, ...]:
+        """The computing layers whose top-k is in memory."""
+        return tuple(self._slots)
 
 
 _current: ContextVar[TopkCarrier | None] = ContextVar("glm5_patch_topk_carrier", default=None)

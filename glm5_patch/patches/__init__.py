@@ -6,6 +6,7 @@ from .megatron_core.dsa_spec import DSASpec
 from .megatron_core.gate import Gate
 from .megatron_core.index_share_carrier import IndexShareCarrier
 from .megatron_core.local_backend import LocalBackend
+from .megatron_core.mla_without_te import MLAWithoutTE
 from .megatron_core.moe_without_te import MoEWithoutTE
 from .megatron_core.te_checkpoint import TECheckpoint
 from .megatron_core.topk_carrier import BlockCarrier
@@ -17,6 +18,7 @@ PATCHES = (
     LocalBackend(),
     DSASpec(),
     BlockSpec(),
+    MLAWithoutTE(),
     MoEWithoutTE(),
     BlockCarrier(),
     Gate(),

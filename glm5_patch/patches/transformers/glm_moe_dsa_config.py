@@ -35,6 +35,7 @@ def _init(wrapped, instance, args, kwargs):
     kwargs.pop("layer_types", None)
     wrapped(*args, **kwargs)
     instance.qk_rope_head_dim = raw.qk_rope_head_dim
+    instance.head_dim = raw.qk_rope_head_dim
     instance.qk_head_dim = raw.qk_nope_head_dim + raw.qk_rope_head_dim
     instance.n_routed_experts = raw.n_routed_experts
     if hasattr(instance, "num_experts"):

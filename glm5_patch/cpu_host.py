@@ -1,0 +1,70 @@
+"""megatron-core without a GPU: for the demo, the tests, and a look at a model on a laptop.
+
+megatron-core 0.16 to 0.19 ask ``torch.cuda`` for the device of rope tables and masks and for the
+random state of checkpoints. Here those few calls answer for the CPU. Nothing of this is used, and
+``enable()`` refuses, where CUDA is present.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+
+from .core.wrapper import Seams
+
+_seams: Seams | None = None
+
+
+def enable(device: str = "cpu") -> None:
+    """Make megatron-core run on ``device``: "cpu", or "meta" to build a model without memory.
+
+    Raises:
+        RuntimeError: CUDA is there, so the host needs no help.
+    """
+    global _seams
+    if torch.cuda.is_available():
+        raise RuntimeError("CUDA is available: megatron-core needs no CPU adapter here")
+    disable()
+    import megatron.core.tensor_parallel.random as random
+
+    _seams = Seams()
+    _seams.replace(torch.cuda, "current_device", lambda: torch.device(device))
+    _seams.replace(torch.cuda, "synchronize", lambda device=None: None)
+    _seams.replace(torch.cuda, "manual_seed", lambda seed: None)
+    _seams.replace(torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state())
+    _seams.replace(random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state())
+    _seams.replace(random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state))
+
+
+def disable() -> None:
+    """Put torch and megatron-core back as they were."""
+    global _seams
+    if _seams is not None:
+        _seams.undo()
+        _seams = None
+
+
+@contextmanager
+def single_process(device: str, seed: int = 0):
+    """A world of one rank, initialised as ``megatron.training`` would, torn down at the end."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    adapted = device != "cuda"
+    if adapted:
+        enable(device)
+    torch.manual_seed(seed)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group(
+        "gloo" if adapted else "nccl", store=store, rank=0, world_size=1
+    )
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(seed + 1)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+        if adapted:
+            disable()

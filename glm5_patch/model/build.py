@@ -1,0 +1,42 @@
+"""A GLM-5 ``GPTModel`` from a Hugging Face configuration, through the host's public builders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .hf_config import HFConfig
+
+
+def transformer_config(hf: HFConfig, **overrides: Any):
+    """The ``MLATransformerConfig`` of a GLM-5 model.
+
+    Args:
+        hf: the published configuration.
+        overrides: parallelism, precision, recompute, ``transformer_impl``, ...; they win.
+    """
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    return MLATransformerConfig(**{**hf.megatron_kwargs(), **overrides})
+
+
+def gpt_model(hf: HFConfig, config, *, pre_process: bool = True, post_process: bool = True):
+    """The decoder of this rank, as a Megatron user builds it. Needs initialised model parallelism."""
+    from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    spec = specs.get_transformer_block_with_experimental_attention_variant_spec(config)
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=hf.vocab_size,
+        max_sequence_length=hf.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=hf.tie_word_embeddings,
+        position_embedding_type="none",
+    )
+    if not torch.cuda.is_available() or config.use_cpu_initialization:
+        return model
+    return model.cuda()
