@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.enums import AttnMaskType
@@ -29,6 +31,9 @@ class CrossLayerDSAttention(MegatronModule):
     ``DSAttention``, with its constructor and forward.
     """
 
+    observer: Callable[[int, Tensor], None] | None = None
+    """Called with the layer number and the top-k that each forward attends to; for metrics."""
+
     def __init__(
         self,
         config,
@@ -54,7 +59,9 @@ class CrossLayerDSAttention(MegatronModule):
             raise GLM5PatchError(f"attn_mask_type={attn_mask_type}: only a causal mask is possible")
         self.layer_number = layer_number
         self.schedule = IndexSchedule.from_megatron(config)
-        self.source = self.schedule.source(layer_number)
+        # Layers of multi-token prediction are numbered after the decoder's and share with no one.
+        self.is_mtp = layer_number > self.schedule.num_layers
+        self.source = layer_number if self.is_mtp else self.schedule.source(layer_number)
         self.softmax_scale = (k_channels or config.kv_channels) ** -0.5
         if softmax_scale is not None:
             self.softmax_scale = softmax_scale
@@ -102,16 +109,18 @@ class CrossLayerDSAttention(MegatronModule):
                 "decoding with a KV cache is not supported, run whole sequences"
             )
         starts = document_starts(packed_seq_params, query.shape[0], query.device)
-        if self.indexer is None:
-            carrier = require_carrier(self.layer_number, self.source)
-            topk_indices = carrier.read(self.layer_number, self.source)
-            return sparse_attention(query, key, value, topk_indices, starts, self.softmax_scale)
-
         # No gradient flows from the indexer into the model.
         x, qr = x.detach(), qr.detach()
-        wants_loss = self._loss_coefficient > 0 and self.training and torch.is_grad_enabled()
+        wants_loss = (
+            self.indexer is not None
+            and self._loss_coefficient > 0
+            and self.training
+            and torch.is_grad_enabled()
+        )
         with torch.set_grad_enabled(wants_loss):
             topk_indices, inputs = self._topk(x, qr, starts, packed_seq_params, wants_loss)
+        if self.observer is not None:
+            self.observer(self.layer_number, topk_indices)
         output = sparse_attention(query, key, value, topk_indices, starts, self.softmax_scale)
         if wants_loss:
             output = self._attach_loss(output, inputs, query, key, topk_indices, starts)
@@ -122,9 +131,16 @@ class CrossLayerDSAttention(MegatronModule):
         return self.config.dsa_indexer_loss_coeff or 0.0
 
     def _topk(self, x, qr, starts, packed_seq_params, wants_inputs: bool):
-        """This layer's top-k, published; in a recompute the one found in the forward pass, so
-        that both passes attend to the same keys and no second selection is paid for."""
-        carrier = current_carrier()
+        """The top-k of this layer, and the indexer's inputs if wanted.
+
+        A skip layer reads its source's. A computing layer publishes its own, and in a recompute
+        takes the one found in the forward pass, so that both passes attend to the same keys and
+        no second selection is paid for.
+        """
+        if self.indexer is None:
+            carrier = require_carrier(self.layer_number, self.source)
+            return carrier.read(self.layer_number, self.source), None
+        carrier = None if self.is_mtp else current_carrier()
         topk_indices = None if carrier is None else carrier.published(self.layer_number)
         inputs = None
         if topk_indices is None or wants_inputs:
@@ -163,8 +179,17 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
 
     _core_inputs: tuple[Tensor, Tensor] | None = None
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, config, submodules, *args, **kwargs) -> None:
+        super().__init__(config, submodules, *args, **kwargs)
+        if config.mla_latent_norm_epsilon is not None:
+            for name, size in (("q_layernorm", "q_lora_rank"), ("kv_layernorm", "kv_lora_rank")):
+                norm = build_module(
+                    getattr(submodules, name),
+                    config=config,
+                    hidden_size=getattr(config, size),
+                    eps=config.mla_latent_norm_epsilon,
+                )
+                setattr(self, name, norm)
         self.register_load_state_dict_pre_hook(_accept_fused_norms)
 
     def get_query_key_value_tensors(self, hidden_states, *args, **kwargs):

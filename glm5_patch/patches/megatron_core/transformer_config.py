@@ -12,7 +12,7 @@ from ...model.schedule import MEGATRON_DEFAULT_OFFSET, IndexSchedule
 
 
 @dataclass
-class IndexerFields:
+class GLM5Fields:
     """The fields, with GLM-5's values as defaults; a host that has one keeps its own default."""
 
     dsa_indexer_topk_freq: int = 1
@@ -27,6 +27,9 @@ class IndexerFields:
     """Hadamard rotation of the indexer's query and key, as in DeepSeek-V3.2."""
     dsa_indexer_k_norm_epsilon: float | None = 1e-6
     """Epsilon of the indexer's k_norm; None: layernorm_epsilon."""
+    mla_latent_norm_epsilon: float | None = None
+    """Epsilon of the norms of the query and key-value latents; None: layernorm_epsilon, as every
+    trainer and serving engine has it. Hugging Face's model has 1e-6 there, whatever its config."""
     dsa_index_topk_freq: int | None = None
     """Another spelling of dsa_indexer_topk_freq."""
     dsa_index_skip_topk_offset: int | None = None
@@ -48,13 +51,13 @@ class ConfigFields(Patch):
     remove_when = "TransformerConfig has a per-layer list of indexer types"
 
     def needed(self, module) -> Finding:
-        missing = missing_fields(module.TransformerConfig, IndexerFields)
+        missing = missing_fields(module.TransformerConfig, GLM5Fields)
         names = ", ".join(field.name for field in missing)
         return Finding(bool(missing), f"no {names}" if missing else "all fields are there")
 
     def apply(self, module, seams) -> None:
         config_class = module.TransformerConfig
-        extend_dataclass(config_class, missing_fields(config_class, IndexerFields), seams)
+        extend_dataclass(config_class, missing_fields(config_class, GLM5Fields), seams)
         seams.wrap(config_class, "__post_init__", _post_init)
 
 

@@ -1,0 +1,105 @@
+"""The ``glm5-patch`` command.
+
+Exit codes: 0 all is well, 1 a check failed, 2 the input or the installation is unusable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from . import __version__
+from .errors import GLM5PatchError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    options = parser.parse_args(argv)
+    try:
+        return options.run(options)
+    except GLM5PatchError as error:
+        print(f"glm5-patch: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="glm5-patch", description="GLM-5 on the megatron-core you already have."
+    )
+    parser.add_argument("--version", action="version", version=f"glm5-patch {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    status = commands.add_parser(
+        "status", help="import the installed hosts and say what became of each patch"
+    )
+    status.add_argument("--json", action="store_true", help="print JSON")
+    status.set_defaults(run=_status)
+
+    demo = commands.add_parser(
+        "demo", help="build, load, compare with Hugging Face, train, save: on a small model"
+    )
+    demo.add_argument("--flavour", choices=("5.2", "5.1"), default="5.2")
+    demo.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    demo.add_argument(
+        "--impl", choices=("local", "transformer_engine"), default="local", help="module backend"
+    )
+    demo.add_argument("--checkpoint", metavar="DIR", help="a small checkpoint of your own")
+    demo.add_argument("--steps", type=_positive, default=20, help="training steps (20)")
+    demo.add_argument("--seq-length", type=_positive, help="tokens (6 x index_topk)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--output", metavar="DIR", help="keep the trained checkpoint here")
+    demo.add_argument("--json", action="store_true", help="print JSON")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def _status(options: argparse.Namespace) -> int:
+    import glm5_patch
+
+    try:
+        import torch  # noqa: F401  the way in for every real process
+    except ImportError:
+        raise GLM5PatchError("torch is not installed here, so nothing loads the plugin") from None
+    loaded = any(row.state.value != "disabled" for row in glm5_patch.status())
+    problem = None
+    if loaded:
+        try:
+            glm5_patch.require()
+        except GLM5PatchError as error:
+            problem = str(error)
+    rows = [asdict(row) for row in glm5_patch.status()]
+    if options.json:
+        print(json.dumps({"version": __version__, "active": loaded, "problem": problem,
+                          "patches": rows}, indent=2))
+    else:
+        print(f"glm5-patch {__version__}: {'active' if loaded else 'NOT ACTIVE'} in a process "
+              "that imports torch")
+        print(glm5_patch.status())
+        if problem:
+            print(f"problem: {problem}", file=sys.stderr)
+    return 1 if problem or not loaded else 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    # Before torch: cuBLAS reads it once. A parity check in TF32 would be no check.
+    os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+    try:
+        from .demo import run
+    except ImportError as error:
+        raise GLM5PatchError(
+            f"the demo needs {error.name}: pip install 'glm5-patch[demo]'"
+        ) from error
+    return run(options)

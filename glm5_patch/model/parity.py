@@ -1,0 +1,157 @@
+"""Comparing a Megatron GLM-5 with Hugging Face's, layer by layer.
+
+The oracle is ``GlmMoeDsaForCausalLM`` of transformers 5.13 or later; earlier ones compute another
+indexer. Sequences must be longer than ``index_topk``, or every selection is trivially equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+HF_LATENT_NORM_EPSILON = 1e-6
+"""What ``GlmMoeDsaAttention`` gives its latent norms, whatever ``rms_norm_eps`` says."""
+
+NEAR_TIE = 2e-5
+"""Two scores this close, relative to the largest of their row, are equal in fp32 after a few
+layers: which of them is selected says nothing about an implementation."""
+
+
+@dataclass
+class Recording:
+    """The top-k that each layer attended to in one forward, and what it was made of."""
+
+    topk_indices: dict[int, Tensor] = field(default_factory=dict)
+    """Layer number -> int32 [b, s, k], -1 for an empty place."""
+    _indexers: dict[int, tuple] = field(default_factory=dict)
+
+    def row_scores(self, layer_number: int, row: int) -> Tensor:
+        """Index scores of one query against the keys up to it, fp32 [b, row + 1]."""
+        indexer, inputs = self._indexers[layer_number]
+        return indexer.block_scores(inputs, slice(row, row + 1))[:, 0]
+
+
+@contextmanager
+def recorded(model: torch.nn.Module) -> Iterator[Recording]:
+    """Record the forwards of a Megatron model that run inside."""
+    from .attention import CrossLayerDSAttention
+
+    cores = [m for m in model.modules() if isinstance(m, CrossLayerDSAttention)]
+    recording = Recording()
+
+    def record_inputs(core):
+        select = core.indexer.select
+
+        def recording_select(inputs, starts):
+            recording._indexers[core.layer_number] = (core.indexer, inputs)
+            return select(inputs, starts)
+
+        core.indexer.select = recording_select
+
+    for core in cores:
+        core.observer = recording.topk_indices.__setitem__
+        if core.indexer is not None:
+            record_inputs(core)
+    try:
+        yield recording
+    finally:
+        for core in cores:
+            del core.observer
+            if core.indexer is not None:
+                del core.indexer.select
+
+
+@contextmanager
+def recorded_hf(model: torch.nn.Module) -> Iterator[dict[int, Tensor]]:
+    """Layer number -> top-k of a ``GlmMoeDsaForCausalLM``; invisible keys, which it leaves in,
+    become -1."""
+    found: dict[int, Tensor] = {}
+
+    def record(number: int):
+        def hook(module, args, output):
+            topk_indices = output[2]
+            queries = torch.arange(topk_indices.shape[1], device=topk_indices.device)
+            found[number] = topk_indices.masked_fill(topk_indices > queries[None, :, None], -1)
+
+        return hook
+
+    handles = [
+        layer.self_attn.register_forward_hook(record(number))
+        for number, layer in enumerate(model.model.layers, 1)
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class TopkComparison:
+    """How the selections of two models compare."""
+
+    rows: int
+    """Queries compared, over all layers."""
+    differing: int
+    """Queries that select other keys, near ties not counted."""
+    near_ties: int
+    """Queries whose selections differ by keys of the same score (``NEAR_TIE``)."""
+    intact: Tensor
+    """bool [b, s]: tokens that no near tie has touched. A token selected otherwise changes all
+    later tokens of its sequence in all later layers, and those are not compared."""
+
+
+def compare_topk(ours: Recording, theirs: dict[int, Tensor]) -> TopkComparison:
+    """Compare every query of every layer; a layer that one side lacks counts as all different."""
+    rows = differing = near_ties = 0
+    shape = next(iter(theirs.values())).shape[:2]
+    intact = torch.ones(shape, dtype=torch.bool)
+    for number in sorted(theirs.keys() | ours.topk_indices.keys()):
+        rows += int(intact.sum())
+        if number not in theirs or number not in ours.topk_indices:
+            differing += int(intact.sum())
+            continue
+        other = _other_selection(ours.topk_indices[number], theirs[number]).cpu() & intact
+        for b, row in other.nonzero().tolist():
+            if _is_near_tie(ours, theirs, number, b, row):
+                near_ties += 1
+                intact[b, row:] = False
+            else:
+                differing += 1
+    return TopkComparison(rows, differing, near_ties, intact)
+
+
+def _other_selection(ours: Tensor, theirs: Tensor) -> Tensor:
+    """bool [b, s]: queries that select another set of keys; order does not matter."""
+    return (ours.sort(-1)[0] != theirs.to(ours).sort(-1)[0]).any(-1)
+
+
+def _is_near_tie(ours: Recording, theirs, number: int, b: int, row: int) -> bool:
+    if number not in ours._indexers:
+        return False  # a skip layer differs only if its source did
+    mine = set(ours.topk_indices[number][b, row].tolist())
+    others = set(theirs[number][b, row].tolist())
+    swapped = sorted((mine ^ others) - {-1})
+    if not swapped or len(mine) != len(others):
+        return False
+    scores = ours.row_scores(number, row)[b]
+    span = scores[swapped].max() - scores[swapped].min()
+    return bool(span <= NEAR_TIE * scores.abs().max())
+
+
+def kept_share(ours: Tensor, theirs: Tensor) -> float:
+    """The share of their selected keys that ours has too, over all queries; 1.0 is equality.
+
+    Both int32 [b, s, k].
+    """
+    size = int(max(ours.max(), theirs.max())) + 2
+    masks = []
+    for topk_indices in (ours, theirs.to(ours.device)):
+        mask = torch.zeros((*topk_indices.shape[:2], size), dtype=torch.bool, device=ours.device)
+        columns = topk_indices.long() % size  # -1 goes to the spare last column
+        masks.append(mask.scatter_(-1, columns, True)[..., :-1])
+    return (masks[0] & masks[1]).sum().item() / max(1, masks[1].sum().item())
