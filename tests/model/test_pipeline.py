@@ -1,0 +1,79 @@
+import itertools
+import random
+
+import pytest
+
+from glm5_patch.errors import PipelineSplitError
+from glm5_patch.model.pipeline import check_split, nearest_split
+from glm5_patch.model.schedule import IndexSchedule
+
+GLM_5_2 = IndexSchedule.from_freq(78, 4, 3)
+
+# Pipeline size -> first, middle and last stage.
+KNOWN = {2: (38, 0, 40), 3: (26, 28, 24), 4: (18, 20, 20), 6: (14, 12, 16), 8: (14, 8, 16),
+         13: (18, 4, 16), 16: (10, 4, 12)}
+
+
+def check(schedule, sizes):
+    ends = list(itertools.accumulate(sizes))
+    chunks = [range(end - size + 1, end + 1) for end, size in zip(ends, sizes)]
+    check_split(schedule, chunks, [f"pipeline stage {i}" for i in range(len(sizes))])
+
+
+def valid(schedule, sizes):
+    try:
+        check(schedule, sizes)
+    except PipelineSplitError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("stages", KNOWN)
+def test_known_splits_of_glm_5_2_are_valid(stages):
+    first, middle, last = KNOWN[stages]
+    sizes = [first, *[middle] * (stages - 2), last]
+    assert sum(sizes) == 78
+    check(GLM_5_2, sizes)
+
+
+@pytest.mark.parametrize("stages", [2, 3, 6, 13])
+def test_uniform_splits_of_glm_5_2_are_refused_with_a_valid_one(stages):
+    with pytest.raises(PipelineSplitError) as error:
+        check(GLM_5_2, [78 // stages] * stages)
+    suggestion = str(error.value).rsplit(": ", 1)[1]
+    check(GLM_5_2, [int(size) for size in suggestion.split(",")])
+
+
+def test_the_message_names_stage_layer_source_and_split():
+    with pytest.raises(PipelineSplitError) as error:
+        check(GLM_5_2, [18, 20, 21, 19])
+    assert str(error.value) == (
+        "pipeline stage 3 holds layer 60, a skip layer whose source, layer 59, is on pipeline "
+        "stage 2; nearest valid split of 78 layers over 4 stages: 18,20,20,20"
+    )
+
+
+def test_too_many_stages_are_told_so():
+    with pytest.raises(PipelineSplitError, match="21 computing layers can't start 26"):
+        check(GLM_5_2, [3] * 26)
+
+
+def test_empty_chunks_are_fine():
+    check(GLM_5_2, [0, 38, 40, 0])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nearest_split_is_valid_and_as_balanced_as_any(seed):
+    rng = random.Random(seed)
+    layers = rng.randint(4, 14)
+    types = "F" + "".join(rng.choice("FS") for _ in range(layers - 1))
+    schedule = IndexSchedule.from_types(types, layers)
+    for stages in range(1, 5):
+        cuts = itertools.combinations(range(1, layers), stages - 1)
+        splits = [[b - a for a, b in itertools.pairwise((0, *c, layers))] for c in cuts]
+        good = [split for split in splits if valid(schedule, split)]
+        found = nearest_split(schedule, [layers // stages] * stages)
+        assert (found is None) == (not good)
+        if good:
+            assert found in good
+            assert max(found) == min(max(split) for split in good)

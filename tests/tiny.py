@@ -1,0 +1,93 @@
+"""A GLM-5 small enough for a test, on both sides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from torch.nn.functional import cross_entropy
+
+from glm5_patch.demo import forward, randomize
+from glm5_patch.model.build import gpt_model, transformer_config
+from glm5_patch.model.checkpoint import HFCheckpoint
+
+SHARING = {"index_topk_freq": 4, "index_skip_topk_offset": 3}
+FLAVOURS = {"5.2": SHARING, "5.1": {}}
+
+transformers.utils.logging.disable_progress_bar()
+
+
+def hf_config(index_topk: int = 8, flavour: str = "5.2", **changes):
+    fields = dict(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        q_lora_rank=48,
+        kv_lora_rank=32,
+        qk_nope_head_dim=24,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        index_topk=index_topk,
+        index_head_dim=32,
+        index_n_heads=4,
+        rms_norm_eps=1e-6,  # what Hugging Face's latent norms have whatever the config says
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 8e6 if flavour == "5.2" else 1e6,
+        },
+        pad_token_id=None,
+    )
+    return transformers.GlmMoeDsaConfig(**{**fields, **FLAVOURS[flavour], **changes})
+
+
+def hf_model(config, seed: int = 0):
+    torch.manual_seed(seed)
+    model = transformers.GlmMoeDsaForCausalLM(config).float()
+    model.set_attn_implementation("eager")
+    randomize(model)
+    return model
+
+
+def saved(directory: Path, seed: int = 0, **config) -> HFCheckpoint:
+    hf_model(hf_config(**config), seed).save_pretrained(directory)
+    return HFCheckpoint(directory)
+
+
+def megatron_config(checkpoint: HFCheckpoint, **overrides):
+    defaults = dict(
+        transformer_impl="local",
+        params_dtype=torch.float32,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        moe_token_dispatcher_type="allgather",
+    )
+    return transformer_config(checkpoint.config, **{**defaults, **overrides})
+
+
+def megatron_model(checkpoint: HFCheckpoint, **overrides):
+    model = gpt_model(checkpoint.config, megatron_config(checkpoint, **overrides))
+    checkpoint.load_into(model)
+    return model
+
+
+def tokens(seed: int, batch: int, length: int) -> torch.Tensor:
+    return torch.randint(96, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def loss_of(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def megatron_loss(model, ids: torch.Tensor) -> torch.Tensor:
+    return loss_of(forward(model, ids), ids)
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
