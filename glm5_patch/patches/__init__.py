@@ -2,6 +2,7 @@
 
 from .megatron_core.block_spec import BlockSpec
 from .megatron_core.checkpoint_recompute import CheckpointRecompute
+from .megatron_core.checkpoint_without_te import CheckpointWithoutTE
 from .megatron_core.dsa_spec import DSASpec
 from .megatron_core.gate import Gate
 from .megatron_core.index_share_carrier import IndexShareCarrier
@@ -24,6 +25,7 @@ PATCHES = (
     Gate(),
     IndexShareCarrier(),
     CheckpointRecompute(),
+    CheckpointWithoutTE(),
     TECheckpoint(),
     GlmMoeDsaConfigValues(),
 )

@@ -1,0 +1,139 @@
+"""The patched host against Hugging Face's own model: selections, logits, gradients."""
+
+import pytest
+import torch
+
+from glm5_patch.demo import forward
+from glm5_patch.model.checkpoint import _pieces
+from glm5_patch.model.parity import compare_topk, kept_share, recorded, recorded_hf
+from tests.tiny import (
+    hf_config,
+    hf_model,
+    loss_of,
+    megatron_model,
+    relative,
+    saved,
+    tokens,
+)
+from glm5_patch.model.checkpoint import HFCheckpoint
+
+# One sequence length and index_topk for each seed.
+SIZES = {0: (64, 8), 1: (128, 16), 2: (256, 32), 3: (512, 64), 4: (192, 8)}
+
+
+@pytest.mark.parametrize("flavour", ["5.2", "5.1"])
+@pytest.mark.parametrize("seed", SIZES)
+def test_topk_logits_and_gradients_equal_hugging_face(world, tmp_path, seed, flavour):
+    length, index_topk = SIZES[seed]
+    theirs = hf_model(hf_config(index_topk, flavour), seed)
+    theirs.save_pretrained(tmp_path / "hf")
+    ours = megatron_model(HFCheckpoint(tmp_path / "hf"))
+    ids = tokens(seed, 2, length)
+
+    with recorded(ours) as our_topk, recorded_hf(theirs) as their_topk:
+        logits, expected = forward(ours, ids), theirs(ids, use_cache=False).logits
+    assert len(their_topk) == 8
+    topk = compare_topk(our_topk, their_topk)
+    assert topk.differing == 0
+    assert topk.near_ties <= 2
+    difference = (logits - expected)[topk.intact].abs().max()
+    assert difference <= 2e-5
+
+    if topk.near_ties:
+        # Tokens behind a near tie see other keys: their gradients can't be compared.
+        ids = ids[topk.intact.all(-1)]
+        logits, expected = forward(ours, ids), theirs(ids, use_cache=False).logits
+        if not len(ids):
+            return
+    loss_of(logits, ids).backward()
+    loss_of(expected, ids).backward()
+    references = dict(theirs.named_parameters())
+    for name, parameter, sources in _pieces(ours):
+        if ".indexer." in name or name.endswith("expert_bias"):
+            assert parameter.grad is None, name
+        elif ".experts.local_experts." in name:
+            assert relative(*_expert_gradients(name, parameter, references)) < 1e-5, name
+        else:
+            reference = torch.cat([references[source].grad for source in sources])
+            assert relative(parameter.grad, reference) < 1e-5, name
+
+
+def _expert_gradients(name, parameter, references):
+    """transformers holds all experts of a layer in one parameter."""
+    parts = name.split(".")
+    layer, expert, fc = parts[2], int(parts[6]), parts[7]
+    stacked = "gate_up_proj" if fc == "linear_fc1" else "down_proj"
+    reference = references[f"model.layers.{layer}.mlp.experts.{stacked}"].grad[expert]
+    ours = parameter.grad if parameter.grad is not None else torch.zeros_like(reference)
+    if not reference.any():
+        return ours + 1, reference + 1
+    return ours, reference
+
+
+def test_short_rows_select_exactly_what_they_see(world, tmp_path):
+    model = megatron_model(saved(tmp_path / "hf", index_topk=16))
+    with torch.no_grad(), recorded(model) as found:
+        forward(model, tokens(0, 2, 48))
+    for topk_indices in found.topk_indices.values():
+        assert topk_indices.dtype == torch.int32
+        for row in range(16):
+            keys = topk_indices[:, row]
+            assert (keys.sort(-1)[0][:, -row - 1 :] == torch.arange(row + 1)).all()
+            assert (keys == -1).sum() == 2 * (15 - row)
+
+
+def test_skip_layers_have_no_indexer_and_use_their_sources_topk(world, tmp_path):
+    model = megatron_model(saved(tmp_path / "hf"))
+    with torch.no_grad(), recorded(model) as found:
+        forward(model, tokens(0, 1, 40))
+    for layer in model.decoder.layers:
+        core = layer.self_attention.core_attention
+        has_indexer = layer.layer_number in (1, 2, 3, 7)
+        assert any(".indexer." in name for name, _ in layer.named_parameters()) == has_indexer
+        assert found.topk_indices[layer.layer_number] is found.topk_indices[core.source]
+
+
+def test_latent_norm_epsilon_is_where_hugging_face_stands_alone(world, tmp_path):
+    """With a config of 1e-5 the host's latent norms and Hugging Face's differ, by design."""
+    theirs = hf_model(hf_config(rms_norm_eps=1e-5))
+    with torch.no_grad():  # small latents, where an epsilon shows
+        for layer in theirs.model.layers:
+            layer.self_attn.q_a_proj.weight.mul_(0.01)
+    theirs.save_pretrained(tmp_path / "hf")
+    checkpoint = HFCheckpoint(tmp_path / "hf")
+    ids = tokens(0, 1, 48)
+    expected = theirs(ids, use_cache=False).logits
+    by_default = forward(megatron_model(checkpoint), ids)
+    with_knob = forward(megatron_model(checkpoint, mla_latent_norm_epsilon=1e-6), ids)
+    assert (with_knob - expected).abs().max() < 2e-5
+    assert (by_default - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("dsa_indexer_rope_interleaved", False), ("dsa_indexer_k_norm_epsilon", 0.5)],
+)
+def test_a_wrong_setting_shows(world, tmp_path, setting, value):
+    """The comparison can fail: one wrong setting loses keys."""
+    theirs = hf_model(hf_config())
+    theirs.save_pretrained(tmp_path / "hf")
+    ours = megatron_model(HFCheckpoint(tmp_path / "hf"), **{setting: value})
+    ids = tokens(0, 2, 96)
+    with torch.no_grad(), recorded(ours) as found, recorded_hf(theirs) as expected:
+        forward(ours, ids), theirs(ids, use_cache=False)
+    assert compare_topk(found, expected).differing > 0
+    assert kept_share(found.topk_indices[1], expected[1]) < 0.999
+
+
+def test_host_checkpoints_with_fused_latent_norms_load(world, tmp_path):
+    model = megatron_model(saved(tmp_path / "hf"))
+    fused = {}
+    for name, tensor in model.state_dict().items():
+        name = name.replace("kv_layernorm.weight", "linear_kv_up_proj.layer_norm_weight")
+        name = name.replace("q_layernorm.weight", "linear_q_up_proj.layer_norm_weight")
+        fused[name] = tensor.clone() if isinstance(tensor, torch.Tensor) else tensor
+    assert sum("layer_norm_weight" in name for name in fused) == 16
+    other = megatron_model(saved(tmp_path / "other", seed=1))
+    other.load_state_dict(fused)
+    ids = tokens(0, 1, 32)
+    assert torch.equal(forward(other, ids), forward(model, ids))

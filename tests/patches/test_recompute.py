@@ -1,0 +1,127 @@
+"""Two microbatches in flight under every kind of recompute: forward, forward, backward, backward."""
+
+import pytest
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+import glm5_patch
+from glm5_patch.core.hooks import enable
+from glm5_patch.demo import forward
+from glm5_patch.errors import GLM5PatchError
+from tests.tiny import loss_of, megatron_model, relative, saved, tokens
+
+FULL = dict(recompute_granularity="full")
+MODES = {
+    "uniform_1": dict(FULL, recompute_method="uniform", recompute_num_layers=1),
+    "uniform_4": dict(FULL, recompute_method="uniform", recompute_num_layers=4),
+    "block_3": dict(FULL, recompute_method="block", recompute_num_layers=3),
+    "core_attn": dict(recompute_granularity="selective", recompute_modules=["core_attn"]),
+    "mla_up_proj": dict(recompute_granularity="selective", recompute_modules=["mla_up_proj"]),
+    "layernorm": dict(recompute_granularity="selective", recompute_modules=["layernorm"]),
+}
+
+
+def packed(lengths):
+    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    longest = max(lengths)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+def pack_forward(model, ids, packed_seq_params):
+    positions = torch.cat([torch.arange(n) for n in packed_seq_params.cu_seqlens_q.diff().tolist()])
+    return model(ids, positions[None], None, packed_seq_params=packed_seq_params)
+
+
+def microbatches(layout, seed):
+    """Two losses of different data and length."""
+    if layout == "bshd":
+        return [lambda m, i=i: loss_of(forward(m, i), i) for i in (tokens(seed, 2, 48),
+                                                                  tokens(seed + 9, 2, 40))]
+    batches = [(tokens(seed, 1, 60), packed([1, 20, 39])), (tokens(seed + 9, 1, 48), packed([48]))]
+    return [lambda m, i=i, p=p: loss_of(pack_forward(m, i, p), i) for i, p in batches]
+
+
+def gradients(model, losses):
+    model.train()
+    model.zero_grad()
+    graphs = [loss(model) for loss in losses]
+    for graph in graphs:
+        graph.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(ours, theirs):
+    """1e-6 over the whole gradient, and no single parameter far off."""
+    assert ours.keys() == theirs.keys()
+    assert relative(*(torch.cat([g.flatten() for g in s.values()]) for s in (ours, theirs))) <= 1e-6
+    for name, gradient in theirs.items():
+        assert relative(ours[name], gradient) <= 1e-5 or not gradient.any(), name
+
+
+@pytest.fixture(scope="module")
+def checkpoint(world, tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("recompute") / "hf")
+
+
+@pytest.fixture
+def lower_position_first():
+    """Equal scores fall alike in rows of different length only in a fixed order."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("coefficient", [None, 0.1], ids=["no_loss", "indexer_loss"])
+@pytest.mark.parametrize("layout", ["bshd", "thd"])
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_equal_those_without_recompute(checkpoint, mode, layout, coefficient):
+    for seed in (0, 1):
+        losses = microbatches(layout, seed)
+        settings = dict(dsa_indexer_loss_coeff=coefficient)
+        plain = gradients(megatron_model(checkpoint, **settings), losses)
+        again = gradients(megatron_model(checkpoint, **settings, **MODES[mode]), losses)
+        assert_equal(again, plain)
+
+
+def test_a_pack_equals_its_documents_one_by_one(checkpoint, lower_position_first):
+    model = megatron_model(checkpoint).eval()
+    lengths = [1, 20, 39, 12]
+    ids = tokens(3, 1, sum(lengths))
+    with torch.no_grad():
+        whole = pack_forward(model, ids, packed(lengths))
+        parts = [forward(model, part) for part in ids.split(lengths, dim=1)]
+    assert (whole - torch.cat(parts, dim=1)).abs().max() < 2e-5
+
+
+def test_a_recompute_selects_nothing_again(checkpoint, monkeypatch):
+    from glm5_patch.model.indexer import LightningIndexer
+
+    calls = []
+    select = LightningIndexer.select
+    monkeypatch.setattr(
+        LightningIndexer, "select", lambda *a: calls.append(1) or select(*a)
+    )
+    gradients(megatron_model(checkpoint, **MODES["uniform_1"]), microbatches("bshd", 0))
+    assert len(calls) == 2 * 4  # two microbatches, four computing layers, forward passes only
+
+
+def test_without_the_checkpoint_patch_a_recompute_is_refused(checkpoint, monkeypatch):
+    model = megatron_model(checkpoint, **MODES["uniform_1"]).train()
+    monkeypatch.setenv("GLM5_PATCH_DISABLE", "checkpoint_recompute")
+    glm5_patch.disable()
+    try:
+        enable()
+        with pytest.raises(GLM5PatchError, match="recompute_granularity=None, now 'full'"):
+            forward(model, tokens(0, 1, 32))
+        model.config.recompute_granularity = None
+        forward(model, tokens(0, 1, 32))
+    finally:
+        monkeypatch.delenv("GLM5_PATCH_DISABLE")
+        glm5_patch.enable()
+    assert glm5_patch.status()["checkpoint_recompute"].state == "applied"
