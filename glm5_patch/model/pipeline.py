@@ -75,8 +75,9 @@ def _equal_middles(starts: set[int], total: int, stages: int) -> list[int] | Non
             last = total - cuts[-1]
             if last >= 1 and starts.issuperset(cuts):
                 split = [first] + [middle] * (stages - 2) + [last]
-                candidates.append((max(split), max(split) - min(split), split))
-    return min(candidates)[2] if candidates else None
+                # The last stage also has the output layer: of two equal splits, the lighter last.
+                candidates.append((max(split), max(split) - min(split), last, split))
+    return min(candidates)[-1] if candidates else None
 
 
 def _suggestion(schedule: IndexSchedule, sizes: Sequence[int]) -> str:

@@ -34,24 +34,22 @@ def _check_split(module, config) -> None:
     from ...model.pipeline import check_split
     from ...model.schedule import IndexSchedule
 
-    virtual = config.virtual_pipeline_model_parallel_size
     chunks, labels = [], []
+    last_layer = 0
+    virtual = config.virtual_pipeline_model_parallel_size
     for vp_stage in range(virtual or 1):
         for pp_rank in range(config.pipeline_model_parallel_size):
-            chunks.append(_layers(module, config, vp_stage if virtual else None, pp_rank))
+            count = _layers_in_chunk(module, config, vp_stage if virtual else None, pp_rank)
+            chunks.append(range(last_layer + 1, last_layer + count + 1))
+            last_layer += count
             suffix = f", virtual stage {vp_stage}" if virtual else ""
             labels.append(f"pipeline stage {pp_rank}{suffix}")
     check_split(IndexSchedule.from_megatron(config), chunks, labels)
 
 
-def _layers(module, config, vp_stage, pp_rank) -> list[int]:
-    """Layer numbers (from 1) of one chunk, by the host's own arithmetic."""
+def _layers_in_chunk(module, config, vp_stage, pp_rank) -> int:
     layout = config.pipeline_model_parallel_layout
-    if layout is not None:
-        ids = layout.get_layer_id_list(
-            layer_type=module.LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank
-        )
-        return [layer_id + 1 for layer_id in ids]
-    offset = module.get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
-    count = module.get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
-    return list(range(offset + 1, offset + count + 1))
+    if layout is None:
+        return module.get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    # Its own methods answer for this rank's global state; the table is the same everywhere.
+    return layout.layout[pp_rank][vp_stage or 0].count(module.LayerType.decoder)

@@ -1,0 +1,95 @@
+import copy
+import dataclasses
+import inspect
+import pickle
+
+import pytest
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from glm5_patch.errors import ScheduleError
+from glm5_patch.model.schedule import IndexSchedule
+from glm5_patch.patches.megatron_core.transformer_config import ALIASES, GLM5Fields
+
+BASE = dict(num_layers=8, hidden_size=64, num_attention_heads=4, ffn_hidden_size=64)
+DSA = dict(BASE, experimental_attention_variant="dsa", rope_type="rope")
+NAMES = [field.name for field in dataclasses.fields(GLM5Fields)]
+
+
+@dataclasses.dataclass
+class DerivedLater(MLATransformerConfig):
+    own: int = 1
+
+
+@pytest.mark.parametrize("config_class", [TransformerConfig, MLATransformerConfig, DerivedLater])
+def test_the_fields_are_real_fields_of_every_configuration(config_class):
+    assert set(NAMES) <= {field.name for field in dataclasses.fields(config_class)}
+    assert set(NAMES) <= inspect.signature(config_class).parameters.keys()
+    base = {k: v for k, v in BASE.items()}
+    config = config_class(**base, dsa_indexer_topk_freq=4, dsa_indexer_types="FFFSSSFS")
+    assert config.dsa_indexer_topk_freq == 4
+    assert dataclasses.asdict(config)["dsa_indexer_types"] == "FFFSSSFS"
+
+
+@pytest.mark.parametrize(
+    "through",
+    [
+        copy.copy,
+        copy.deepcopy,
+        dataclasses.replace,
+        lambda c: pickle.loads(pickle.dumps(c)),
+        lambda c: MLATransformerConfig(
+            **{f.name: getattr(c, f.name) for f in dataclasses.fields(c) if f.init}
+        ),
+    ],
+    ids=["copy", "deepcopy", "replace", "pickle", "rebuild"],
+)
+def test_the_values_survive(through):
+    values = dict(
+        dsa_indexer_types=["full"] * 4 + ["shared"] * 4,
+        dsa_indexer_rope_interleaved=False,
+        dsa_indexer_k_norm_epsilon=None,
+        mla_latent_norm_epsilon=1e-6,
+    )
+    config = through(MLATransformerConfig(**DSA, **values))
+    assert {name: getattr(config, name) for name in values} == values
+    assert IndexSchedule.from_megatron(config).computing_layers == (1, 2, 3, 4)
+
+
+def test_replace_can_change_them():
+    config = MLATransformerConfig(**DSA, dsa_indexer_topk_freq=4)
+    assert dataclasses.replace(config, dsa_indexer_topk_freq=2).dsa_indexer_topk_freq == 2
+
+
+def test_defaults_are_glm_5s():
+    config = MLATransformerConfig(**DSA)
+    assert config.dsa_indexer_rope_interleaved is True
+    assert config.dsa_indexer_rotate_activation is False
+    assert config.dsa_indexer_k_norm_epsilon == 1e-6
+    assert not IndexSchedule.from_megatron(config).shares
+
+
+@pytest.mark.parametrize("config_class", [MLATransformerConfig, DerivedLater])
+@pytest.mark.parametrize(("alias", "name"), ALIASES.items())
+def test_the_other_spelling_is_taken(config_class, alias, name):
+    config = config_class(**DSA, **{alias: 3})
+    assert getattr(config, name) == 3
+    assert getattr(dataclasses.replace(config), name) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (dict(dsa_indexer_topk_freq=0), "topk_freq=0"),
+        (dict(dsa_indexer_skip_topk_offset=-1), "skip_topk_offset=-1"),
+        (dict(dsa_indexer_types="FS"), "dsa_indexer_types has 2 entries for num_layers=8"),
+        (dict(dsa_indexer_types="SFFFFFFF"), "layer 1 a skip layer"),
+        (dict(dsa_indexer_topk_freq=2, dsa_index_topk_freq=4), "disagree"),
+    ],
+)
+def test_bad_values_are_named(fields, says):
+    with pytest.raises(ScheduleError, match=says):
+        MLATransformerConfig(**DSA, **fields)
+
+
+def test_other_models_are_not_validated():
+    MLATransformerConfig(**BASE, dsa_indexer_types="SF")

@@ -1,0 +1,85 @@
+"""The build-time check through the host's own builder, for every way to split."""
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+from glm5_patch.errors import PipelineSplitError
+from glm5_patch.model.hf_config import HFConfig
+from tests.model.test_schedule import published
+
+
+def glm_5_2(pp, **fields):
+    settings = dict(
+        pipeline_model_parallel_size=pp, pipeline_dtype=torch.bfloat16, transformer_impl="local",
+        bf16=True, params_dtype=torch.bfloat16,
+    )
+    kwargs = HFConfig(published("glm-5.2.json")).megatron_kwargs()
+    return MLATransformerConfig(**{**kwargs, **settings, **fields})
+
+
+def uneven(first, last):
+    return dict(num_layers_in_first_pipeline_stage=first, num_layers_in_last_pipeline_stage=last)
+
+
+GOOD = {
+    "pp1": (1, {}),
+    "pp2": (2, uneven(38, 40)),
+    "pp3": (3, uneven(26, 24)),
+    "pp4": (4, uneven(18, 20)),
+    "pp8": (8, uneven(14, 16)),
+    "pp16": (16, uneven(10, 12)),
+    "vpp": (2, dict(virtual_pipeline_model_parallel_size=2,
+                    pipeline_model_parallel_layout="Et*18|t*20|t*20|t*20,L")),
+    "empty chunk": (2, dict(virtual_pipeline_model_parallel_size=2,
+                            pipeline_model_parallel_layout="E|t*38|t*40|L")),
+}
+BAD = {
+    "uniform pp2": (2, {}, "pipeline stage 1 holds layer 40.*layer 39.*stage 0; nearest.*38,40"),
+    "uniform pp3": (3, {}, "26,28,24"),
+    "first alone": (2, dict(num_layers_in_first_pipeline_stage=40), "38,40"),
+    "layout": (2, dict(pipeline_model_parallel_layout="Et*37|t*41,L"), "pipeline stage 1"),
+    "vpp": (2, dict(virtual_pipeline_model_parallel_size=2,
+                    pipeline_model_parallel_layout="Et*18|t*20|t*21|t*19,L"),
+            "pipeline stage 1, virtual stage 1 holds layer 60"),
+}
+
+
+@pytest.fixture
+def virtual_pipeline():
+    """What ``initialize_model_parallel`` sets on every rank of an interleaved pipeline."""
+    yield parallel_state.set_virtual_pipeline_model_parallel_world_size
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(None)
+
+
+@pytest.mark.parametrize("case", GOOD)
+def test_valid_splits_build_every_layer_once(world, case, virtual_pipeline):
+    pp, fields = GOOD[case]
+    config = glm_5_2(pp, **fields)
+    vp = config.virtual_pipeline_model_parallel_size
+    virtual_pipeline(vp)
+    layers = 0
+    for pp_rank in range(pp):
+        for vp_stage in range(vp) if vp else (None,):
+            spec = specs.get_transformer_block_with_experimental_attention_variant_spec(
+                config, vp_stage=vp_stage, pp_rank=pp_rank
+            )
+            layers += len(spec.layer_specs)
+    assert layers == 78
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_invalid_splits_raise_the_same_on_every_rank(world, case):
+    pp, fields, says = BAD[case]
+    config = glm_5_2(pp, **fields)
+    vp = 0 if config.virtual_pipeline_model_parallel_size else None
+    messages = set()
+    for pp_rank in range(pp):
+        with pytest.raises(PipelineSplitError, match=says) as error:
+            specs.get_transformer_block_with_experimental_attention_variant_spec(
+                config, vp_stage=vp, pp_rank=pp_rank
+            )
+        messages.add(str(error.value))
+    assert len(messages) == 1
