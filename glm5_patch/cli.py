@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from . import __version__
 from .errors import GLM5PatchError
@@ -80,7 +79,7 @@ def _status(options: argparse.Namespace) -> int:
             glm5_patch.require()
         except GLM5PatchError as error:
             problem = str(error)
-    rows = [asdict(row) for row in glm5_patch.status()]
+    rows = [row._asdict() for row in glm5_patch.status()]
     if options.json:
         print(json.dumps({"version": __version__, "active": loaded, "problem": problem,
                           "patches": rows}, indent=2))

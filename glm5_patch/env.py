@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 ENABLED = "GLM5_PATCH"
 DISABLE = "GLM5_PATCH_DISABLE"
@@ -25,8 +25,7 @@ _OFF = frozenset({"0", "false", "off", "no"})
 logger = logging.getLogger("glm5_patch")
 
 
-@dataclass(frozen=True)
-class Switches:
+class Switches(NamedTuple):
     """The environment variables, parsed."""
 
     enabled: bool

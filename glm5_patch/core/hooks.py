@@ -14,7 +14,6 @@ from ..env import DISABLE, ENABLED, Switches, logger
 from ..errors import GLM5PatchError
 from .ledger import LEDGER, Entry, State
 from .patch import Patch
-from .wrapper import Seams
 
 _armed_modules: set[str] = set()
 _switches: Switches | None = None
@@ -191,6 +190,8 @@ def _run_patches(name: str, *, late: bool) -> None:
 
 
 def _run(entry: Entry, module: ModuleType, late: bool) -> None:
+    from .wrapper import Seams  # here: `import torch` need not pay for it
+
     patch = entry.patch
     seams = Seams(late=late)
     try:

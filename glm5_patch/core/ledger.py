@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
-from .patch import Patch
-from .wrapper import Seams
+if TYPE_CHECKING:
+    from .patch import Patch
+    from .wrapper import Seams
 
 
 class State(str, enum.Enum):
@@ -25,8 +26,7 @@ class State(str, enum.Enum):
     """Could not be probed or applied; what it had changed was undone."""
 
 
-@dataclass
-class Entry:
+class Entry(NamedTuple):
     """One patch in this process."""
 
     patch: Patch
@@ -35,10 +35,10 @@ class Entry:
     late: bool = False
     """The host module was imported before the patch was applied."""
     seams: Seams | None = None
+    """What it changed, if it is applied."""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One line of a status."""
 
     id: str
@@ -48,12 +48,12 @@ class Row:
     late: bool
 
 
-@dataclass(frozen=True)
 class Status:
     """A snapshot of the ledger. Truthy when at least one patch is armed, applied or not needed
     and none has failed."""
 
-    rows: tuple[Row, ...]
+    def __init__(self, rows: tuple[Row, ...]):
+        self.rows = rows
 
     def __getitem__(self, patch_id: str) -> Row:
         for row in self.rows:

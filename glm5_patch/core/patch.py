@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
     from .wrapper import Seams
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """A probe's answer: whether the host lacks the thing, and what was seen."""
 
     needed: bool
     reason: str
 
 
-class Patch(ABC):
+class Patch:
     """One change to one seam of one host.
 
     The class attributes are the record that people read; ``needed`` looks at the host's shape and
@@ -42,13 +39,13 @@ class Patch(ABC):
     def seam(self) -> str:
         return f"{self.module}:{self.attribute}"
 
-    @abstractmethod
     def needed(self, module: ModuleType) -> Finding:
         """Probe the imported host module. An exception counts as a failed patch."""
+        raise NotImplementedError
 
-    @abstractmethod
     def apply(self, module: ModuleType, seams: Seams) -> None:
         """Make the change. Whatever was done before an exception is undone by the caller."""
+        raise NotImplementedError
 
     def guards(self, config: Any) -> bool:
         """Whether a model of this configuration is wrong without the patch."""

@@ -8,7 +8,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from glm5_patch.errors import ScheduleError
 from glm5_patch.model.schedule import IndexSchedule
-from glm5_patch.patches.megatron_core.transformer_config import ALIASES, GLM5Fields
+from glm5_patch.model.config_fields import ALIASES, GLM5Fields
 
 BASE = dict(num_layers=8, hidden_size=64, num_attention_heads=4, ffn_hidden_size=64)
 DSA = dict(BASE, experimental_attention_variant="dsa", rope_type="rope")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ...core.host import what_hf_config_spoils
 from ...core.patch import Finding, Patch
-from ...model.hf_config import HFConfig
 
 
 class GlmMoeDsaConfigValues(Patch):
@@ -29,6 +28,8 @@ class GlmMoeDsaConfigValues(Patch):
 def _init(wrapped, instance, args, kwargs):
     if "num_hidden_layers" not in kwargs:
         return wrapped(*args, **kwargs)  # defaults only: transformers builds such configs to compare
+    from ...model.hf_config import HFConfig  # here: `import torch` need not pay for it
+
     raw = HFConfig(kwargs)
     kwargs = dict(kwargs)
     # Every layer is of one type; its name changed between releases, each refusing the other's.
