@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 
-import pytest
-import torch
+# Tiny tensors: threads would only wait for each other, here and in child processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
+import pytest  # noqa: E402
 
 warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|cuda_graph_scope|core_attn is from).*")
 

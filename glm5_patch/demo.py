@@ -163,8 +163,12 @@ def randomize(model: torch.nn.Module) -> None:
 
 
 def _main_job(options, checkpoint: HFCheckpoint, output: Path, report: Report, console) -> None:
-    from .model.build import gpt_model, transformer_config
-    from .model.parity import HF_LATENT_NORM_EPSILON
+    from .model.build import (
+        HF_LATENT_NORM_EPSILON,
+        gpt_model,
+        set_latent_norm_epsilon,
+        transformer_config,
+    )
 
     hf = checkpoint.config
     te = options.impl == "transformer_engine"
@@ -179,9 +183,9 @@ def _main_job(options, checkpoint: HFCheckpoint, output: Path, report: Report, c
         recompute_granularity="full",
         recompute_method="uniform",
         recompute_num_layers=1,
-        mla_latent_norm_epsilon=HF_LATENT_NORM_EPSILON,
     )
     model = gpt_model(hf, config)
+    set_latent_norm_epsilon(model, HF_LATENT_NORM_EPSILON)  # the one thing Hugging Face has alone
     checkpoint.load_into(model)
     console.print(f"megatron: built and loaded, {options.impl} modules on {options.device}")
 

@@ -20,12 +20,13 @@ def extend_dataclass(cls: type, fields: list[dataclasses.Field], seams: Seams) -
     for field in fields:
         seams.add(cls, field.name, field.default)
     for owner in _with_subclasses(cls):
-        if "__dataclass_fields__" not in vars(owner):
-            continue
-        for field in fields:
-            seams.add_item(vars(owner)["__dataclass_fields__"], field.name, field)
-        if "__init__" in vars(owner):
-            seams.replace(owner, "__init__", _accepting(vars(owner)["__init__"], fields))
+        own = vars(owner).get("__dataclass_fields__", {})
+        # A dataclass derived while these fields were there before has made them its own.
+        missing = [field for field in fields if own and field.name not in own]
+        for field in missing:
+            seams.add_item(own, field.name, field)
+        if missing and "__init__" in vars(owner):
+            seams.replace(owner, "__init__", _accepting(vars(owner)["__init__"], missing))
 
 
 def _with_subclasses(cls: type) -> Iterator[type]:

@@ -49,6 +49,7 @@ _PROBE_CONFIG = SimpleNamespace(
     qk_l2_norm=False,
     qk_layernorm=True,
     normalization="RMSNorm",
+    transformer_impl="transformer_engine",
 )
 
 

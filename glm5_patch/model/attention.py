@@ -179,17 +179,8 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
 
     _core_inputs: tuple[Tensor, Tensor] | None = None
 
-    def __init__(self, config, submodules, *args, **kwargs) -> None:
-        super().__init__(config, submodules, *args, **kwargs)
-        if config.mla_latent_norm_epsilon is not None:
-            for name, size in (("q_layernorm", "q_lora_rank"), ("kv_layernorm", "kv_lora_rank")):
-                norm = build_module(
-                    getattr(submodules, name),
-                    config=config,
-                    hidden_size=getattr(config, size),
-                    eps=config.mla_latent_norm_epsilon,
-                )
-                setattr(self, name, norm)
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
         self.register_load_state_dict_pre_hook(_accept_fused_norms)
 
     def get_query_key_value_tensors(self, hidden_states, *args, **kwargs):

@@ -40,3 +40,24 @@ def gpt_model(hf: HFConfig, config, *, pre_process: bool = True, post_process: b
     if not torch.cuda.is_available() or config.use_cpu_initialization:
         return model
     return model.cuda()
+
+
+HF_LATENT_NORM_EPSILON = 1e-6
+"""What ``GlmMoeDsaAttention`` gives its latent norms, whatever ``rms_norm_eps`` says."""
+
+
+def set_latent_norm_epsilon(model: torch.nn.Module, epsilon: float) -> None:
+    """Give the norms of the query and key-value latents an epsilon of their own.
+
+    By default they have ``layernorm_epsilon``, the config.json's ``rms_norm_eps``, as every trainer
+    and serving engine has it. Hugging Face alone has 1e-6 there. The difference is nothing for
+    latents of variance 1 and large for small ones.
+
+    Raises:
+        ValueError: the model has no latent norms.
+    """
+    norms = [m for name, m in model.named_modules() if name.endswith(("q_layernorm", "kv_layernorm"))]
+    if not norms:
+        raise ValueError("the model has no q_layernorm or kv_layernorm")
+    for norm in norms:
+        norm.eps = epsilon

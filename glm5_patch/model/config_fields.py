@@ -23,9 +23,6 @@ class GLM5Fields:
     """Hadamard rotation of the indexer's query and key, as in DeepSeek-V3.2."""
     dsa_indexer_k_norm_epsilon: float | None = 1e-6
     """Epsilon of the indexer's k_norm; None: layernorm_epsilon."""
-    mla_latent_norm_epsilon: float | None = None
-    """Epsilon of the norms of the query and key-value latents; None: layernorm_epsilon, as every
-    trainer and serving engine has it. Hugging Face's model has 1e-6 there, whatever its config."""
     dsa_index_topk_freq: int | None = None
     """Another spelling of dsa_indexer_topk_freq."""
     dsa_index_skip_topk_offset: int | None = None

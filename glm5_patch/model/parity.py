@@ -6,15 +6,12 @@ indexer. Sequences must be longer than ``index_topk``, or every selection is tri
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-
-HF_LATENT_NORM_EPSILON = 1e-6
-"""What ``GlmMoeDsaAttention`` gives its latent norms, whatever ``rms_norm_eps`` says."""
 
 NEAR_TIE = 2e-5
 """Two scores this close, relative to the largest of their row, are equal in fp32 after a few
@@ -27,42 +24,88 @@ class Recording:
 
     topk_indices: dict[int, Tensor] = field(default_factory=dict)
     """Layer number -> int32 [b, s, k], -1 for an empty place."""
-    _indexers: dict[int, tuple] = field(default_factory=dict)
+    _scores: dict[int, Callable[[int], Tensor]] = field(default_factory=dict)
 
     def row_scores(self, layer_number: int, row: int) -> Tensor:
         """Index scores of one query against the keys up to it, fp32 [b, row + 1]."""
-        indexer, inputs = self._indexers[layer_number]
-        return indexer.block_scores(inputs, slice(row, row + 1))[:, 0]
+        return self._scores[layer_number](row)
 
 
 @contextmanager
 def recorded(model: torch.nn.Module) -> Iterator[Recording]:
-    """Record the forwards of a Megatron model that run inside."""
+    """Record the forwards of a Megatron model that run inside, on whichever host."""
     from .attention import CrossLayerDSAttention
 
-    cores = [m for m in model.modules() if isinstance(m, CrossLayerDSAttention)]
+    cores = [m for name, m in model.named_modules() if name.endswith("core_attention")]
     recording = Recording()
-
-    def record_inputs(core):
-        select = core.indexer.select
-
-        def recording_select(inputs, starts):
-            recording._indexers[core.layer_number] = (core.indexer, inputs)
-            return select(inputs, starts)
-
-        core.indexer.select = recording_select
-
-    for core in cores:
-        core.observer = recording.topk_indices.__setitem__
-        if core.indexer is not None:
-            record_inputs(core)
-    try:
-        yield recording
-    finally:
+    with ExitStack() as undo:
         for core in cores:
-            del core.observer
-            if core.indexer is not None:
-                del core.indexer.select
+            if isinstance(core, CrossLayerDSAttention):
+                _record_ours(core, recording, undo)
+        if any(not isinstance(core, CrossLayerDSAttention) for core in cores):
+            _record_hosts(cores, recording, undo)
+        yield recording
+
+
+def _record_ours(core, recording: Recording, undo: ExitStack) -> None:
+    core.observer = recording.topk_indices.__setitem__
+    undo.callback(delattr, core, "observer")
+    if core.indexer is None:
+        return
+    select = core.indexer.select
+
+    def recording_select(inputs, starts):
+        recording._scores[core.layer_number] = lambda row: core.indexer.block_scores(
+            inputs, slice(row, row + 1)
+        )[:, 0]
+        return select(inputs, starts)
+
+    core.indexer.select = recording_select
+    undo.callback(delattr, core.indexer, "select")
+
+
+def _record_hosts(cores, recording: Recording, undo: ExitStack) -> None:
+    """The host's own ``DSAttention`` (megatron-core 0.19): every layer, computing or not, hands its
+    top-k to one function of its module."""
+    from megatron.core.transformer.experimental_attention_variant import dsa
+
+    running: list[int] = []
+    run_sparse_attention = dsa._run_sparse_attention
+
+    def recording_run(*args, topk_indices, **kwargs):
+        queries = torch.arange(topk_indices.shape[1], device=topk_indices.device)
+        visible = topk_indices.int()
+        recording.topk_indices[running[-1]] = visible.masked_fill(
+            visible > queries[None, :, None], -1
+        )
+        return run_sparse_attention(*args, topk_indices=topk_indices, **kwargs)
+
+    dsa._run_sparse_attention = recording_run
+    undo.callback(setattr, dsa, "_run_sparse_attention", run_sparse_attention)
+    for core in cores:
+        enter = core.register_forward_pre_hook(lambda m, *_: running.append(m.layer_number))
+        leave = core.register_forward_hook(lambda *_: running.pop() and None)
+        undo.callback(enter.remove)
+        undo.callback(leave.remove)
+        if core.indexer is not None:
+            _record_host_scores(core, recording, undo)
+
+
+def _record_host_scores(core, recording: Recording, undo: ExitStack) -> None:
+    before_topk = core.indexer.forward_before_topk
+
+    def recording_before_topk(*args, **kwargs):
+        q, k, weights = before_topk(*args, **kwargs)
+
+        def row_scores(row: int) -> Tensor:
+            per_head = torch.einsum("bhd,tbd->bht", q[row].float(), k[: row + 1].float()).relu()
+            return torch.einsum("bh,bht->bt", weights[row].float(), per_head)
+
+        recording._scores[core.layer_number] = row_scores
+        return q, k, weights
+
+    core.indexer.forward_before_topk = recording_before_topk
+    undo.callback(delattr, core.indexer, "forward_before_topk")
 
 
 @contextmanager
@@ -131,7 +174,7 @@ def _other_selection(ours: Tensor, theirs: Tensor) -> Tensor:
 
 
 def _is_near_tie(ours: Recording, theirs, number: int, b: int, row: int) -> bool:
-    if number not in ours._indexers:
+    if number not in ours._scores:
         return False  # a skip layer differs only if its source did
     mine = set(ours.topk_indices[number][b, row].tolist())
     others = set(theirs[number][b, row].tolist())

@@ -7,11 +7,9 @@ import dataclasses
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
 from .attention import CrossLayerDSAttention, CrossLayerMLASelfAttention
 from .indexer import LightningIndexer
-from .local import DuplicatedLinear
 
 
 def glm5_attention_spec(host_spec: ModuleSpec, config, backend) -> ModuleSpec:
@@ -29,8 +27,6 @@ def glm5_attention_spec(host_spec: ModuleSpec, config, backend) -> ModuleSpec:
     indexer = host.core_attention.submodules.indexer
     submodules = dataclasses.replace(
         host,
-        linear_q_down_proj=_down_projection(host.linear_q_down_proj),
-        linear_kv_down_proj=_down_projection(host.linear_kv_down_proj),
         linear_q_up_proj=backend.column_parallel_linear(),
         linear_kv_up_proj=backend.column_parallel_linear(),
         q_layernorm=latent_norm,
@@ -51,7 +47,3 @@ def glm5_attention_spec(host_spec: ModuleSpec, config, backend) -> ModuleSpec:
         metainfo={**host_spec.metainfo, "fuse_input_layernorm": False},
     )
 
-
-def _down_projection(linear: type) -> type:
-    # MLASelfAttention takes a fixed list of classes there; of the local ones it is this one.
-    return ColumnParallelLinear if linear is DuplicatedLinear else linear

@@ -6,6 +6,7 @@ import pickle
 import pytest
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+import glm5_patch
 from glm5_patch.errors import ScheduleError
 from glm5_patch.model.schedule import IndexSchedule
 from glm5_patch.model.config_fields import ALIASES, GLM5Fields
@@ -48,7 +49,6 @@ def test_the_values_survive(through):
         dsa_indexer_types=["full"] * 4 + ["shared"] * 4,
         dsa_indexer_rope_interleaved=False,
         dsa_indexer_k_norm_epsilon=None,
-        mla_latent_norm_epsilon=1e-6,
     )
     config = through(MLATransformerConfig(**DSA, **values))
     assert {name: getattr(config, name) for name in values} == values
@@ -93,3 +93,10 @@ def test_bad_values_are_named(fields, says):
 
 def test_other_models_are_not_validated():
     MLATransformerConfig(**BASE, dsa_indexer_types="SF")
+
+
+def test_a_class_derived_while_patched_survives_disable_and_enable():
+    glm5_patch.disable()
+    glm5_patch.enable()
+    assert glm5_patch.status()["config_fields"].state == "applied"
+    assert DerivedLater(**DSA, dsa_index_topk_freq=4).dsa_indexer_topk_freq == 4

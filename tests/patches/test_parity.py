@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from glm5_patch.demo import forward
-from glm5_patch.model.checkpoint import _pieces
+from glm5_patch.model.build import HF_LATENT_NORM_EPSILON, set_latent_norm_epsilon
+from glm5_patch.model.checkpoint import HFCheckpoint, _pieces
 from glm5_patch.model.parity import compare_topk, kept_share, recorded, recorded_hf
 from tests.tiny import (
     hf_config,
@@ -15,7 +16,6 @@ from tests.tiny import (
     saved,
     tokens,
 )
-from glm5_patch.model.checkpoint import HFCheckpoint
 
 # One sequence length and index_topk for each seed.
 SIZES = {0: (64, 8), 1: (128, 16), 2: (256, 32), 3: (512, 64), 4: (192, 8)}
@@ -104,7 +104,9 @@ def test_latent_norm_epsilon_is_where_hugging_face_stands_alone(world, tmp_path)
     ids = tokens(0, 1, 48)
     expected = theirs(ids, use_cache=False).logits
     by_default = forward(megatron_model(checkpoint), ids)
-    with_knob = forward(megatron_model(checkpoint, mla_latent_norm_epsilon=1e-6), ids)
+    model = megatron_model(checkpoint)
+    set_latent_norm_epsilon(model, HF_LATENT_NORM_EPSILON)
+    with_knob = forward(model, ids)
     assert (with_knob - expected).abs().max() < 2e-5
     assert (by_default - expected).abs().max() > 1e-3
 

@@ -23,6 +23,8 @@ class IndexShareCarrier(Patch):
 
 
 def _carrier(wrapped, instance, args, kwargs):
-    from ...model.topk_carrier import require_carrier
+    from ...model.topk_carrier import TopkCarrier, current_carrier
 
-    return require_carrier(instance.layer_number, instance.source_layer)
+    # Outside a block (a layer of multi-token prediction) nothing may be shared.
+    carrier = current_carrier()
+    return TopkCarrier() if carrier is None else carrier

@@ -20,6 +20,7 @@ class LocalBackend(Patch):
 
     def apply(self, module, seams) -> None:
         seams.wrap(module, self.attribute, _backend)
+        seams.wrap(module, "get_dsa_module_spec_for_backend", _dsa_spec)
 
     def guards(self, config) -> bool:
         return config.transformer_impl == "local"
@@ -32,3 +33,15 @@ def _backend(wrapped, instance, args, kwargs):
     from ...model.local import LocalDSASpecProvider  # imports torch and the host
 
     return LocalDSASpecProvider()
+
+
+def _dsa_spec(wrapped, instance, args, kwargs):
+    """The host's own spec, with down projections of a class that its MLA accepts."""
+    spec = wrapped(*args, **kwargs)
+    config = kwargs["config"] if "config" in kwargs else args[0]
+    if config.transformer_impl == "local":
+        from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
+        spec.submodules.linear_q_down_proj = ColumnParallelLinear
+        spec.submodules.linear_kv_down_proj = ColumnParallelLinear
+    return spec
