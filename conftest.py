@@ -20,3 +20,15 @@ def world():
 
     with single_process("cpu"):
         yield
+
+
+@pytest.fixture(scope="session")
+def our_core(world):
+    """For tests of ``CrossLayerDSAttention`` itself, which steps back for a right host's own."""
+    import glm5_patch
+
+    row = glm5_patch.status()["dsa_spec"]
+    if row.state == "not_needed":
+        import megatron.core
+
+        pytest.skip(f"megatron-core {megatron.core.__version__} uses its own: {row.reason}")

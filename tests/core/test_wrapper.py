@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import inspect
+import os
 import pickle
 import subprocess
 import sys
@@ -14,21 +15,25 @@ from megatron.core.models.gpt import experimental_attention_variant_module_specs
 from glm5_patch.core.wrapper import Seams, host_wrapper
 
 NAME = "get_transformer_block_with_experimental_attention_variant_spec"
-WRAPPED = getattr(specs, NAME)
 
 
 @dataclasses.dataclass
 class Provider:
     """Holds the block-spec function as Megatron-Bridge's providers do."""
 
-    transformer_layer_spec: object = WRAPPED
+    transformer_layer_spec: object
 
 
-def test_it_is_the_hosts_function_by_name():
-    assert isinstance(WRAPPED, types.FunctionType)
-    assert (WRAPPED.__module__, WRAPPED.__qualname__) == (specs.__name__, NAME)
-    assert inspect.unwrap(WRAPPED) is not WRAPPED
-    assert inspect.unwrap(WRAPPED).__code__.co_filename == specs.__file__
+@pytest.fixture
+def wrapped():
+    return getattr(specs, NAME)
+
+
+def test_it_is_the_hosts_function_by_name(wrapped):
+    assert isinstance(wrapped, types.FunctionType)
+    assert (wrapped.__module__, wrapped.__qualname__) == (specs.__name__, NAME)
+    assert inspect.unwrap(wrapped) is not wrapped
+    assert inspect.unwrap(wrapped).__code__.co_filename == specs.__file__
 
 
 @pytest.mark.parametrize(
@@ -43,17 +48,17 @@ def test_it_is_the_hosts_function_by_name():
     ],
     ids=["copy", "deepcopy", "pickle", "cloudpickle", "deepcopied provider", "asdict"],
 )
-def test_it_survives_as_itself(through):
-    assert through(WRAPPED) is WRAPPED
+def test_it_survives_as_itself(through, wrapped):
+    assert through(wrapped) is wrapped
 
 
-def test_no_name_of_this_package_is_written():
-    for data in (pickle.dumps(WRAPPED), cloudpickle.dumps(WRAPPED)):
+def test_no_name_of_this_package_is_written(wrapped):
+    for data in (pickle.dumps(wrapped), cloudpickle.dumps(wrapped)):
         assert b"glm5_patch" not in data
         assert NAME.encode() in data
 
 
-def test_yaml_writes_the_hosts_name():
+def test_yaml_writes_the_hosts_name(wrapped):
     """As Megatron-Bridge does: a representer for the exact type of functions."""
 
     class Dumper(yaml.SafeDumper):
@@ -63,18 +68,18 @@ def test_yaml_writes_the_hosts_name():
         types.FunctionType,
         lambda dumper, f: dumper.represent_str(f"{f.__module__}.{f.__qualname__}"),
     )
-    assert yaml.dump({"spec": WRAPPED}, Dumper=Dumper, width=999) == (
+    assert yaml.dump({"spec": wrapped}, Dumper=Dumper, width=999) == (
         f"spec: {specs.__name__}.{NAME}\n"
     )
 
 
-def test_a_pickle_loads_where_the_plugin_is_off():
+def test_a_pickle_loads_where_the_plugin_is_off(wrapped):
     code = "import pickle, sys; f = pickle.load(sys.stdin.buffer); print(f.__code__.co_filename)"
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
-        input=pickle.dumps(WRAPPED),
+        input=pickle.dumps(wrapped),
         capture_output=True,
-        env={"GLM5_PATCH": "0", "PATH": ""},
+        env={**os.environ, "GLM5_PATCH": "0"},
         check=True,
     )
     assert result.stdout.decode().strip() == specs.__file__

@@ -25,7 +25,7 @@ def reference(inputs, query, key, mask, index_scale):
 
 
 @pytest.fixture(scope="module")
-def indexer(world, tmp_path_factory):
+def indexer(world, our_core, tmp_path_factory):
     model = megatron_model(saved(tmp_path_factory.mktemp("loss") / "hf"))
     return model.decoder.layers[0].self_attention.core_attention.indexer
 

@@ -11,7 +11,9 @@ from glm5_patch.errors import ScheduleError
 from glm5_patch.model.schedule import IndexSchedule
 from glm5_patch.model.config_fields import ALIASES, GLM5Fields
 
-BASE = dict(num_layers=8, hidden_size=64, num_attention_heads=4, ffn_hidden_size=64)
+BASE = dict(
+    num_layers=8, hidden_size=64, num_attention_heads=4, ffn_hidden_size=64, add_bias_linear=False
+)
 DSA = dict(BASE, experimental_attention_variant="dsa", rope_type="rope")
 NAMES = [field.name for field in dataclasses.fields(GLM5Fields)]
 
@@ -60,11 +62,12 @@ def test_replace_can_change_them():
     assert dataclasses.replace(config, dsa_indexer_topk_freq=2).dsa_indexer_topk_freq == 2
 
 
-def test_defaults_are_glm_5s():
+def test_a_field_that_the_host_lacks_defaults_to_glm_5s_value_and_others_to_the_hosts():
+    host = inspect.signature(inspect.unwrap(TransformerConfig.__init__)).parameters
     config = MLATransformerConfig(**DSA)
-    assert config.dsa_indexer_rope_interleaved is True
-    assert config.dsa_indexer_rotate_activation is False
-    assert config.dsa_indexer_k_norm_epsilon == 1e-6
+    for field in dataclasses.fields(GLM5Fields):
+        expected = host[field.name].default if field.name in host else field.default
+        assert getattr(config, field.name) == expected
     assert not IndexSchedule.from_megatron(config).shares
 
 

@@ -6,6 +6,7 @@ import torch
 from glm5_patch.demo import forward
 from glm5_patch.model.build import HF_LATENT_NORM_EPSILON, set_latent_norm_epsilon
 from glm5_patch.model.checkpoint import HFCheckpoint, _pieces
+from glm5_patch.model.schedule import IndexSchedule
 from glm5_patch.model.parity import compare_topk, kept_share, recorded, recorded_hf
 from tests.tiny import (
     hf_config,
@@ -42,9 +43,9 @@ def test_topk_logits_and_gradients_equal_hugging_face(world, tmp_path, seed, fla
     if topk.near_ties:
         # Tokens behind a near tie see other keys: their gradients can't be compared.
         ids = ids[topk.intact.all(-1)]
-        logits, expected = forward(ours, ids), theirs(ids, use_cache=False).logits
         if not len(ids):
             return
+        logits, expected = forward(ours, ids), theirs(ids, use_cache=False).logits
     loss_of(logits, ids).backward()
     loss_of(expected, ids).backward()
     references = dict(theirs.named_parameters())
@@ -70,7 +71,7 @@ def _expert_gradients(name, parameter, references):
     return ours, reference
 
 
-def test_short_rows_select_exactly_what_they_see(world, tmp_path):
+def test_short_rows_select_exactly_what_they_see(world, our_core, tmp_path):
     model = megatron_model(saved(tmp_path / "hf", index_topk=16))
     with torch.no_grad(), recorded(model) as found:
         forward(model, tokens(0, 2, 48))
@@ -86,11 +87,28 @@ def test_skip_layers_have_no_indexer_and_use_their_sources_topk(world, tmp_path)
     model = megatron_model(saved(tmp_path / "hf"))
     with torch.no_grad(), recorded(model) as found:
         forward(model, tokens(0, 1, 40))
+    schedule = IndexSchedule.from_megatron(model.config)
     for layer in model.decoder.layers:
-        core = layer.self_attention.core_attention
-        has_indexer = layer.layer_number in (1, 2, 3, 7)
-        assert any(".indexer." in name for name, _ in layer.named_parameters()) == has_indexer
-        assert found.topk_indices[layer.layer_number] is found.topk_indices[core.source]
+        number = layer.layer_number
+        has_indexer = any(".indexer." in name for name, _ in layer.named_parameters())
+        assert has_indexer == (number in (1, 2, 3, 7))
+        source = schedule.source(number)
+        assert torch.equal(found.topk_indices[number], found.topk_indices[source])
+
+
+@pytest.mark.parametrize("pattern", ["FSFSSFFS", "FFSSSSSS", "FSSSSSSF"])
+def test_any_pattern_equals_hugging_face(world, tmp_path, pattern):
+    kinds = ["full" if letter == "F" else "shared" for letter in pattern]
+    theirs = hf_model(hf_config(indexer_types=kinds), 1)
+    theirs.save_pretrained(tmp_path / "hf")
+    ours = megatron_model(HFCheckpoint(tmp_path / "hf"))
+    ids = tokens(1, 2, 64)
+    with torch.no_grad(), recorded(ours) as found, recorded_hf(theirs) as expected:
+        logits, reference = forward(ours, ids), theirs(ids, use_cache=False).logits
+    topk = compare_topk(found, expected)
+    assert topk.differing == 0
+    assert topk.near_ties <= 1
+    assert (logits - reference)[topk.intact].abs().max() <= 2e-5
 
 
 def test_latent_norm_epsilon_is_where_hugging_face_stands_alone(world, tmp_path):
@@ -127,7 +145,7 @@ def test_a_wrong_setting_shows(world, tmp_path, setting, value):
     assert kept_share(found.topk_indices[1], expected[1]) < 0.999
 
 
-def test_host_checkpoints_with_fused_latent_norms_load(world, tmp_path):
+def test_host_checkpoints_with_fused_latent_norms_load(world, our_core, tmp_path):
     model = megatron_model(saved(tmp_path / "hf"))
     fused = {}
     for name, tensor in model.state_dict().items():

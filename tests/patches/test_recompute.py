@@ -89,7 +89,7 @@ def test_gradients_equal_those_without_recompute(checkpoint, mode, layout, coeff
         assert_equal(again, plain)
 
 
-def test_a_pack_equals_its_documents_one_by_one(checkpoint, lower_position_first):
+def test_a_pack_equals_its_documents_one_by_one(our_core, checkpoint, lower_position_first):
     model = megatron_model(checkpoint).eval()
     lengths = [1, 20, 39, 12]
     ids = tokens(3, 1, sum(lengths))
@@ -99,7 +99,7 @@ def test_a_pack_equals_its_documents_one_by_one(checkpoint, lower_position_first
     assert (whole - torch.cat(parts, dim=1)).abs().max() < 2e-5
 
 
-def test_a_recompute_selects_nothing_again(checkpoint, monkeypatch):
+def test_a_recompute_selects_nothing_again(our_core, checkpoint, monkeypatch):
     from glm5_patch.model.indexer import LightningIndexer
 
     calls = []

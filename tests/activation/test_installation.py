@@ -1,0 +1,88 @@
+"""A wheel on a path of its own, an editable install, and what uninstalling leaves."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SPECS = "megatron.core.models.gpt.experimental_attention_variant_module_specs"
+CODE = f"import torch, {SPECS}, glm5_patch; print(glm5_patch.__file__); print(glm5_patch.status())"
+
+
+def run(*command, **env):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("GLM5", "PYTHONPATH"))}
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=os.sep,  # not the source tree, which `-c` would import from
+        env={**environment, **env},
+    ).stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(ROOT))
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {
+        "glm5_patch", f"{wheel.name.split('-py3')[0]}.dist-info"
+    }
+    assert "glm5_patch/py.typed" in names
+    assert not any(name.endswith(".pth") for name in names)
+    metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("METADATA")))
+    plain = [x for x in metadata.decode().splitlines()
+             if x.startswith("Requires-Dist") and "extra ==" not in x]
+    assert sorted(x.split()[1].split("<")[0].split(">")[0] for x in plain) == [
+        "importlib-metadata", "wrapt"
+    ]
+
+
+@pytest.fixture(params=["wheel", "editable", "target"])
+def installed(request, wheel, tmp_path):
+    """An environment that borrows torch and the hosts from this one, with the package installed
+    its own way: (how, interpreter, variables)."""
+    import torch
+
+    venv = tmp_path / "venv"
+    run(sys.executable, "-m", "venv", "--without-pip", str(venv))
+    python = str(venv / "bin" / "python")
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip())
+    # Everything of this environment but this package.
+    lender = Path(torch.__file__).parents[1]
+    for entry in lender.iterdir():
+        if "glm5_patch" not in entry.name and entry.suffix != ".pth":
+            (site / entry.name).symlink_to(entry)
+    host_folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    (site / "hosts.pth").write_text("\n".join(filter(None, host_folders)))
+    pip = [sys.executable, "-m", "pip", "--python", python]
+    variables = {}
+    if request.param == "target":
+        variables["PYTHONPATH"] = str(tmp_path / "target")
+        run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target",
+            variables["PYTHONPATH"], str(wheel))
+    else:
+        source = [str(wheel)] if request.param == "wheel" else ["-e", str(ROOT)]
+        run(*pip, "install", "-q", "--no-deps", *source)
+    return request.param, python, variables, site
+
+
+def test_it_activates_and_uninstalling_leaves_nothing(installed):
+    how, python, variables, site = installed
+    where, *status = run(python, "-W", "ignore", "-c", CODE, **variables).splitlines()
+    assert (Path(where).parents[1] == ROOT) == (how == "editable")
+    assert any(line.split()[:2] == ["gate", "applied"] for line in status)
+    if how != "target":
+        run(sys.executable, "-m", "pip", "--python", python, "uninstall", "-q", "-y", "glm5-patch")
+        assert not [entry.name for entry in site.iterdir() if "glm5" in entry.name]
+        assert not (site.parents[2] / "bin" / "glm5-patch").exists()
