@@ -63,6 +63,7 @@ def require(ids: Iterable[str] = ()) -> None:
         raise GLM5PatchError(
             "no host of glm5-patch is installed here: install megatron-core or transformers"
         )
+    _refuse_half_a_host(wanted, present)
     raise_unless_in_place(present)
 
 
@@ -118,6 +119,17 @@ def _import_host(name: str) -> bool:
         return False
     importlib.import_module(name)
     return True
+
+
+def _refuse_half_a_host(wanted: list[Patch], present: list[Patch]) -> None:
+    """A host that has some of the modules and not all is older than what it would have to be."""
+    hosts = {patch.module.partition(".")[0] for patch in present}
+    for patch in wanted:
+        if patch not in present and patch.module.partition(".")[0] in hosts:
+            raise GLM5PatchError(
+                f"the host installed here has no module {patch.module}, so it can't build a GLM-5 "
+                f"model: use megatron-core 0.16.0 or later"
+            )
 
 
 def _arm(name: str) -> None:

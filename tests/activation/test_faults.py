@@ -85,3 +85,14 @@ def test_require_names_a_failed_patch():
     )
     out = python(code).stdout
     assert "patch 'topk_carrier' is not in place" in out and "no patch is called" in out
+
+
+def test_require_refuses_a_host_that_lacks_a_module():
+    code = (
+        "import glm5_patch.patches as table\n"
+        "type(table.PATCHES[-2]).module = 'megatron.core.not_there'\n"
+        "import glm5_patch\n"
+        "try: glm5_patch.require()\n"
+        "except glm5_patch.errors.GLM5PatchError as error: print(error)\n"
+    )
+    assert "has no module megatron.core.not_there" in python(code).stdout
