@@ -55,6 +55,16 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", metavar="DIR", help="keep the trained checkpoint here")
     demo.add_argument("--json", action="store_true", help="print JSON")
     demo.set_defaults(run=_demo)
+
+    plan = commands.add_parser("plan", help="valid pipeline splits of a checkpoint, best first")
+    plan.add_argument("--config", required=True, metavar="PATH", help="config.json or its directory")
+    plan.add_argument("--pp", type=_positive, required=True, help="pipeline parallel size")
+    plan.add_argument("--vpp", type=_positive, default=1, help="virtual stages of each rank (1)")
+    plan.add_argument("--mtp", action="store_true", help="with the multi-token-prediction layer")
+    plan.add_argument("--seq-length", type=_positive, default=32768, help="for the estimate (32768)")
+    plan.add_argument("--top", type=_positive, default=5, help="how many plans (5)")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.set_defaults(run=_plan)
     return parser
 
 
@@ -103,4 +113,10 @@ def _demo(options: argparse.Namespace) -> int:
         raise GLM5PatchError(
             f"the demo needs {error.name}: pip install 'glm5-patch[demo]'"
         ) from error
+    return run(options)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from .plan import run
+
     return run(options)

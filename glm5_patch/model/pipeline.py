@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ..errors import PipelineSplitError
 from .schedule import IndexSchedule
@@ -35,44 +38,119 @@ def check_split(
             )
 
 
-def nearest_split(schedule: IndexSchedule, sizes: Sequence[int]) -> list[int] | None:
-    """The valid split into ``len(sizes)`` non-empty chunks that keeps the pipeline balanced.
+@dataclass(frozen=True)
+class Split:
+    """One valid way to cut the layers into pipeline chunks."""
 
-    A split whose middle chunks are equal, as ``num_layers_in_first_pipeline_stage`` and
-    ``num_layers_in_last_pipeline_stage`` can say it, wins a tie; then the one that moves the
-    fewest layers away from ``sizes``. None where the schedule has too few computing layers.
+    sizes: tuple[int, ...]
+    """Layers of each chunk, in the order of the forward pass: rank 0 to the last, then the next
+    virtual stage."""
+    times: tuple[float, ...]
+    """Estimated time of each chunk, in the unit of the costs."""
+
+    @property
+    def bottleneck(self) -> float:
+        """Time of the slowest chunk, which the whole pipeline waits for."""
+        return max(self.times)
+
+
+def best_splits(
+    schedule: IndexSchedule,
+    chunks: int,
+    costs: Sequence[float] | None = None,
+    *,
+    before: float = 0.0,
+    after: float = 0.0,
+    count: int = 1,
+) -> list[Split]:
+    """The best valid splits, exactly: by the slowest chunk, then by how even the others are.
+
+    Chunks stay empty only where there are more of them than computing layers.
+
+    Args:
+        schedule: the model's index schedule.
+        chunks: pipeline size times virtual stages.
+        costs: time of each layer; 1 each by default.
+        before: time of the embedding, on the first chunk.
+        after: time of the output layer (and multi-token prediction), on the last chunk.
+        count: how many splits to return at most.
     """
-    stages, total = len(sizes), schedule.num_layers
-    starts = {n - 1 for n in schedule.computing_layers} | {total}
-    # best[end] = (largest chunk, moved layers, sizes) over the splits of the first `end` layers.
-    best: dict[int, tuple[int, int, list[int]]] = {0: (0, 0, [])}
-    for stage in range(stages):
-        grown: dict[int, tuple[int, int, list[int]]] = {}
-        for begin, (largest, moved, split) in best.items():
-            for end in starts:
-                size = end - begin
-                if size < 1 or (end == total) != (stage == stages - 1):
-                    continue
-                option = (max(largest, size), moved + abs(size - sizes[stage]), split + [size])
-                if end not in grown or option < grown[end]:
-                    grown[end] = option
-        best = grown
-    if total not in best:
-        return None
-    largest, _, split = best[total]
-    simple = _equal_middles(starts, total, stages)
-    return simple if simple and max(simple) <= largest else split
+    costs = [1.0] * schedule.num_layers if costs is None else costs
+    until = [0.0, *itertools.accumulate(costs)]
+    starts = [n - 1 for n in schedule.computing_layers]
+    ends = [*starts[1:], schedule.num_layers]
+    empty = chunks > len(starts)
+
+    def time_of(chunk: int, begin: int, end: int) -> float:
+        # The same sum wherever a chunk is timed: bounds are compared for equality.
+        extra = before * (chunk == 0) + after * (chunk == chunks - 1)
+        return until[end] - until[begin] + extra
+
+    bounds = {
+        time_of(chunk, begin, end)
+        for chunk in {0, 1, chunks - 1}
+        for begin in starts
+        for end in ends
+        if begin < end and chunk < chunks
+    }
+    found: list[Split] = []
+    for bound in sorted(bounds):
+        # Those found under a lower bound come back, and must not crowd out the new ones.
+        wanted = count + len(found)
+        for sizes in _evenest(starts, ends, chunks, bound, time_of, empty, wanted):
+            cuts = [0, *itertools.accumulate(sizes)]
+            times = tuple(time_of(i, *cut) for i, cut in enumerate(itertools.pairwise(cuts)))
+            if max(times) == bound:
+                found.append(Split(sizes, times))
+        if len(found) >= count:
+            break
+    return found[:count]
 
 
-def _equal_middles(starts: set[int], total: int, stages: int) -> list[int] | None:
-    """The most balanced valid split of the form first, middle, ..., middle, last."""
-    if stages < 2:
+def _evenest(starts, ends, chunks, bound, time_of, empty, count) -> list[tuple[int, ...]]:
+    """The splits without a chunk above ``bound``, by their sum of squared times.
+
+    Dynamic programming over (chunk, first layer not yet placed), keeping the best few of each.
+    """
+    total = ends[-1]
+    best: dict[int, list[tuple[float, tuple[int, ...]]]] = {0: [(0.0, ())]}
+    for chunk in range(chunks):
+        grown: dict[int, list[tuple[float, tuple[int, ...]]]] = {}
+        for begin, partial in best.items():
+            for end in [begin] * empty + [end for end in ends if end > begin]:
+                time = time_of(chunk, begin, end)
+                if time > bound:
+                    break
+                grown.setdefault(end, []).extend(
+                    (squares + time * time, (*sizes, end - begin)) for squares, sizes in partial
+                )
+        best = {end: heapq.nsmallest(count, options) for end, options in grown.items()}
+    return [sizes for _, sizes in best.get(total, [])]
+
+
+def nearest_split(schedule: IndexSchedule, sizes: Sequence[int]) -> list[int] | None:
+    """A valid split into as many non-empty chunks as ``sizes`` has, as even as can be.
+
+    One whose middle chunks are equal, as a user can say it with two numbers, wins a tie. None where
+    the schedule has too few computing layers.
+    """
+    if len(sizes) > len(schedule.computing_layers):
         return None
+    # Under a bound of layers the equal-middled splits need not be among the evenest few.
+    simple = equal_middle_split(schedule, len(sizes))
+    (best,) = best_splits(schedule, len(sizes))
+    return simple if simple and max(simple) <= best.bottleneck else list(best.sizes)
+
+
+def equal_middle_split(schedule: IndexSchedule, stages: int) -> list[int] | None:
+    """The most balanced valid split of the form first, middle, ..., middle, last, which
+    ``num_layers_in_first_pipeline_stage`` and ``num_layers_in_last_pipeline_stage`` can say."""
+    starts, total = {n - 1 for n in schedule.computing_layers}, schedule.num_layers
     candidates = []
-    for first in starts - {0, total}:
+    for first in starts - {0}:
         for middle in range(1, total) if stages > 2 else (0,):
             cuts = [first + i * middle for i in range(stages - 1)]
-            last = total - cuts[-1]
+            last = total - cuts[-1] if cuts else 0
             if last >= 1 and starts.issuperset(cuts):
                 split = [first] + [middle] * (stages - 2) + [last]
                 # The last stage also has the output layer: of two equal splits, the lighter last.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -83,12 +84,18 @@ class IndexSchedule:
         for field in ("indexer_types", "index_topk_pattern"):
             if config.get(field) is not None:
                 return cls.from_types(config[field], num_layers, field)
-        offset = config.get("index_skip_topk_offset")
-        return cls.from_freq(
-            num_layers,
-            config.get("index_topk_freq") or 1,
-            HF_DEFAULT_OFFSET if offset is None else offset,
-        )
+        freq, offset = config.get("index_topk_freq") or 1, config.get("index_skip_topk_offset")
+        if offset is not None:
+            return cls.from_freq(num_layers, freq, offset)
+        schedule = cls.from_freq(num_layers, freq, HF_DEFAULT_OFFSET)
+        if schedule != cls.from_freq(num_layers, freq, MEGATRON_DEFAULT_OFFSET):
+            warnings.warn(
+                f"index_topk_freq={freq} without index_skip_topk_offset: Hugging Face's default of "
+                f"{HF_DEFAULT_OFFSET} is taken; the same numbers in a Megatron configuration mean "
+                f"other layers (its default is {MEGATRON_DEFAULT_OFFSET}). Set the offset.",
+                stacklevel=2,
+            )
+        return schedule
 
     @classmethod
     def from_megatron(cls, config: Any) -> IndexSchedule:

@@ -4,7 +4,12 @@ import random
 import pytest
 
 from glm5_patch.errors import PipelineSplitError
-from glm5_patch.model.pipeline import check_split, nearest_split
+from glm5_patch.model.pipeline import (
+    best_splits,
+    check_split,
+    equal_middle_split,
+    nearest_split,
+)
 from glm5_patch.model.schedule import IndexSchedule
 
 GLM_5_2 = IndexSchedule.from_freq(78, 4, 3)
@@ -77,3 +82,50 @@ def test_nearest_split_is_valid_and_as_balanced_as_any(seed):
         if good:
             assert found in good
             assert max(found) == min(max(split) for split in good)
+
+
+def rank(times):
+    return round(max(times), 6), round(sum(t * t for t in times), 6)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_best_splits_are_the_best_of_all_in_order(seed):
+    rng = random.Random(seed)
+    layers = rng.randint(4, 12)
+    types = "F" + "".join(rng.choice("FS") for _ in range(layers - 1))
+    schedule = IndexSchedule.from_types(types, layers)
+    costs = [rng.choice([1.0, 2.0, 3.5]) for _ in range(layers)]
+    before, after = rng.choice([0.0, 0.5]), rng.choice([0.0, 2.0])
+    for chunks in range(1, len(schedule.computing_layers) + 1):
+        ranked = []
+        for cuts in itertools.combinations(range(1, layers), chunks - 1):
+            sizes = [b - a for a, b in itertools.pairwise((0, *cuts, layers))]
+            if valid(schedule, sizes):
+                ends = [0, *itertools.accumulate(sizes)]
+                times = [sum(costs[a:b]) for a, b in itertools.pairwise(ends)]
+                times[0] += before
+                times[-1] += after
+                ranked.append(rank(times))
+        found = best_splits(schedule, chunks, costs, before=before, after=after, count=5)
+        assert [rank(split.times) for split in found] == sorted(ranked)[:5]
+        assert all(valid(schedule, split.sizes) for split in found)
+
+
+@pytest.mark.parametrize("chunks", [22, 26, 104])
+def test_more_chunks_than_computing_layers_leave_some_empty(chunks):
+    (split,) = best_splits(GLM_5_2, chunks)
+    assert len(split.sizes) == chunks and sum(split.sizes) == 78
+    assert split.bottleneck == 4
+    check(GLM_5_2, split.sizes)
+
+
+@pytest.mark.parametrize("stages", KNOWN)
+def test_no_known_split_is_faster_than_the_ones_found(stages):
+    first, middle, last = KNOWN[stages]
+    known = [first, *[middle] * (stages - 2), last]
+    found = equal_middle_split(GLM_5_2, stages)
+    check(GLM_5_2, found)
+    # For 8 stages 2,12,...,12,4 beats 14,8,...,8,16; everywhere else they are the same.
+    assert max(found) < max(known) if stages == 8 else found == known
+    (best,) = best_splits(GLM_5_2, stages)
+    assert best.bottleneck <= max(found)

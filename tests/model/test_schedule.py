@@ -34,6 +34,7 @@ def test_glm_5_1_shares_nothing():
     assert not HFConfig(published("glm-5.1.json")).schedule.shares
 
 
+@pytest.mark.filterwarnings("ignore:index_topk_freq")
 @pytest.mark.parametrize("freq", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("offset", [None, 1, 2, 3, 5, 30])
 @pytest.mark.parametrize("layers", [1, 2, 8, 23])
@@ -55,7 +56,8 @@ def test_list_beats_pattern_beats_frequency():
 
 
 def test_the_same_numbers_without_offset_differ_between_hugging_face_and_megatron():
-    hf = IndexSchedule.from_hf({"num_hidden_layers": 8, "index_topk_freq": 4})
+    with pytest.warns(UserWarning, match="mean other layers.*Set the offset"):
+        hf = IndexSchedule.from_hf({"num_hidden_layers": 8, "index_topk_freq": 4})
     megatron = IndexSchedule.from_megatron(SimpleNamespace(num_layers=8, dsa_indexer_topk_freq=4))
     assert hf.computing_layers == (1, 2, 6)
     assert megatron.computing_layers == (1, 5)

@@ -1,5 +1,7 @@
 """The patched host against Hugging Face's own model: selections, logits, gradients."""
 
+import random
+
 import pytest
 import torch
 
@@ -109,6 +111,23 @@ def test_any_pattern_equals_hugging_face(world, tmp_path, pattern):
     assert topk.differing == 0
     assert topk.near_ties <= 1
     assert (logits - reference)[topk.intact].abs().max() <= 2e-5
+
+
+def test_a_pattern_of_78_layers_equals_hugging_face(world, tmp_path):
+    rng = random.Random(0)
+    pattern = "F" + "".join(rng.choice("FSSS") for _ in range(77))
+    kinds = ["full" if letter == "F" else "shared" for letter in pattern]
+    small = dict(num_hidden_layers=78, indexer_types=kinds, n_routed_experts=2, hidden_size=32)
+    theirs = hf_model(hf_config(**small), 2)
+    theirs.save_pretrained(tmp_path / "hf")
+    ours = megatron_model(HFCheckpoint(tmp_path / "hf"))
+    ids = tokens(2, 4, 32)
+    with torch.no_grad(), recorded(ours) as found, recorded_hf(theirs) as expected:
+        forward(ours, ids), theirs(ids, use_cache=False)
+    assert len(found.topk_indices) == 78
+    topk = compare_topk(found, expected)
+    assert topk.differing == 0
+    assert topk.intact.float().mean() > 0.5
 
 
 def test_latent_norm_epsilon_is_where_hugging_face_stands_alone(world, tmp_path):

@@ -1,0 +1,106 @@
+"""Every plan is accepted by megatron-core's own validation and by the check at build time."""
+
+import json
+import time
+
+import pytest
+from megatron.core import parallel_state
+from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
+
+from glm5_patch import cli
+from glm5_patch.errors import PipelineSplitError
+from glm5_patch.model.hf_config import HFConfig
+from glm5_patch.model.pipeline import best_splits
+from glm5_patch.plan import layout, why_not_uniform
+from tests.model.test_schedule import published
+from tests.patches.test_pipeline_split import glm_5_2
+
+
+
+@pytest.fixture
+def config_json(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(published("glm-5.2.json")))
+    return str(path)
+
+
+@pytest.fixture
+def virtual_pipeline():
+    yield parallel_state.set_virtual_pipeline_model_parallel_world_size
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(None)
+
+
+def build(pp, vpp, split, virtual_pipeline):
+    """The spec of the first and the last chunk, through the host's builder."""
+    virtual = vpp if vpp > 1 else None
+    config = glm_5_2(pp, pipeline_model_parallel_layout=layout(split),
+                     virtual_pipeline_model_parallel_size=virtual)
+    virtual_pipeline(virtual)
+    return [
+        specs.get_transformer_block_with_experimental_attention_variant_spec(
+            config, vp_stage=stage if virtual else None, pp_rank=rank
+        )
+        for stage, rank in ((0, 0), (vpp - 1, pp - 1))
+    ]
+
+
+@pytest.mark.parametrize("vpp", [1, 2, 3, 4])
+def test_every_plan_of_glm_5_2_is_accepted(world, vpp, virtual_pipeline):
+    schedule = HFConfig(published("glm-5.2.json")).schedule
+    for pp in range(2, 27):
+        (split,) = best_splits(schedule, pp * vpp)
+        first, last = build(pp, vpp, split, virtual_pipeline)
+        assert len(first.layer_specs) == split.sizes[0]
+        assert len(last.layer_specs) == split.sizes[-1]
+
+
+@pytest.mark.parametrize(("pp", "vpp"), [(2, 1), (2, 2), (4, 1), (8, 2)])
+def test_a_plan_moved_by_one_layer_is_refused(world, pp, vpp, virtual_pipeline):
+    import dataclasses
+
+    schedule = HFConfig(published("glm-5.2.json")).schedule
+    (split,) = best_splits(schedule, pp * vpp)
+    moved = dataclasses.replace(
+        split, sizes=(split.sizes[0] + 1, split.sizes[1] - 1, *split.sizes[2:])
+    )
+    with pytest.raises(PipelineSplitError):
+        build(pp, vpp, moved, virtual_pipeline)
+
+
+def test_the_command_prints_flags_reason_and_picture(config_json, capsys):
+    start = time.perf_counter()
+    assert cli.main(["plan", "--config", config_json, "--pp", "4"]) == 0
+    out = capsys.readouterr().out
+    assert time.perf_counter() - start < 5
+    assert "equal chunks are refused: 78 layers do not divide into 4 equal chunks" in out
+    assert "--pipeline-model-parallel-layout 'Et*" in out
+    assert "Megatron-Bridge provider, with a layout:" in out
+    assert "FFFsssFsss" in out
+
+
+def test_plans_are_ranked_and_two_numbers_are_offered_too(config_json, capsys):
+    cli.main(["plan", "--config", config_json, "--pp", "8", "--json", "--top", "20"])
+    report = json.loads(capsys.readouterr().out)
+    balance = [plan["slowest_over_mean"] for plan in report["plans"]]
+    assert balance == sorted(balance) and len(balance) == 20
+    assert report["first_and_last"]["layers"] == [2, 12, 12, 12, 12, 12, 12, 4]
+    flags = report["first_and_last"]["megatron_flags"]
+    assert flags["--decoder-first-pipeline-num-layers"] == 2
+
+
+def test_multi_token_prediction_goes_to_the_last_chunk(config_json, capsys):
+    cli.main(["plan", "--config", config_json, "--pp", "8", "--vpp", "2", "--mtp", "--json"])
+    best = json.loads(capsys.readouterr().out)["plans"][0]
+    assert best["megatron_flags"]["--pipeline-model-parallel-layout"].endswith("mL")
+    assert best["bridge_provider"]["virtual_pipeline_model_parallel_size"] == 2
+
+
+def test_uniform_splits_are_explained():
+    schedule = HFConfig(published("glm-5.2.json")).schedule
+    assert "layer 40, a skip layer whose source, layer 39" in why_not_uniform(schedule, 2)
+    assert why_not_uniform(HFConfig(published("glm-5.1.json")).schedule, 2) is None
+
+
+def test_a_wrong_path_is_named(tmp_path, capsys):
+    assert cli.main(["plan", "--config", str(tmp_path / "x.yaml"), "--pp", "2"]) == 2
+    assert "give a config.json" in capsys.readouterr().err
