@@ -1,6 +1,6 @@
-"""The tests that touch a host, on every megatron-core release line, each in a folder of its own.
+"""The tests that touch a host, on every release line of it, each in a folder of its own.
 
-    python .ci/hosts.py INTERPRETER=RELEASE[,RELEASE...] ...
+    python .ci/hosts.py INTERPRETER=PACKAGE==RELEASE[,PACKAGE==RELEASE...] ...
 
 INTERPRETER is the python of an environment that has torch and the test dependencies. A release that
 can't be installed counts as a failure. Prints a line for each host and a table at the end.
@@ -16,26 +16,31 @@ import tempfile
 import time
 from pathlib import Path
 
-TESTS = ["tests/patches", "tests/core", "tests/model/test_indexer_loss.py"]
+TESTS = {
+    "megatron-core": ["tests/patches", "tests/core", "tests/model/test_indexer_loss.py"],
+    "transformers": ["tests/patches/test_hf_config.py"],
+}
+# transformers brings tokenizers of the version it insists on; megatron-core's needs are all there.
+PIP_OPTIONS = {"megatron-core": ["--no-deps"], "transformers": []}
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def install(python: str, release: str, folder: Path) -> None:
-    subprocess.run(
-        [python, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder),
-         f"megatron-core=={release}"],
-        check=True,
-    )
+def install(python: str, requirement: str, folder: str) -> None:
+    options = PIP_OPTIONS[requirement.partition("==")[0]]
+    command = [python, "-m", "pip", "install", "-q", *options, "--target", folder, requirement]
+    subprocess.run(command, check=True)
 
 
-def run(python: str, release: str) -> dict[str, int]:
-    with tempfile.TemporaryDirectory(prefix=f"mcore-{release}-") as folder:
+def run(python: str, requirement: str) -> dict[str, int]:
+    """Install one host and run its tests; the counts of pytest's last line."""
+    with tempfile.TemporaryDirectory(prefix=f"{requirement}-") as folder:
         try:
-            install(python, release, Path(folder))
+            install(python, requirement, folder)
         except subprocess.CalledProcessError:
             return {"failed": 1}
+        tests = TESTS[requirement.partition("==")[0]]
         result = subprocess.run(
-            [python, "-m", "pytest", "-q", "-n", "auto", "-p", "no:cacheprovider", *TESTS],
+            [python, "-m", "pytest", "-q", "-n", "auto", "-p", "no:cacheprovider", *tests],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": folder},
             capture_output=True,
@@ -55,20 +60,21 @@ def run(python: str, release: str) -> dict[str, int]:
 
 def main(arguments: list[str]) -> int:
     hosts = [
-        (python, release)
-        for python, releases in (argument.split("=", 1) for argument in arguments)
-        for release in releases.split(",")
+        (python, requirement)
+        for python, requirements in (argument.split("=", 1) for argument in arguments)
+        for requirement in requirements.split(",")
     ]
     table = {}
-    for number, (python, release) in enumerate(hosts, 1):
-        print(f"[{number}/{len(hosts)}] megatron-core {release}", flush=True)
+    for number, (python, requirement) in enumerate(hosts, 1):
+        print(f"[{number}/{len(hosts)}] {requirement}", flush=True)
         start = time.perf_counter()
-        table[release] = {**run(python, release), "seconds": round(time.perf_counter() - start)}
-        print("   ", table[release], flush=True)
+        counts = run(python, requirement)
+        table[requirement] = {**counts, "seconds": round(time.perf_counter() - start)}
+        print("   ", table[requirement], flush=True)
     columns = ("passed", "failed", "skipped", "seconds")
-    print(f"\n{'megatron-core':24}", *(f"{column:>8}" for column in columns))
-    for release, counts in table.items():
-        print(f"{release:24}", *(f"{counts.get(column, 0):8}" for column in columns))
+    print(f"\n{'host':24}", *(f"{column:>8}" for column in columns))
+    for requirement, counts in table.items():
+        print(f"{requirement:24}", *(f"{counts.get(column, 0):8}" for column in columns))
     passed, failed = (sum(c.get(k, 0) for c in table.values()) for k in ("passed", "failed"))
     print(f"hosts: {passed} passed, {failed} failed")
     return int(failed > 0 or passed == 0)

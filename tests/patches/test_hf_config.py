@@ -1,0 +1,80 @@
+"""What any transformers release makes of a published config.json; needs no megatron-core."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch  # noqa: F401  loads the plugin
+from transformers import AutoConfig, GlmMoeDsaConfig
+
+from glm5_patch.model.hf_config import HFConfig
+from glm5_patch.model.schedule import IndexSchedule
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+GLM_5_2 = IndexSchedule.from_freq(78, 4, 3)
+
+
+def published(name="glm-5.2.json", **changes):
+    raw = {**json.loads((CONFIGS / name).read_text()), **changes}
+    return {key: value for key, value in raw.items() if value is not ...}
+
+
+def parsed(raw, tmp_path):
+    """Read as ``from_pretrained`` reads it."""
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    return AutoConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("absent", [{}, {"indexer_types": ...}], ids=["with list", "freq only"])
+def test_glm_5_2_keeps_rope_width_experts_and_schedule(tmp_path, absent):
+    config = parsed(published(**absent), tmp_path)
+    assert type(config) is GlmMoeDsaConfig
+    assert (config.qk_rope_head_dim, config.qk_head_dim, config.head_dim) == (64, 256, 64)
+    assert config.n_routed_experts == getattr(config, "num_experts", 256) == 256
+    assert tuple(config.indexer_types) == GLM_5_2.types
+    assert (config.index_topk_freq, config.index_skip_topk_offset) == (4, 3)
+    assert config.indexer_rope_interleave is True
+    assert config.rope_parameters["rope_theta"] == 8e6
+
+
+def test_glm_5_1_computes_everywhere(tmp_path):
+    config = parsed(published("glm-5.1.json"), tmp_path)
+    assert tuple(config.indexer_types) == ("full",) * 78
+    assert config.rope_parameters["rope_theta"] == 1e6
+
+
+def test_a_pruned_model_keeps_its_expert_count(tmp_path):
+    config = parsed(published(n_routed_experts=128), tmp_path)
+    assert config.n_routed_experts == getattr(config, "num_experts", 128) == 128
+
+
+def test_a_flat_theta_is_found(tmp_path):
+    raw = published(rope_parameters=..., rope_theta=8e6)
+    assert parsed(raw, tmp_path).rope_parameters["rope_theta"] == 8e6
+    assert HFConfig(raw).megatron_kwargs()["rotary_base"] == 8e6
+
+
+def test_layer_types_of_another_release_are_no_obstacle(tmp_path):
+    for name in ("indexed_attention", "deepseek_sparse_attention"):
+        config = parsed(published(layer_types=[name] * 78), tmp_path)
+        assert tuple(config.indexer_types) == GLM_5_2.types
+
+
+def test_what_is_saved_is_read_back_the_same(tmp_path):
+    config = parsed(published(), tmp_path)
+    config.save_pretrained(tmp_path / "again")
+    again = AutoConfig.from_pretrained(tmp_path / "again")
+    for name in ("qk_rope_head_dim", "n_routed_experts", "indexer_types", "index_topk_freq"):
+        assert getattr(again, name) == getattr(config, name)
+    assert HFConfig(json.loads((tmp_path / "again/config.json").read_text())).schedule == GLM_5_2
+
+
+def test_the_megatron_configuration_is_that_of_the_raw_file():
+    kwargs = HFConfig(published()).megatron_kwargs()
+    assert kwargs["rope_type"] == "rope"
+    assert kwargs["rotary_base"] == 8e6
+    assert kwargs["qk_pos_emb_head_dim"] == 64 and kwargs["qk_head_dim"] == 192
+    assert kwargs["num_moe_experts"] == 256
+    assert sum(kwargs["moe_layer_freq"]) == 75
+    assert kwargs["dsa_indexer_types"] == list(GLM_5_2.types)
+    assert kwargs["dsa_indexer_rope_interleaved"] is True
