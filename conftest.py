@@ -10,7 +10,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 
-warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|cuda_graph_scope|core_attn is from).*")
+warnings.filterwarnings(
+    "ignore", message=".*(Apex|Transformer Engine|cuda_graph_scope|core_attn is from).*"
+)
 
 
 @pytest.fixture(scope="session")

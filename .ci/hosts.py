@@ -47,8 +47,12 @@ def run(python: str, requirement: str) -> dict[str, int]:
             text=True,
         )
     lines = result.stdout.strip().splitlines()
-    counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|error|skipped)",
-                                                     lines[-1] if lines else "")}
+    counts = {
+        kind: int(n)
+        for n, kind in re.findall(
+            r"(\d+) (passed|failed|error|skipped)", lines[-1] if lines else ""
+        )
+    }
     for line in lines:
         if line.startswith(("FAILED", "ERROR", "SKIPPED")):
             print("   ", line[:200])

@@ -57,11 +57,15 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     plan = commands.add_parser("plan", help="valid pipeline splits of a checkpoint, best first")
-    plan.add_argument("--config", required=True, metavar="PATH", help="config.json or its directory")
+    plan.add_argument(
+        "--config", required=True, metavar="PATH", help="config.json or its directory"
+    )
     plan.add_argument("--pp", type=_positive, required=True, help="pipeline parallel size")
     plan.add_argument("--vpp", type=_positive, default=1, help="virtual stages of each rank (1)")
     plan.add_argument("--mtp", action="store_true", help="with the multi-token-prediction layer")
-    plan.add_argument("--seq-length", type=_positive, default=32768, help="for the estimate (32768)")
+    plan.add_argument(
+        "--seq-length", type=_positive, default=32768, help="for the estimate (32768)"
+    )
     plan.add_argument("--top", type=_positive, default=5, help="how many plans (5)")
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.set_defaults(run=_plan)
@@ -91,11 +95,17 @@ def _status(options: argparse.Namespace) -> int:
             problem = str(error)
     rows = [row._asdict() for row in glm5_patch.status()]
     if options.json:
-        print(json.dumps({"version": __version__, "active": loaded, "problem": problem,
-                          "patches": rows}, indent=2))
+        print(
+            json.dumps(
+                {"version": __version__, "active": loaded, "problem": problem, "patches": rows},
+                indent=2,
+            )
+        )
     else:
-        print(f"glm5-patch {__version__}: {'active' if loaded else 'NOT ACTIVE'} in a process "
-              "that imports torch")
+        print(
+            f"glm5-patch {__version__}: {'active' if loaded else 'NOT ACTIVE'} in a process "
+            "that imports torch"
+        )
         print(glm5_patch.status())
         if problem:
             print(f"problem: {problem}", file=sys.stderr)

@@ -34,7 +34,9 @@ def enable(device: str = "cpu") -> None:
     _seams.replace(torch.cuda, "manual_seed", lambda seed: None)
     _seams.replace(torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state())
     _seams.replace(random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state())
-    _seams.replace(random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state))
+    _seams.replace(
+        random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)
+    )
 
 
 def disable() -> None:

@@ -191,8 +191,9 @@ def _main_job(options, checkpoint: HFCheckpoint, output: Path, report: Report, c
 
     length = options.seq_length or min(6 * hf.index_topk, hf.max_position_embeddings)
     ids = torch.randint(hf.vocab_size, (2, 4, length + 1), device=options.device)
-    report.check("sequence exceeds index_topk", f"{length}", f"> {hf.index_topk}",
-                 length > hf.index_topk)
+    report.check(
+        "sequence exceeds index_topk", f"{length}", f"> {hf.index_topk}", length > hf.index_topk
+    )
     _compare(checkpoint.directory, model, ids[0, :, :-1], report, "loaded")
     _check_recompute(model, ids, report)
     _train(model, ids, options.steps, report, console)
@@ -278,7 +279,9 @@ def _train(model, ids, steps: int, report: Report, console: Console) -> None:
             advance(report.losses[-1])
     first, last = report.losses[0], report.losses[-1]
     report.check(
-        f"{steps} training steps: the loss falls", f"{first:.3f} -> {last:.3f}", "lower",
+        f"{steps} training steps: the loss falls",
+        f"{first:.3f} -> {last:.3f}",
+        "lower",
         last < first or steps == 1,
     )
 

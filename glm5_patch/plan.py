@@ -73,10 +73,14 @@ def layout(split: Split, mtp: bool = False) -> str:
 def describe(split: Split, pp: int, vpp: int, mtp: bool) -> dict:
     """One plan: sizes, estimated balance, and how Megatron and Bridge are told."""
     mean = sum(split.times) / len(split.times)
-    flags = {"--pipeline-model-parallel-size": pp,
-             "--pipeline-model-parallel-layout": layout(split, mtp)}
-    provider: dict = {"pipeline_model_parallel_size": pp,
-                      "pipeline_model_parallel_layout": layout(split, mtp)}
+    flags = {
+        "--pipeline-model-parallel-size": pp,
+        "--pipeline-model-parallel-layout": layout(split, mtp),
+    }
+    provider: dict = {
+        "pipeline_model_parallel_size": pp,
+        "pipeline_model_parallel_layout": layout(split, mtp),
+    }
     if vpp > 1:
         provider["virtual_pipeline_model_parallel_size"] = vpp
     plan = {
@@ -141,8 +145,10 @@ def _print(report: dict, best: Split, schedule: IndexSchedule, options) -> None:
 
 
 def _print_settings(title: str, plan: dict) -> None:
-    flags = (f"{k} '{v}'" if isinstance(v, str) else f"{k} {v}"
-             for k, v in plan["megatron_flags"].items())
+    flags = (
+        f"{k} '{v}'" if isinstance(v, str) else f"{k} {v}"
+        for k, v in plan["megatron_flags"].items()
+    )
     print(f"\nMegatron-LM, {title}:\n  {' '.join(flags)}")
     print(f"Megatron-Bridge provider, {title}:")
     for name, value in plan["bridge_provider"].items():

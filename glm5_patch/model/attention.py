@@ -211,7 +211,10 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
 
 def _accept_fused_norms(module, state_dict, prefix, *_) -> None:
     """Load checkpoints of specs that fuse the latent norms into the up projections."""
-    for norm, linear in (("q_layernorm", "linear_q_up_proj"), ("kv_layernorm", "linear_kv_up_proj")):
+    for norm, linear in (
+        ("q_layernorm", "linear_q_up_proj"),
+        ("kv_layernorm", "linear_kv_up_proj"),
+    ):
         fused, plain = f"{prefix}{linear}.layer_norm_weight", f"{prefix}{norm}.weight"
         if fused in state_dict and plain not in state_dict:
             state_dict[plain] = state_dict.pop(fused)

@@ -69,7 +69,5 @@ def selected_keys(block: slice, starts: Tensor, topk_indices: Tensor) -> Tensor:
     chosen = topk_indices[:, block].long()
     spare = block.stop  # one more column takes the empty places
     columns = torch.where(chosen < 0, spare, chosen + starts[block, None])
-    mask = torch.zeros(
-        (*chosen.shape[:2], spare + 1), dtype=torch.bool, device=topk_indices.device
-    )
+    mask = torch.zeros((*chosen.shape[:2], spare + 1), dtype=torch.bool, device=topk_indices.device)
     return mask.scatter_(-1, columns, True)[..., :spare]

@@ -22,7 +22,7 @@ def transformer_config(hf: HFConfig, **overrides: Any):
 
 
 def gpt_model(hf: HFConfig, config, *, pre_process: bool = True, post_process: bool = True):
-    """The decoder of this rank, as a Megatron user builds it. Needs initialised model parallelism."""
+    """The model of this rank, as a Megatron user builds it, inside initialised model parallelism."""
     from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
     from megatron.core.models.gpt.gpt_model import GPTModel
 
@@ -56,7 +56,9 @@ def set_latent_norm_epsilon(model: torch.nn.Module, epsilon: float) -> None:
     Raises:
         ValueError: the model has no latent norms.
     """
-    norms = [m for name, m in model.named_modules() if name.endswith(("q_layernorm", "kv_layernorm"))]
+    norms = [
+        m for name, m in model.named_modules() if name.endswith(("q_layernorm", "kv_layernorm"))
+    ]
     if not norms:
         raise ValueError("the model has no q_layernorm or kv_layernorm")
     for norm in norms:

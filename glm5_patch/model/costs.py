@@ -1,4 +1,4 @@
-"""Estimated forward time of each part of a GLM-5, in FLOPs per token: for balancing, not for MFU."""
+"""Estimated forward time of the parts of a GLM-5, in FLOPs per token: for balancing, not MFU."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ class HFConfig:
 
     @property
     def moe_layers(self) -> list[int]:
-        """1 for a MoE layer, 0 for a dense one: ``mlp_layer_types``, else the leading dense ones."""
+        """1 for a MoE layer, 0 for a dense one: by ``mlp_layer_types``, or the first are dense."""
         types = self.raw.get("mlp_layer_types")
         if types is None:
             dense = self.first_k_dense_replace
@@ -120,14 +120,16 @@ class HFConfig:
                 raise CheckpointError(f"{path}: {field} is {found!r}; only {value!r} is supported")
         rope_type = (self.raw.get("rope_parameters") or {}).get("rope_type", "default")
         if rope_type != "default":
-            raise CheckpointError(f"{path}: rope_type is {rope_type!r}; only 'default' is supported")
+            raise CheckpointError(
+                f"{path}: rope_type is {rope_type!r}; only 'default' is supported"
+            )
         if len(self.moe_layers) != self.num_hidden_layers:
             raise CheckpointError(
                 f"{path}: mlp_layer_types has {len(self.moe_layers)} entries for "
                 f"num_hidden_layers={self.num_hidden_layers}"
             )
         try:
-            self.schedule  # noqa: B018
+            str(self.schedule)
         except ScheduleError as error:
             raise CheckpointError(f"{path}: {error}") from None
 

@@ -68,8 +68,7 @@ class IndexSchedule:
         offset = max(offset, 1)
         return cls(
             tuple(
-                FULL if max(n - offset, 0) % freq == 0 else SHARED
-                for n in range(1, num_layers + 1)
+                FULL if max(n - offset, 0) % freq == 0 else SHARED for n in range(1, num_layers + 1)
             )
         )
 

@@ -46,4 +46,3 @@ def glm5_attention_spec(host_spec: ModuleSpec, config, backend) -> ModuleSpec:
         submodules=submodules,
         metainfo={**host_spec.metainfo, "fuse_input_layernorm": False},
     )
-

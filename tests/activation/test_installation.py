@@ -36,15 +36,20 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {
-        "glm5_patch", f"{wheel.name.split('-py3')[0]}.dist-info"
+        "glm5_patch",
+        f"{wheel.name.split('-py3')[0]}.dist-info",
     }
     assert "glm5_patch/py.typed" in names
     assert not any(name.endswith(".pth") for name in names)
     metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("METADATA")))
-    plain = [x for x in metadata.decode().splitlines()
-             if x.startswith("Requires-Dist") and "extra ==" not in x]
+    plain = [
+        x
+        for x in metadata.decode().splitlines()
+        if x.startswith("Requires-Dist") and "extra ==" not in x
+    ]
     assert sorted(x.split()[1].split("<")[0].split(">")[0] for x in plain) == [
-        "importlib-metadata", "wrapt"
+        "importlib-metadata",
+        "wrapt",
     ]
 
 
@@ -57,7 +62,9 @@ def installed(request, wheel, tmp_path):
     venv = tmp_path / "venv"
     run(sys.executable, "-m", "venv", "--without-pip", str(venv))
     python = str(venv / "bin" / "python")
-    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip())
+    site = Path(
+        run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip()
+    )
     # Everything of this environment but this package.
     lender = Path(torch.__file__).parents[1]
     for entry in lender.iterdir():
@@ -69,8 +76,17 @@ def installed(request, wheel, tmp_path):
     variables = {}
     if request.param == "target":
         variables["PYTHONPATH"] = str(tmp_path / "target")
-        run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target",
-            variables["PYTHONPATH"], str(wheel))
+        run(
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--target",
+            variables["PYTHONPATH"],
+            str(wheel),
+        )
     else:
         source = [str(wheel)] if request.param == "wheel" else ["-e", str(ROOT)]
         run(*pip, "install", "-q", "--no-deps", *source)

@@ -41,8 +41,10 @@ def output(code, **env):
         (f"from {SPECS} import get_experimental_attention_variant_module_spec", "applied False"),
         (f"import glm5_patch.auto; import {SPECS}", "applied False"),
         ("import transformers; from transformers import GlmMoeDsaConfig", "armed False"),
-        (f"import glm5_patch; glm5_patch.enable(); import {SPECS}; glm5_patch.enable()",
-         "applied False"),
+        (
+            f"import glm5_patch; glm5_patch.enable(); import {SPECS}; glm5_patch.enable()",
+            "applied False",
+        ),
     ],
 )
 def test_import_orders(first, state):
@@ -208,7 +210,8 @@ def test_debug_log_says_what_was_applied():
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 def test_child_processes_are_patched(method, tmp_path):
     script = tmp_path / "parent.py"
-    script.write_text(textwrap.dedent(f"""
+    script.write_text(
+        textwrap.dedent(f"""
         import multiprocessing, torch
         def child(queue):
             import {SPECS}, glm5_patch
@@ -220,7 +223,8 @@ def test_child_processes_are_patched(method, tmp_path):
             process.start()
             print(queue.get(timeout=60))
             process.join()
-    """))
+    """)
+    )
     result = subprocess.run(
         [sys.executable, "-W", "ignore", str(script)], capture_output=True, text=True
     )
@@ -229,11 +233,23 @@ def test_child_processes_are_patched(method, tmp_path):
 
 def test_torchrun_workers_are_patched(tmp_path):
     script = tmp_path / "worker.py"
-    script.write_text(f"import {SPECS}, glm5_patch, torch\n"
-                      "print('state', glm5_patch.status()['dsa_spec'].state.value)\n")
+    script.write_text(
+        f"import {SPECS}, glm5_patch, torch\n"
+        "print('state', glm5_patch.status()['dsa_spec'].state.value)\n"
+    )
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node=2",
-         "--master-addr=127.0.0.1", "--master-port=29617", str(script)],
-        capture_output=True, text=True,
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node=2",
+            "--master-addr=127.0.0.1",
+            "--master-port=29617",
+            str(script),
+        ],
+        capture_output=True,
+        text=True,
     )
     assert result.stdout.count("state applied") == 2, result.stderr

@@ -45,19 +45,28 @@ def truncate(directory):
 
 
 DAMAGE = {
-    "missing indexer": (lambda d: edit(d, lambda t: t.pop(INDEXER)),
-                        "copy: model.layers.6.self_attn.indexer.wk.weight is missing: layer 7 comp"),
-    "wrong shape": (lambda d: edit(d, lambda t: t.update({INDEXER: torch.ones(31, 64)})),
-                    r"model.safetensors: .*wk.weight has shape \[31, 64\], .*\[32, 64\]"),
-    "unknown tensor": (lambda d: edit(d, lambda t: t.update({"model.extra": torch.ones(1)})),
-                       "model.safetensors: model.extra is no tensor of this model"),
+    "missing indexer": (
+        lambda d: edit(d, lambda t: t.pop(INDEXER)),
+        "copy: model.layers.6.self_attn.indexer.wk.weight is missing: layer 7 comp",
+    ),
+    "wrong shape": (
+        lambda d: edit(d, lambda t: t.update({INDEXER: torch.ones(31, 64)})),
+        r"model.safetensors: .*wk.weight has shape \[31, 64\], .*\[32, 64\]",
+    ),
+    "unknown tensor": (
+        lambda d: edit(d, lambda t: t.update({"model.extra": torch.ones(1)})),
+        "model.safetensors: model.extra is no tensor of this model",
+    ),
     "truncated": (truncate, "model.safetensors: damaged or truncated"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "no .safetensors file"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json: no such file"),
     "other model": (lambda d: edit_config(d, model_type="llama"), "model_type is 'llama'"),
     "not JSON": (lambda d: (d / "config.json").write_text("{"), "config.json: not valid JSON"),
     "bad schedule": (lambda d: edit_config(d, indexer_types=["shared"] * 8), "layer 1 a skip"),
-    "other scoring": (lambda d: edit_config(d, scoring_func="softmax"), "scoring_func is 'softmax'"),
+    "other scoring": (
+        lambda d: edit_config(d, scoring_func="softmax"),
+        "scoring_func is 'softmax'",
+    ),
 }
 
 
@@ -71,7 +80,7 @@ def test_damage_is_named_in_one_line_and_nothing_is_written(case, copy, tmp_path
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("glm5-patch: ")]
     assert len(lines) == 1
     with pytest.raises(CheckpointError, match=says):
-        HFCheckpoint(copy).report
+        str(HFCheckpoint(copy).report)
     assert sorted(tmp_path.iterdir()) == before
 
 

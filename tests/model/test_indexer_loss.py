@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from glm5_patch.demo import forward
 from glm5_patch.model import blocks
 from glm5_patch.model.blocks import selected_keys, visible_keys
 from glm5_patch.model.indexer import IndexerInputs
 from glm5_patch.model.indexer_loss import indexer_loss
 from tests.tiny import megatron_model, relative, saved, tokens
-from glm5_patch.demo import forward
 
 S, B, HEADS, DIM, SCALE = 24, 2, 3, 8, 0.3
 
@@ -33,7 +33,9 @@ def indexer(world, our_core, tmp_path_factory):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("rows_per_block", [1, 5, 100])
-def test_loss_and_gradients_equal_the_definition(indexer, seed, sparse, rows_per_block, monkeypatch):
+def test_loss_and_gradients_equal_the_definition(
+    indexer, seed, sparse, rows_per_block, monkeypatch
+):
     g = torch.Generator().manual_seed(seed)
     n, d = indexer.index_n_heads, indexer.index_head_dim
     monkeypatch.setattr(blocks, "BLOCK_BYTES", rows_per_block * B * n * S * 4)

@@ -15,8 +15,15 @@ from glm5_patch.model.schedule import IndexSchedule
 GLM_5_2 = IndexSchedule.from_freq(78, 4, 3)
 
 # Pipeline size -> first, middle and last stage.
-KNOWN = {2: (38, 0, 40), 3: (26, 28, 24), 4: (18, 20, 20), 6: (14, 12, 16), 8: (14, 8, 16),
-         13: (18, 4, 16), 16: (10, 4, 12)}
+KNOWN = {
+    2: (38, 0, 40),
+    3: (26, 28, 24),
+    4: (18, 20, 20),
+    6: (14, 12, 16),
+    8: (14, 8, 16),
+    13: (18, 4, 16),
+    16: (10, 4, 12),
+}
 
 
 def check(schedule, sizes):

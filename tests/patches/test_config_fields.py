@@ -8,8 +8,8 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 import glm5_patch
 from glm5_patch.errors import ScheduleError
-from glm5_patch.model.schedule import IndexSchedule
 from glm5_patch.model.config_fields import ALIASES, GLM5Fields
+from glm5_patch.model.schedule import IndexSchedule
 
 BASE = dict(
     num_layers=8, hidden_size=64, num_attention_heads=4, ffn_hidden_size=64, add_bias_linear=False

@@ -34,12 +34,20 @@ PUBLISHED_TOTAL = 753_329_921_024
 PUBLISHED_INDEXER = 9_371_648  # matrices of one indexer
 HIDDEN, Q_RANK, KV_RANK, ROPE, HEADS, QK, V = 6144, 2048, 512, 64, 64, 256, 256
 MTP_LAYER = (
-    Q_RANK * HIDDEN + Q_RANK + HEADS * QK * Q_RANK  # query
-    + (KV_RANK + ROPE) * HIDDEN + KV_RANK + HEADS * (QK - ROPE + V) * KV_RANK  # key and value
-    + HIDDEN * HEADS * V + 2 * HIDDEN  # output, norms
-    + PUBLISHED_INDEXER + 2 * 128  # indexer and its k_norm
-    + 257 * 3 * HIDDEN * 2048 + 256 * HIDDEN  # experts and router
-    + 2 * HIDDEN * HIDDEN + 3 * HIDDEN  # eh_proj, enorm, hnorm and the head's norm
+    Q_RANK * HIDDEN
+    + Q_RANK
+    + HEADS * QK * Q_RANK  # query
+    + (KV_RANK + ROPE) * HIDDEN
+    + KV_RANK
+    + HEADS * (QK - ROPE + V) * KV_RANK  # key and value
+    + HIDDEN * HEADS * V
+    + 2 * HIDDEN  # output, norms
+    + PUBLISHED_INDEXER
+    + 2 * 128  # indexer and its k_norm
+    + 257 * 3 * HIDDEN * 2048
+    + 256 * HIDDEN  # experts and router
+    + 2 * HIDDEN * HIDDEN
+    + 3 * HIDDEN  # eh_proj, enorm, hnorm and the head's norm
 )
 
 

@@ -8,8 +8,8 @@ import torch
 from glm5_patch.demo import forward
 from glm5_patch.model.build import HF_LATENT_NORM_EPSILON, set_latent_norm_epsilon
 from glm5_patch.model.checkpoint import HFCheckpoint, _pieces
-from glm5_patch.model.schedule import IndexSchedule
 from glm5_patch.model.parity import compare_topk, kept_share, recorded, recorded_hf
+from glm5_patch.model.schedule import IndexSchedule
 from tests.tiny import (
     hf_config,
     hf_model,

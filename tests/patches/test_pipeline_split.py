@@ -13,8 +13,11 @@ from tests.model.test_schedule import published
 
 def glm_5_2(pp, **fields):
     settings = dict(
-        pipeline_model_parallel_size=pp, pipeline_dtype=torch.bfloat16, transformer_impl="local",
-        bf16=True, params_dtype=torch.bfloat16,
+        pipeline_model_parallel_size=pp,
+        pipeline_dtype=torch.bfloat16,
+        transformer_impl="local",
+        bf16=True,
+        params_dtype=torch.bfloat16,
     )
     kwargs = HFConfig(published("glm-5.2.json")).megatron_kwargs()
     return MLATransformerConfig(**{**kwargs, **settings, **fields})
@@ -31,19 +34,33 @@ GOOD = {
     "pp4": (4, uneven(18, 20)),
     "pp8": (8, uneven(14, 16)),
     "pp16": (16, uneven(10, 12)),
-    "vpp": (2, dict(virtual_pipeline_model_parallel_size=2,
-                    pipeline_model_parallel_layout="Et*18|t*20|t*20|t*20,L")),
-    "empty chunk": (2, dict(virtual_pipeline_model_parallel_size=2,
-                            pipeline_model_parallel_layout="E|t*38|t*40|L")),
+    "vpp": (
+        2,
+        dict(
+            virtual_pipeline_model_parallel_size=2,
+            pipeline_model_parallel_layout="Et*18|t*20|t*20|t*20,L",
+        ),
+    ),
+    "empty chunk": (
+        2,
+        dict(
+            virtual_pipeline_model_parallel_size=2, pipeline_model_parallel_layout="E|t*38|t*40|L"
+        ),
+    ),
 }
 BAD = {
     "uniform pp2": (2, {}, "pipeline stage 1 holds layer 40.*layer 39.*stage 0; nearest.*38,40"),
     "uniform pp3": (3, {}, "26,28,24"),
     "first alone": (2, dict(num_layers_in_first_pipeline_stage=40), "38,40"),
     "layout": (2, dict(pipeline_model_parallel_layout="Et*37|t*41,L"), "pipeline stage 1"),
-    "vpp": (2, dict(virtual_pipeline_model_parallel_size=2,
-                    pipeline_model_parallel_layout="Et*18|t*20|t*21|t*19,L"),
-            "pipeline stage 1, virtual stage 1 holds layer 60"),
+    "vpp": (
+        2,
+        dict(
+            virtual_pipeline_model_parallel_size=2,
+            pipeline_model_parallel_layout="Et*18|t*20|t*21|t*19,L",
+        ),
+        "pipeline stage 1, virtual stage 1 holds layer 60",
+    ),
 }
 
 

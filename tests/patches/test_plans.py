@@ -16,7 +16,6 @@ from tests.model.test_schedule import published
 from tests.patches.test_pipeline_split import glm_5_2
 
 
-
 @pytest.fixture
 def config_json(tmp_path):
     path = tmp_path / "config.json"
@@ -33,8 +32,11 @@ def virtual_pipeline():
 def build(pp, vpp, split, virtual_pipeline):
     """The spec of the first and the last chunk, through the host's builder."""
     virtual = vpp if vpp > 1 else None
-    config = glm_5_2(pp, pipeline_model_parallel_layout=layout(split),
-                     virtual_pipeline_model_parallel_size=virtual)
+    config = glm_5_2(
+        pp,
+        pipeline_model_parallel_layout=layout(split),
+        virtual_pipeline_model_parallel_size=virtual,
+    )
     virtual_pipeline(virtual)
     return [
         specs.get_transformer_block_with_experimental_attention_variant_spec(

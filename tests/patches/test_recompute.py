@@ -1,4 +1,4 @@
-"""Two microbatches in flight under every kind of recompute: forward, forward, backward, backward."""
+"""Two microbatches in flight (forward, forward, backward, backward) under every recompute."""
 
 import pytest
 import torch
@@ -41,8 +41,10 @@ def pack_forward(model, ids, packed_seq_params):
 def microbatches(layout, seed):
     """Two losses of different data and length."""
     if layout == "bshd":
-        return [lambda m, i=i: loss_of(forward(m, i), i) for i in (tokens(seed, 2, 48),
-                                                                  tokens(seed + 9, 2, 40))]
+        return [
+            lambda m, i=i: loss_of(forward(m, i), i)
+            for i in (tokens(seed, 2, 48), tokens(seed + 9, 2, 40))
+        ]
     batches = [(tokens(seed, 1, 60), packed([1, 20, 39])), (tokens(seed + 9, 1, 48), packed([48]))]
     return [lambda m, i=i, p=p: loss_of(pack_forward(m, i, p), i) for i, p in batches]
 
@@ -104,9 +106,7 @@ def test_a_recompute_selects_nothing_again(our_core, checkpoint, monkeypatch):
 
     calls = []
     select = LightningIndexer.select
-    monkeypatch.setattr(
-        LightningIndexer, "select", lambda *a: calls.append(1) or select(*a)
-    )
+    monkeypatch.setattr(LightningIndexer, "select", lambda *a: calls.append(1) or select(*a))
     gradients(megatron_model(checkpoint, **MODES["uniform_1"]), microbatches("bshd", 0))
     assert len(calls) == 2 * 4  # two microbatches, four computing layers, forward passes only
 

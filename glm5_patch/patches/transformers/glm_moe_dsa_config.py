@@ -27,7 +27,9 @@ class GlmMoeDsaConfigValues(Patch):
 
 def _init(wrapped, instance, args, kwargs):
     if "num_hidden_layers" not in kwargs:
-        return wrapped(*args, **kwargs)  # defaults only: transformers builds such configs to compare
+        return wrapped(
+            *args, **kwargs
+        )  # defaults only: transformers builds such configs to compare
     from ...model.hf_config import HFConfig  # here: `import torch` need not pay for it
 
     raw = HFConfig(kwargs)
