@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--checkpoint", metavar="DIR", help="a small checkpoint of your own")
     demo.add_argument("--steps", type=_positive, default=20, help="training steps (20)")
-    demo.add_argument("--seq-length", type=_positive, help="tokens (6 x index_topk)")
+    demo.add_argument("--seq-length", type=_positive, help="tokens (by index_topk)")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--output", metavar="DIR", help="keep the trained checkpoint here")
     demo.add_argument("--json", action="store_true", help="print JSON")

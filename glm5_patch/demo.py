@@ -28,6 +28,7 @@ import glm5_patch
 from .cpu_host import single_process
 from .errors import CheckpointError, GLM5PatchError
 from .model.checkpoint import HFCheckpoint, save
+from .model.hf_config import HFConfig
 
 LOGITS_BOUND = 2e-5
 """fp32 logits against transformers, largest absolute difference over the largest logit."""
@@ -189,8 +190,8 @@ def _main_job(options, checkpoint: HFCheckpoint, output: Path, report: Report, c
     checkpoint.load_into(model)
     console.print(f"megatron: built and loaded, {options.impl} modules on {options.device}")
 
-    length = options.seq_length or min(6 * hf.index_topk, hf.max_position_embeddings)
-    ids = torch.randint(hf.vocab_size, (2, 4, length + 1), device=options.device)
+    length, batch = _sizes(hf, options.seq_length)
+    ids = torch.randint(hf.vocab_size, (2, batch, length + 1), device=options.device)
     report.check(
         "sequence exceeds index_topk", f"{length}", f"> {hf.index_topk}", length > hf.index_topk
     )
@@ -200,6 +201,14 @@ def _main_job(options, checkpoint: HFCheckpoint, output: Path, report: Report, c
     save(model, hf, output, checkpoint)
     console.print("transformers: reading the trained checkpoint back")
     _compare(output, model, ids[1, :, :-1], report, "trained")
+
+
+def _sizes(hf: HFConfig, seq_length: int | None) -> tuple[int, int]:
+    """Sequence length well above ``index_topk``, and as many sequences as a laptop bears."""
+    if seq_length is None:
+        wanted = 6 * hf.index_topk if hf.index_topk <= 256 else 2 * hf.index_topk
+        seq_length = min(wanted, hf.max_position_embeddings)
+    return seq_length, 4 if seq_length <= 1536 else 1
 
 
 def forward(model, ids):

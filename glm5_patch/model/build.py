@@ -22,7 +22,7 @@ def transformer_config(hf: HFConfig, **overrides: Any):
 
 
 def gpt_model(hf: HFConfig, config, *, pre_process: bool = True, post_process: bool = True):
-    """The model of this rank, as a Megatron user builds it, inside initialised model parallelism."""
+    """The model of this rank, as a Megatron user builds it; needs initialised model parallelism."""
     from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
     from megatron.core.models.gpt.gpt_model import GPTModel
 

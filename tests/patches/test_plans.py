@@ -1,8 +1,12 @@
 """Every plan is accepted by megatron-core's own validation and by the check at build time."""
 
+import dataclasses
+import itertools
 import json
+import random
 import time
 
+import megatron.core
 import pytest
 from megatron.core import parallel_state
 from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
@@ -58,8 +62,6 @@ def test_every_plan_of_glm_5_2_is_accepted(world, vpp, virtual_pipeline):
 
 @pytest.mark.parametrize(("pp", "vpp"), [(2, 1), (2, 2), (4, 1), (8, 2)])
 def test_a_plan_moved_by_one_layer_is_refused(world, pp, vpp, virtual_pipeline):
-    import dataclasses
-
     schedule = HFConfig(published("glm-5.2.json")).schedule
     (split,) = best_splits(schedule, pp * vpp)
     moved = dataclasses.replace(
@@ -67,6 +69,35 @@ def test_a_plan_moved_by_one_layer_is_refused(world, pp, vpp, virtual_pipeline):
     )
     with pytest.raises(PipelineSplitError):
         build(pp, vpp, moved, virtual_pipeline)
+
+
+def host_accepts(split):
+    """What megatron-core's own check (0.19 on) says of every chunk, by freq and offset."""
+    config = glm_5_2(
+        1, dsa_indexer_types=None, dsa_indexer_topk_freq=4, dsa_indexer_skip_topk_offset=3
+    )
+    ends = list(itertools.accumulate(split.sizes, initial=0))
+    try:
+        for begin, end in itertools.pairwise(ends):
+            specs._validate_dsa_index_share_pipeline_split(config, range(begin, end))
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_hosts_own_check_agrees(world, seed):
+    if not hasattr(specs, "_validate_dsa_index_share_pipeline_split"):
+        pytest.skip(f"megatron-core {megatron.core.__version__} has no such check of its own")
+    rng = random.Random(seed)
+    schedule = HFConfig(published("glm-5.2.json")).schedule
+    for chunks in (2, 3, 4, 8, 13, 16, 26):
+        (split,) = best_splits(schedule, chunks)
+        assert host_accepts(split)
+        cuts = sorted(rng.sample(range(1, 78), chunks - 1))
+        sizes = [b - a for a, b in itertools.pairwise((0, *cuts, 78))]
+        anything = dataclasses.replace(split, sizes=tuple(sizes))
+        assert host_accepts(anything) == all(schedule.computes(cut + 1) for cut in cuts)
 
 
 def test_the_command_prints_flags_reason_and_picture(config_json, capsys):

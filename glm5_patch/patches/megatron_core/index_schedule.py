@@ -24,7 +24,7 @@ class IndexShareSchedule(Patch):
         seams.wrap(module.DSAttention, "__init__", _init)
 
     def guards(self, config) -> bool:
-        return config.dsa_indexer_types is not None
+        return getattr(config, "dsa_indexer_types", None) is not None
 
 
 def _init(wrapped, instance, args, kwargs):
