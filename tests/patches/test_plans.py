@@ -80,7 +80,7 @@ def host_accepts(split):
     try:
         for begin, end in itertools.pairwise(ends):
             specs._validate_dsa_index_share_pipeline_split(config, range(begin, end))
-    except ValueError:
+    except RuntimeError:
         return False
     return True
 
