@@ -7,6 +7,7 @@ from .megatron_core.dsa_spec import DSASpec
 from .megatron_core.gate import Gate
 from .megatron_core.index_schedule import IndexShareSchedule
 from .megatron_core.index_share_carrier import IndexShareCarrier
+from .megatron_core.indexer_loss_scale import IndexerLossScale
 from .megatron_core.local_backend import LocalBackend
 from .megatron_core.mla_without_te import MLAWithoutTE
 from .megatron_core.moe_without_te import MoEWithoutTE
@@ -28,6 +29,7 @@ PATCHES = (
     IndexShareSchedule(),
     CheckpointRecompute(),
     CheckpointWithoutTE(),
+    IndexerLossScale(),
     TECheckpoint(),
     GlmMoeDsaConfigValues(),
 )

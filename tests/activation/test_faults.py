@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel import schedules
 print(glm5_patch.status()["{id}"].state.value)
 small = dict(num_layers=2, hidden_size=64, num_attention_heads=4, use_cpu_initialization=True)
 with single_process("cpu"):
@@ -24,7 +25,8 @@ with single_process("cpu"):
     config = MLATransformerConfig(
         **small, experimental_attention_variant="dsa", transformer_impl="local", rope_type="rope",
         num_moe_experts=2, recompute_granularity="selective", recompute_modules=["layernorm"],
-        dsa_indexer_n_heads=2, dsa_indexer_head_dim=64, dsa_indexer_topk=4, qk_layernorm=True)
+        dsa_indexer_n_heads=2, dsa_indexer_head_dim=64, dsa_indexer_topk=4, qk_layernorm=True,
+        dsa_indexer_loss_coeff=0.1)
     try:
         specs.get_transformer_block_with_experimental_attention_variant_spec(config)
         TransformerBlock(config, None)

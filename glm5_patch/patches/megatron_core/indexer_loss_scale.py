@@ -1,0 +1,52 @@
+"""``forward_step_calc_loss``: the indexer loss weighs what the main loss weighs."""
+
+from __future__ import annotations
+
+import inspect
+
+from ...core.host import is_dsa
+from ...core.patch import Finding, Patch
+
+
+class IndexerLossScale(Patch):
+    id = "indexer_loss_scale"
+    module = "megatron.core.pipeline_parallel.schedules"
+    attribute = "forward_step_calc_loss"
+    why = "The indexer's gradients are not divided by the microbatches, nor scaled with the loss."
+    upstream = "megatron-core 0.19.0"
+    remove_when = "no supported megatron-core is older than 0.19"
+
+    def needed(self, module) -> Finding:
+        names = module.forward_step_calc_loss.__code__.co_names
+        if any("experimental_attention" in name for name in names):
+            return Finding(False, "the schedules scale the indexer loss")
+        return Finding(True, "the schedules set no scale for the indexer loss")
+
+    def apply(self, module, seams) -> None:
+        seams.wrap(module, self.attribute, _calc_loss)
+
+    def guards(self, config) -> bool:
+        return bool(config.dsa_indexer_loss_coeff)
+
+
+def _calc_loss(wrapped, instance, args, kwargs):
+    call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    output_tensor, num_tokens = result = wrapped(*args, **kwargs)
+    config = call["config"]
+    if is_dsa(config) and config.dsa_indexer_loss_coeff:
+        _set_scale(config, call["num_microbatches"], output_tensor.device)
+    return result
+
+
+def _set_scale(config, num_microbatches: int, device) -> None:
+    import torch
+    from megatron.core.transformer.experimental_attention_variant.dsa import (
+        DSAIndexerLossAutoScaler,
+    )
+
+    scale = torch.ones(1, device=device)
+    if config.grad_scale_func is not None:
+        scale = config.grad_scale_func(scale)
+    if not config.calculate_per_token_loss:
+        scale = scale / num_microbatches
+    DSAIndexerLossAutoScaler.set_loss_scale(scale.reshape(()))
