@@ -19,6 +19,6 @@ def activate() -> None:
         hooks.enable()
     except Exception as error:
         print(
-            f"glm5-patch: NOT ACTIVE in this process: {type(error).__name__}: {error}",
+            f"glm5-patch: problem in activation: {type(error).__name__}: {error}",
             file=sys.stderr,
         )

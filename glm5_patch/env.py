@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from typing import NamedTuple
 
 ENABLED = "GLM5_PATCH"
@@ -31,30 +32,31 @@ class Switches(NamedTuple):
     enabled: bool
     disabled_ids: frozenset[str]
     strict: bool
-    log_level: int | None
+    log_level: str
 
     @classmethod
     def read(cls) -> Switches:
-        """Raises ValueError for a ``GLM5_PATCH_LOG`` that is no level of ``logging``."""
-        level_name = os.environ.get(LOG, "").strip()
-        level = None
-        if level_name:
-            level = logging.getLevelName(level_name.upper())
-            if not isinstance(level, int):
-                raise ValueError(f"{LOG}={level_name!r} is no logging level; use debug or info")
         disabled = os.environ.get(DISABLE, "").split(",")
         return cls(
             enabled=os.environ.get(ENABLED, "").strip().lower() not in _OFF,
             disabled_ids=frozenset(part.strip() for part in disabled if part.strip()),
             strict=os.environ.get(STRICT, "").strip().lower() not in _OFF | {""},
-            log_level=level,
+            log_level=os.environ.get(LOG, "").strip(),
         )
 
     def apply_log_level(self) -> None:
         """Show this package's log lines without touching the root logger of the host program."""
-        if self.log_level is None:
+        if not self.log_level:
             return
-        logger.setLevel(self.log_level)
+        level = logging.getLevelName(self.log_level.upper())
+        if not isinstance(level, int):
+            warnings.warn(
+                f"glm5-patch: {LOG}={self.log_level!r} is no logging level; use debug or info",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return
+        logger.setLevel(level)
         if not logger.handlers:
             handler = logging.StreamHandler()
             handler.setFormatter(logging.Formatter("%(name)s %(levelname)s: %(message)s"))

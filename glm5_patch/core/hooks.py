@@ -30,7 +30,6 @@ def enable() -> None:
         for patch in PATCHES:
             LEDGER.set(patch, State.DISABLED, f"{ENABLED}=0")
         return
-    _report_unknown_ids(_switches, {patch.id for patch in PATCHES})
     for patch in PATCHES:
         if patch.id in _switches.disabled_ids:
             LEDGER.set(patch, State.DISABLED, f"named in {DISABLE}")
@@ -38,6 +37,8 @@ def enable() -> None:
             LEDGER.set(patch, State.ARMED, f"waits for {patch.module}")
     for name in dict.fromkeys(patch.module for patch in PATCHES):
         _arm(name)
+    # Last: where it raises, everything is armed all the same.
+    _report_unknown_ids(_switches, {patch.id for patch in PATCHES})
 
 
 def disable() -> None:

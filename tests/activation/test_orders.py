@@ -196,10 +196,24 @@ def test_an_unknown_id_warns_and_is_an_error_when_strict():
     assert strict.returncode == 1 and "unknown patches ['nonsense']" in strict.stderr
 
 
-def test_a_bad_switch_never_breaks_import_torch():
-    result = python("import torch; print('fine')", GLM5_PATCH_LOG="loud")
+@pytest.mark.parametrize(
+    ("switches", "says"),
+    [
+        ({"GLM5_PATCH_LOG": "loud"}, "GLM5_PATCH_LOG='loud' is no logging level"),
+        ({"GLM5_PATCH_STRICT": "1", "GLM5_PATCH_DISABLE": "nonsense"}, "problem in activation"),
+    ],
+)
+def test_a_bad_switch_breaks_neither_import_torch_nor_the_patches(switches, says):
+    result = python(f"import torch, {SPECS}\n{STATE}", "-W", "always", **switches)
+    assert result.stdout.strip() == "applied False"
+    assert says in result.stderr
+
+
+def test_a_broken_plugin_never_breaks_import_torch():
+    code = "import sys; sys.modules['glm5_patch.patches'] = None; import torch; print('fine')"
+    result = python(code)
     assert result.stdout.strip() == "fine"
-    assert "NOT ACTIVE" in result.stderr and "GLM5_PATCH_LOG='loud'" in result.stderr
+    assert "glm5-patch: problem in activation: ModuleNotFoundError" in result.stderr
 
 
 def test_debug_log_says_what_was_applied():
