@@ -31,6 +31,17 @@ def install(python: str, requirement: str, folder: str) -> None:
     subprocess.run(command, check=True)
 
 
+def environment(python: str, folder: str) -> dict[str, str]:
+    """megatron-core 0.17 and later compile a C++ extension with ninja while they recompute; a build
+    folder of its own keeps a lock that another, killed process left from blocking this one."""
+    return {
+        **os.environ,
+        "PYTHONPATH": folder,
+        "PATH": os.pathsep.join((os.path.dirname(os.path.abspath(python)), os.environ["PATH"])),
+        "TORCH_EXTENSIONS_DIR": os.path.join(folder, "torch_extensions"),
+    }
+
+
 def run(python: str, requirement: str) -> dict[str, int]:
     """Install one host and run its tests; the counts of pytest's last line."""
     with tempfile.TemporaryDirectory(prefix=f"{requirement}-") as folder:
@@ -42,7 +53,7 @@ def run(python: str, requirement: str) -> dict[str, int]:
         result = subprocess.run(
             [python, "-m", "pytest", "-q", "-n", "auto", "-p", "no:cacheprovider", *tests],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": folder},
+            env=environment(python, folder),
             capture_output=True,
             text=True,
         )
