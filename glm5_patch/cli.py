@@ -115,8 +115,6 @@ def _status(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     # Before torch: cuBLAS reads it once. A parity check in TF32 would be no check.
     os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
-    # Threads that spin while they wait make two small models on one machine crawl.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from .demo import run
     except ImportError as error:

@@ -79,6 +79,8 @@ def run(options: argparse.Namespace) -> int:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(options.seed)
+    if options.device == "cpu" and not options.checkpoint:
+        torch.set_num_threads(1)  # on tensors this small, threads only wait for each other
     glm5_patch.require()
     with tempfile.TemporaryDirectory(prefix="glm5-patch-demo-") as scratch:
         source = Path(options.checkpoint or _random_checkpoint(options, Path(scratch) / "random"))
