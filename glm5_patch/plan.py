@@ -9,7 +9,13 @@ from pathlib import Path
 from .errors import CheckpointError, PipelineSplitError
 from .model.costs import estimate
 from .model.hf_config import HFConfig
-from .model.pipeline import Split, best_splits, check_split, equal_middle_split
+from .model.pipeline import (
+    Split,
+    best_splits,
+    check_split,
+    chunk_label,
+    equal_middle_split,
+)
 from .model.schedule import IndexSchedule
 
 
@@ -83,14 +89,13 @@ def describe(split: Split, pp: int, vpp: int, mtp: bool) -> dict:
     }
     if vpp > 1:
         provider["virtual_pipeline_model_parallel_size"] = vpp
-    plan = {
+    return {
         "layers": list(split.sizes),
         "slowest_over_mean": round(split.bottleneck / mean, 3),
         "empty_chunks": split.sizes.count(0),
         "megatron_flags": flags,
         "bridge_provider": provider,
     }
-    return plan
 
 
 def first_and_last(schedule: IndexSchedule, pp: int) -> dict | None:
@@ -112,8 +117,7 @@ def first_and_last(schedule: IndexSchedule, pp: int) -> dict | None:
 
 
 def _label(chunk: int, pp: int, vpp: int) -> str:
-    suffix = f", virtual stage {chunk // pp}" if vpp > 1 else ""
-    return f"pipeline stage {chunk % pp}{suffix}"
+    return chunk_label(chunk % pp, chunk // pp if vpp > 1 else None)
 
 
 def _print(report: dict, best: Split, schedule: IndexSchedule, options) -> None:

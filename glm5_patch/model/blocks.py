@@ -26,8 +26,7 @@ def document_starts(packed_seq_params: PackedSeqParams | None, seqlen: int, devi
     """
     if not is_thd(packed_seq_params):
         return torch.zeros(seqlen, dtype=torch.int64, device=device)
-    padded = packed_seq_params.cu_seqlens_q_padded
-    cu_seqlens = packed_seq_params.cu_seqlens_q if padded is None else padded
+    cu_seqlens = document_bounds(packed_seq_params)
     lengths = cu_seqlens.diff().to(device=device, dtype=torch.int64)
     starts = cu_seqlens[:-1].to(device=device, dtype=torch.int64).repeat_interleave(lengths)
     if starts.numel() != seqlen:
@@ -36,6 +35,12 @@ def document_starts(packed_seq_params: PackedSeqParams | None, seqlen: int, devi
             "count padding at the end of the pack as part of its last document"
         )
     return starts
+
+
+def document_bounds(packed_seq_params: PackedSeqParams) -> Tensor:
+    """Where the documents of a pack begin and end, [documents + 1]; padding counts as theirs."""
+    padded = packed_seq_params.cu_seqlens_q_padded
+    return packed_seq_params.cu_seqlens_q if padded is None else padded
 
 
 def is_thd(packed_seq_params: PackedSeqParams | None) -> bool:

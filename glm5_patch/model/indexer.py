@@ -20,7 +20,7 @@ from megatron.core.transformer.experimental_attention_variant.dsa import (
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
-from .blocks import document_starts, is_thd, query_blocks, visible_keys
+from .blocks import document_bounds, document_starts, is_thd, query_blocks, visible_keys
 
 
 class IndexerInputs(NamedTuple):
@@ -152,10 +152,8 @@ class LightningIndexer(DSAIndexer):
         )
         freqs = self.rotary_pos_emb(length, packed_seq=is_thd(packed_seq_params))
         freqs, mscale = freqs if self.config.rope_type == "yarn" else (freqs, 1.0)
-        if not is_thd(packed_seq_params):
-            return freqs, mscale, None
-        padded = packed_seq_params.cu_seqlens_q_padded
-        return freqs, mscale, packed_seq_params.cu_seqlens_q if padded is None else padded
+        cu_seqlens = document_bounds(packed_seq_params) if is_thd(packed_seq_params) else None
+        return freqs, mscale, cu_seqlens
 
     def _rotate_positions(self, t: Tensor, freqs, mscale, cu_seqlens) -> Tensor:
         """Rotate the leading ``qk_pos_emb_head_dim`` of [s, b, heads, dim]: [rope | nope]."""

@@ -38,6 +38,12 @@ def check_split(
             )
 
 
+def chunk_label(pp_rank: int, vp_stage: int | None = None) -> str:
+    """How messages and plans call a chunk; without virtual stages, ``vp_stage`` is None."""
+    suffix = "" if vp_stage is None else f", virtual stage {vp_stage}"
+    return f"pipeline stage {pp_rank}{suffix}"
+
+
 @dataclass(frozen=True)
 class Split:
     """One valid way to cut the layers into pipeline chunks."""

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
@@ -62,13 +61,6 @@ BAD = {
         "pipeline stage 1, virtual stage 1 holds layer 60",
     ),
 }
-
-
-@pytest.fixture
-def virtual_pipeline():
-    """What ``initialize_model_parallel`` sets on every rank of an interleaved pipeline."""
-    yield parallel_state.set_virtual_pipeline_model_parallel_world_size
-    parallel_state.set_virtual_pipeline_model_parallel_world_size(None)
 
 
 @pytest.mark.parametrize("case", GOOD)

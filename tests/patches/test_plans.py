@@ -8,7 +8,6 @@ import time
 
 import megatron.core
 import pytest
-from megatron.core import parallel_state
 from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
 
 from glm5_patch import cli
@@ -25,12 +24,6 @@ def config_json(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(published("glm-5.2.json")))
     return str(path)
-
-
-@pytest.fixture
-def virtual_pipeline():
-    yield parallel_state.set_virtual_pipeline_model_parallel_world_size
-    parallel_state.set_virtual_pipeline_model_parallel_world_size(None)
 
 
 def build(pp, vpp, split, virtual_pipeline):

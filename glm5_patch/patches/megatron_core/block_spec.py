@@ -31,19 +31,18 @@ class BlockSpec(Patch):
 
 def _check_split(module, config) -> None:
     """Look at every chunk of every rank, so that all ranks raise, with the same message."""
-    from ...model.pipeline import check_split
+    from ...model.pipeline import check_split, chunk_label
     from ...model.schedule import IndexSchedule
 
     chunks, labels = [], []
     last_layer = 0
     virtual = config.virtual_pipeline_model_parallel_size
-    for vp_stage in range(virtual or 1):
+    for vp_stage in range(virtual) if virtual else (None,):
         for pp_rank in range(config.pipeline_model_parallel_size):
-            count = _layers_in_chunk(module, config, vp_stage if virtual else None, pp_rank)
+            count = _layers_in_chunk(module, config, vp_stage, pp_rank)
             chunks.append(range(last_layer + 1, last_layer + count + 1))
             last_layer += count
-            suffix = f", virtual stage {vp_stage}" if virtual else ""
-            labels.append(f"pipeline stage {pp_rank}{suffix}")
+            labels.append(chunk_label(pp_rank, vp_stage))
     check_split(IndexSchedule.from_megatron(config), chunks, labels)
 
 
