@@ -16,6 +16,11 @@ class Finding(NamedTuple):
     reason: str
 
 
+def argument(args: tuple, kwargs: dict, name: str, position: int) -> Any:
+    """An argument of a wrapped call, however the caller passed it."""
+    return kwargs[name] if name in kwargs else args[position]
+
+
 class Patch:
     """One change to one seam of one host.
 

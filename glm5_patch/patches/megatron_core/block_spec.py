@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...core.host import is_dsa
-from ...core.patch import Finding, Patch
+from ...core.patch import Finding, Patch, argument
 from .gate import check_gate
 
 
@@ -20,7 +20,7 @@ class BlockSpec(Patch):
 
     def apply(self, module, seams) -> None:
         def build(wrapped, instance, args, kwargs):
-            config = kwargs["config"] if "config" in kwargs else args[0]
+            config = argument(args, kwargs, "config", 0)
             if is_dsa(config):
                 check_gate(config)
                 _check_split(module, config)

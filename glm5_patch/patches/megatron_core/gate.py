@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...core.host import is_dsa
-from ...core.patch import Finding, Patch
+from ...core.patch import Finding, Patch, argument
 
 
 class Gate(Patch):
@@ -22,7 +22,7 @@ class Gate(Patch):
 
 
 def _init(wrapped, instance, args, kwargs):
-    config = kwargs["config"] if "config" in kwargs else args[0]
+    config = argument(args, kwargs, "config", 0)
     if is_dsa(config):
         check_gate(config)
     return wrapped(*args, **kwargs)

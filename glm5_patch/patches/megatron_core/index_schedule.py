@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-from ...core.patch import Finding, Patch
+from ...core.patch import Finding, Patch, argument
 
 
 class IndexShareSchedule(Patch):
@@ -28,8 +28,8 @@ class IndexShareSchedule(Patch):
 
 
 def _init(wrapped, instance, args, kwargs):
-    config = kwargs["config"] if "config" in kwargs else args[0]
-    layer_number = kwargs["layer_number"] if "layer_number" in kwargs else args[2]
+    config = argument(args, kwargs, "config", 0)
+    layer_number = argument(args, kwargs, "layer_number", 2)
     if config.dsa_indexer_types is None or layer_number > config.num_layers:
         return wrapped(*args, **kwargs)
     from ...model.schedule import IndexSchedule

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...core.host import why_backend_refuses_local
-from ...core.patch import Finding, Patch
+from ...core.patch import Finding, Patch, argument
 
 
 class LocalBackend(Patch):
@@ -27,7 +27,7 @@ class LocalBackend(Patch):
 
 
 def _backend(wrapped, instance, args, kwargs):
-    config = kwargs["config"] if "config" in kwargs else args[0]
+    config = argument(args, kwargs, "config", 0)
     if config.transformer_impl != "local":
         return wrapped(*args, **kwargs)
     from ...model.local import LocalDSASpecProvider  # imports torch and the host
@@ -38,7 +38,7 @@ def _backend(wrapped, instance, args, kwargs):
 def _dsa_spec(wrapped, instance, args, kwargs):
     """The host's own spec, with down projections of a class that its MLA accepts."""
     spec = wrapped(*args, **kwargs)
-    config = kwargs["config"] if "config" in kwargs else args[0]
+    config = argument(args, kwargs, "config", 0)
     if config.transformer_impl == "local":
         from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
