@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -16,9 +18,11 @@ class Finding(NamedTuple):
     reason: str
 
 
-def argument(args: tuple, kwargs: dict, name: str, position: int) -> Any:
-    """An argument of a wrapped call, however the caller passed it."""
-    return kwargs[name] if name in kwargs else args[position]
+def argument(wrapped: Callable, args: tuple, kwargs: dict, name: str) -> Any:
+    """An argument of a wrapped call, however the caller passed it, or its default."""
+    call = inspect.signature(wrapped).bind(*args, **kwargs)
+    call.apply_defaults()
+    return call.arguments[name]
 
 
 class Patch:

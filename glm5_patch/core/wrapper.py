@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -60,9 +61,21 @@ class Seams:
         self._late = late
         self._changes: list[tuple[Any, str, Any, Any]] = []
 
-    def wrap(self, owner: Any, name: str, around: Around) -> None:
-        """Wrap a function, or a method if ``owner`` is a class. AttributeError if absent."""
+    def wrap(self, owner: Any, name: str, around: Around, *, reads: tuple[str, ...] = ()) -> None:
+        """Wrap a function, or a method if ``owner`` is a class.
+
+        Args:
+            owner: the module or class that has it.
+            name: what it is called there.
+            around: see ``host_wrapper``.
+            reads: the parameters that ``around`` looks at.
+
+        Raises:
+            AttributeError: the host calls it otherwise now.
+            TypeError: a parameter of ``reads`` is gone; better now than in the user's call.
+        """
         original = _own(owner, name)
+        _insist_on_parameters(original, name, reads)
         if isinstance(original, staticmethod):
             self._set(owner, name, staticmethod(host_wrapper(original.__func__, around)), original)
             return
@@ -96,6 +109,8 @@ class Seams:
             held = owner.get(name) if isinstance(owner, dict) else vars(owner).get(name)
             if held is not value:
                 return name
+            if isinstance(owner, type) and _superseded(owner):
+                return f"{owner.__qualname__}.{name}"
         return None
 
     def undo(self) -> None:
@@ -114,6 +129,21 @@ class Seams:
     def _set(self, owner: Any, name: str, value: Any, original: Any) -> None:
         setattr(owner, name, value)
         self._changes.append((owner, name, value, original))
+
+
+def _superseded(cls: type) -> bool:
+    """Whether the module of a class now has another class by its name, as after a reload."""
+    found = sys.modules.get(cls.__module__)
+    for part in cls.__qualname__.split("."):
+        found = getattr(found, "__dict__", {}).get(part)
+    return isinstance(found, type) and found is not cls
+
+
+def _insist_on_parameters(original: Any, name: str, reads: tuple[str, ...]) -> None:
+    parameters = inspect.signature(getattr(original, "__func__", original)).parameters
+    for parameter in reads:
+        if parameter not in parameters:
+            raise TypeError(f"{name}({', '.join(parameters)}) has no parameter {parameter!r}")
 
 
 def _own(owner: Any, name: str) -> Any:

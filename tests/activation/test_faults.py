@@ -1,84 +1,120 @@
 """A patch that can't be applied: the host survives, one warning, and no GLM-5 model is built."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from glm5_patch.patches import PATCHES
-from tests.activation.test_orders import python
+from tests.activation.fresh import python
 
-BUILD = """
-import sys, warnings
-import torch
-from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
-import glm5_patch
-from glm5_patch.errors import GLM5PatchError
-from glm5_patch.cpu_host import single_process
-from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.pipeline_parallel import schedules
-print(glm5_patch.status()["{id}"].state.value)
-small = dict(num_layers=2, hidden_size=64, num_attention_heads=4, use_cpu_initialization=True)
-with single_process("cpu"):
-    GPTModel(TransformerConfig(**small), get_gpt_layer_local_spec(), 32, 16)
-    print("other models build")
-    config = MLATransformerConfig(
-        **small, experimental_attention_variant="dsa", transformer_impl="local", rope_type="rope",
-        num_moe_experts=2, recompute_granularity="selective", recompute_modules=["layernorm"],
-        dsa_indexer_n_heads=2, dsa_indexer_head_dim=64, dsa_indexer_topk=4, qk_layernorm=True,
-        dsa_indexer_loss_coeff=0.1)
-    try:
-        specs.get_transformer_block_with_experimental_attention_variant_spec(config)
-        TransformerBlock(config, None)
-    except GLM5PatchError as error:
-        print("gate:", error)
-"""
+FAULTS = ["probe_raises", "apply_raises", "seam_renamed", "signature_changed"]
+# No model is refused for these: TransformerBlock.forward refuses to recompute without the first,
+# the second is needed under fp8 only, and a Megatron configuration does not need the third.
+NO_MODEL_NEEDS = {"checkpoint_recompute", "te_checkpoint", "hf_config_values"}
+# Their wrappers look at no parameter, so that no change of signature can harm them.
+READ_NOTHING = {"topk_carrier", "index_share_carrier", "checkpoint_without_te", "hf_config_values"}
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    """What happened after each fault, by patch and fault; (None, None) is the host as it is."""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.activation.break_hosts"],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    return {(one["patch"], one["fault"]): one for one in found}
+
+
+def test_as_released_both_models_build_without_a_word(outcomes):
+    assert outcomes[None, None]["warnings"] == []
+    assert outcomes[None, None]["gate"] is None
+    assert "failed" not in outcomes[None, None]["states"].values()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda p: p.id)
+def test_a_fault_is_survived_and_named(outcomes, patch, fault):
+    if (patch.id, fault) not in outcomes:
+        assert fault in ("seam_renamed", "signature_changed")
+        return  # a flag, a class or a constructor; see break_hosts.possible_faults
+    found = outcomes[patch.id, fault]
+    assert found["other_model"] == [1, 8, 32]
+    others = dict(found["states"], **{patch.id: None})
+    assert others == dict(outcomes[None, None]["states"], **{patch.id: None})
+    if found["state"] != "failed":
+        as_released = outcomes[None, None]["states"][patch.id]
+        harmless = fault == "signature_changed" and patch.id in READ_NOTHING
+        assert fault != "probe_raises" and (harmless or as_released == "not_needed")
+        assert (found["state"], found["warnings"], found["gate"]) == (as_released, [], None)
+        return
+    assert len(found["warnings"]) == 1
+    assert f"glm5-patch: {patch.id} failed on {patch.seam}" in found["warnings"][0]
+    if patch.id in NO_MODEL_NEEDS:
+        assert found["gate"] is None
+    else:
+        assert f"patch '{patch.id}' is not in place" in found["gate"]
+        assert found["reason"] in found["gate"]
+
+
 BREAK = """
 import glm5_patch.patches as table
 patch = next(p for p in table.PATCHES if p.id == "{id}")
-def broken(*args): raise RuntimeError("seam renamed")
-type(patch).{method} = broken
+def broken(*args): raise RuntimeError("broken on purpose")
+type(patch).apply = broken
 """
-
-# Without these another layer speaks up, or nothing of a model build depends on them.
-SPOKEN_FOR = {"checkpoint_recompute", "hf_config_values", "te_checkpoint"}
-NEEDED_BY_0_19_ALONE = {"index_share_carrier", "index_share_schedule"}
-ON_THIS_PATH = [p.id for p in PATCHES if p.id not in SPOKEN_FOR | NEEDED_BY_0_19_ALONE]
+# A patch of any host, and the host's import that applies it.
+SEAM = "megatron.core.transformer.transformer_block"
 
 
-@pytest.mark.parametrize("method", ["needed", "apply"])
-@pytest.mark.parametrize("patch_id", [i for i in ON_THIS_PATH if i != "gate"])
-def test_the_gate_names_the_patch_and_the_cause(patch_id, method):
-    code = BREAK.format(id=patch_id, method=method) + BUILD.format(id=patch_id)
+def test_the_import_of_a_host_survives_a_fault():
+    code = BREAK.format(id="gate") + f"import torch, {SEAM}\nprint('imported')"
     result = python(code, "-W", "default::RuntimeWarning")
-    assert result.stdout.splitlines()[:2] == ["failed", "other models build"], result.stderr
-    assert f"gate: patch '{patch_id}' is not in place" in result.stdout, result.stderr
-    assert "RuntimeError: seam renamed" in result.stdout
-    assert result.stderr.count(f"glm5-patch: {patch_id} failed") == 1
-
-
-def test_a_failed_gate_is_reported_by_the_spec_builders():
-    code = BREAK.format(id="gate", method="apply") + BUILD.format(id="gate")
-    assert "gate: patch 'gate' is not in place" in python(code).stdout
-
-
-@pytest.mark.parametrize("patch_id", ["dsa_spec", "topk_carrier", "pipeline_split_check"])
-def test_a_needed_patch_that_was_switched_off_is_named(patch_id):
-    result = python(BUILD.format(id=patch_id), GLM5_PATCH_DISABLE=patch_id)
-    assert result.stdout.splitlines()[:2] == ["disabled", "other models build"], result.stderr
-    assert f"gate: patch '{patch_id}' is not in place" in result.stdout
-    assert "named in GLM5_PATCH_DISABLE, but needed" in result.stdout
+    assert result.stdout.strip() == "imported", result.stderr
+    assert result.stderr.count("glm5-patch: gate failed") == 1
 
 
 def test_strict_raises_where_the_patch_fails():
-    code = BREAK.format(id="dsa_spec", method="apply") + BUILD.format(id="dsa_spec")
+    code = BREAK.format(id="gate") + f"import torch, {SEAM}"
     result = python(code, GLM5_PATCH_STRICT="1")
     assert result.returncode == 1
-    assert "GLM5PatchError: glm5-patch: dsa_spec failed" in result.stderr
+    assert "GLM5PatchError: glm5-patch: gate failed" in result.stderr
+
+
+@pytest.mark.parametrize("patch_id", ["gate", "topk_carrier", "pipeline_split_check"])
+def test_a_needed_patch_that_was_switched_off_is_named(patch_id):
+    code = """
+    import torch
+    from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
+    from megatron.core.transformer.transformer_block import TransformerBlock
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+    config = MLATransformerConfig(
+        num_layers=2, hidden_size=64, num_attention_heads=4, transformer_impl="local",
+        experimental_attention_variant="dsa", rope_type="rope", add_bias_linear=False)
+    for build in (
+        lambda: specs.get_transformer_block_with_experimental_attention_variant_spec(config),
+        lambda: TransformerBlock(config, None),
+    ):
+        try:
+            build()
+        except Exception as error:
+            print(type(error).__name__, error)
+    """
+    out = python(code, GLM5_PATCH_DISABLE=patch_id).stdout
+    assert f"GLM5PatchError patch '{patch_id}' is not in place" in out
+    assert "named in GLM5_PATCH_DISABLE, but needed" in out
 
 
 def test_require_names_a_failed_patch():
-    code = BREAK.format(id="topk_carrier", method="apply") + (
+    code = BREAK.format(id="topk_carrier") + (
         "import glm5_patch\n"
         "try: glm5_patch.require()\n"
         "except glm5_patch.errors.GLM5PatchError as error: print(error)\n"

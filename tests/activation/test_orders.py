@@ -1,82 +1,122 @@
 """Every order of importing torch, a host and this package, each in a fresh process."""
 
-import os
+import importlib
+import inspect
+import json
 import subprocess
 import sys
 import textwrap
 
 import pytest
 
+from glm5_patch.patches import PATCHES
+from tests.activation.fresh import REPORT, output, python
+
 SPECS = "megatron.core.models.gpt.experimental_attention_variant_module_specs"
-HF = "transformers.models.glm_moe_dsa.configuration_glm_moe_dsa"
-STATE = """
-import glm5_patch
-row = glm5_patch.status()["dsa_spec"]
-print(row.state.value, row.late)
-"""
+MODULES = sorted({patch.module for patch in PATCHES})
+ALL = "import " + ", ".join(MODULES)
+SEAMS = [
+    (patch.module, patch.attribute)
+    for patch in PATCHES
+    if inspect.isfunction(
+        getattr(importlib.import_module(patch.module), patch.attribute.split(".")[0], None)
+    )
+]
 
 
-def python(code, *options, **env):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("GLM5_PATCH")}
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", *options, "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        env={**environment, **env},
+def reported(code, **env):
+    """The state of every patch after some code, and whether the host itself shows it."""
+    return json.loads(
+        output(f"{code}\n{REPORT}\nprint(json.dumps(report()))", **env).splitlines()[-1]
     )
 
 
-def output(code, **env):
-    result = python(code, **env)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
+@pytest.fixture(scope="module")
+def expected():
+    """What this host needs, found in the plainest order."""
+    found = reported("import torch")
+    assert found["gate"] == ["applied", True]
+    for state, in_place in found.values():
+        assert state in ("applied", "not_needed")
+        assert in_place in (None, state == "applied")
+    return found
 
 
 @pytest.mark.parametrize(
-    ("first", "state"),
+    "first",
     [
-        ("import torch", "armed False"),
-        (f"import torch; import {SPECS}", "applied False"),
-        (f"import {SPECS}", "applied False"),
-        (f"from {SPECS} import get_experimental_attention_variant_module_spec", "applied False"),
-        (f"import glm5_patch.auto; import {SPECS}", "applied False"),
-        ("import transformers; from transformers import GlmMoeDsaConfig", "armed False"),
-        (
-            f"import glm5_patch; glm5_patch.enable(); import {SPECS}; glm5_patch.enable()",
-            "applied False",
-        ),
+        f"import torch; {ALL}",
+        f"import glm5_patch.auto; {ALL}",
+        f"import glm5_patch; glm5_patch.enable(); {ALL}; glm5_patch.enable()",
+        f"import torch, glm5_patch; glm5_patch.disable(); {ALL}; glm5_patch.enable()",
+        f"{ALL}; import glm5_patch; glm5_patch.disable(); glm5_patch.enable()",
+        "from transformers import GlmMoeDsaConfig",
+        "; ".join(f"from {module} import {name} as alias" for module, name in SEAMS),
     ],
+    ids=["torch first", "auto", "twice", "off and on", "on, off and on", "lazy", "from import"],
 )
-def test_import_orders(first, state):
-    assert output(f"{first}\n{STATE}") == state
+def test_import_orders(expected, first):
+    assert reported(first) == expected
 
 
-def test_a_loaded_host_is_patched_late_and_its_aliases_follow():
+@pytest.mark.parametrize("module", MODULES)
+def test_a_host_module_may_be_the_first_import_of_all(expected, module):
+    """It or a module on its way imports torch, which arms the plugin half-way through it."""
+    assert reported(f"import {module}") == expected
+
+
+def test_loaded_hosts_are_patched_late_and_their_aliases_follow(expected):
+    take = "\n".join(
+        f"from {module} import {name} as alias_{number}"
+        for number, (module, name) in enumerate(SEAMS)
+    )
     code = f"""
-    import {SPECS} as specs
-    from {SPECS} import get_experimental_attention_variant_module_spec as alias
-    kept = [alias]  # a name would be rebound too
-    import glm5_patch.auto
-    assert alias is specs.get_experimental_attention_variant_module_spec is not kept[0]
-    glm5_patch.disable()
-    assert alias is specs.get_experimental_attention_variant_module_spec is kept[0]
+import sys
+{ALL}
+{take}
+kept = [{", ".join(f"alias_{number}" for number in range(len(SEAMS)))}]  # names are rebound
+seams = {SEAMS}
+def held():
+    return [vars(sys.modules[module])[name] for module, name in seams]
+def aliases():
+    return [globals()[f"alias_{{number}}"] for number in range(len(seams))]
+assert all(a is b for a, b in zip(kept, held()))
+import glm5_patch.auto
+assert all(a is b for a, b in zip(aliases(), held()))
+changed = sum(a is not b for a, b in zip(kept, held()))
+glm5_patch.disable()
+assert all(a is b is c for a, b, c in zip(kept, held(), aliases()))
+glm5_patch.enable()
+assert changed == sum(a is not b for a, b in zip(kept, held())) > 0
+assert all(row.late for row in glm5_patch.status() if row.state == "applied")
+"""
+    assert reported(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0") == expected
+
+
+def test_a_reload_of_any_host_module_is_noticed_and_repaired(expected):
+    """A reloaded module makes new functions and classes, which nobody has patched yet."""
+    code = f"""
+{ALL}
+{REPORT}
+from glm5_patch.core.hooks import raise_unless_in_place
+from tests.activation.fork import in_a_fork
+
+def after_reload(name):
+    patches = [p for p in PATCHES if p.module == name]
+    needed = any(glm5_patch.status()[p.id].state == "applied" for p in patches)
+    importlib.reload(sys.modules[name])
+    try:
+        raise_unless_in_place(patches)
+        noticed = not needed or all(in_place(p) is not False for p in patches)
+    except glm5_patch.errors.GLM5PatchError as error:
+        noticed = "was replaced after patching" in str(error)
     glm5_patch.enable()
-    row = glm5_patch.status()["dsa_spec"]
-    print(row.state.value, row.late)
-    """
-    assert output(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0") == "applied True"
+    return noticed, report()
 
-
-@pytest.mark.parametrize("target", [HF, "megatron.core.tensor_parallel.random"])
-def test_a_half_imported_target_is_patched_when_it_is_whole(target):
-    """The target imports torch, which arms the plugin, in the middle of its own import."""
-    patch = "hf_config_values" if target == HF else "checkpoint_recompute"
-    code = f"""
-    import {target}
-    import glm5_patch
-    print(glm5_patch.status()["{patch}"].state.value)
-    """
-    assert output(code) in ("applied", "not_needed")
+print(json.dumps({{name: in_a_fork(after_reload, name) for name in {MODULES}}}))
+"""
+    found = json.loads(output(code).splitlines()[-1])
+    assert found == {module: [True, expected] for module in MODULES}
 
 
 FAKE_HOST = """
@@ -117,40 +157,25 @@ def test_a_half_imported_module_that_fails_is_patched_on_its_next_import(tmp_pat
     assert output(code, PYTHONPATH=str(tmp_path)) == "2 applied"
 
 
-def test_a_reloaded_host_is_noticed_and_patched_again(tmp_path):
-    (tmp_path / "fake_host.py").write_text(FAKE_HOST.format(end=""))
-    code = FAKE_PATCH + textwrap.dedent("""
-    import fake_host, glm5_patch, importlib
-    assert fake_host.function() == 2
-    importlib.reload(fake_host)
-    try:
-        glm5_patch.core.hooks.raise_unless_in_place(table.PATCHES)
-    except glm5_patch.errors.GLM5PatchError as error:
-        print("function was replaced after patching" in str(error))
-    glm5_patch.enable()
-    print(fake_host.function())
-    """)
-    assert output(code, PYTHONPATH=str(tmp_path)).split() in (["True", "2"], ["2"])
-
-
 def test_switched_off_nothing_is_armed_and_the_host_refuses_as_ever():
     code = f"""
     import sys, torch
     assert not any(m.startswith(("glm5_patch.core", "wrapt")) for m in sys.modules)
     import {SPECS} as specs
-    from types import SimpleNamespace
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+    config = MLATransformerConfig(
+        num_layers=2, hidden_size=64, num_attention_heads=4, add_bias_linear=False,
+        rope_type="rope", experimental_attention_variant="dsa", transformer_impl="local")
     try:
-        specs.get_experimental_attention_variant_module_spec(
-            config=SimpleNamespace(experimental_attention_variant="dsa"), backend=object())
-    except ValueError as error:
+        specs.get_transformer_block_with_experimental_attention_variant_spec(config)
+    except AssertionError as error:
         print(error)
     import glm5_patch
     print({{row.state.value for row in glm5_patch.status()}}, bool(glm5_patch.status()))
     """
-    assert output(code, GLM5_PATCH="0").splitlines() == [
-        "Invalid experimental attention variant: dsa",
-        "{'disabled'} False",
-    ]
+    refusal, states = output(code, GLM5_PATCH="0").splitlines()
+    assert "transformer engine" in refusal.lower().replace("_", " ")
+    assert states == "{'disabled'} False"
 
 
 def test_disable_puts_back_every_identical_object_of_every_host():
@@ -203,9 +228,10 @@ def test_an_unknown_id_warns_and_is_an_error_when_strict():
         ({"GLM5_PATCH_STRICT": "1", "GLM5_PATCH_DISABLE": "nonsense"}, "problem in activation"),
     ],
 )
-def test_a_bad_switch_breaks_neither_import_torch_nor_the_patches(switches, says):
-    result = python(f"import torch, {SPECS}\n{STATE}", "-W", "always", **switches)
-    assert result.stdout.strip() == "applied False"
+def test_a_bad_switch_breaks_neither_import_torch_nor_the_patches(expected, switches, says):
+    code = f"import torch\n{REPORT}\nprint(json.dumps(report()))"
+    result = python(code, "-W", "always", **switches)
+    assert json.loads(result.stdout.splitlines()[-1]) == expected
     assert says in result.stderr
 
 
@@ -217,53 +243,42 @@ def test_a_broken_plugin_never_breaks_import_torch():
 
 
 def test_debug_log_says_what_was_applied():
-    result = python(f"import {SPECS}", GLM5_PATCH_LOG="debug")
-    assert "glm5_patch DEBUG: dsa_spec: applied" in result.stderr
+    result = python("import megatron.core.transformer.transformer_block", GLM5_PATCH_LOG="debug")
+    assert "glm5_patch DEBUG: gate: applied" in result.stderr
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_child_processes_are_patched(method, tmp_path):
+def test_child_processes_are_patched(expected, method, tmp_path):
     script = tmp_path / "parent.py"
-    script.write_text(
-        textwrap.dedent(f"""
-        import multiprocessing, torch
-        def child(queue):
-            import {SPECS}, glm5_patch
-            queue.put(glm5_patch.status()["dsa_spec"].state.value)
-        if __name__ == "__main__":
-            context = multiprocessing.get_context("{method}")
-            queue = context.Queue()
-            process = context.Process(target=child, args=(queue,))
-            process.start()
-            print(queue.get(timeout=60))
-            process.join()
-    """)
-    )
+    script.write_text(f"""
+import multiprocessing, torch
+{REPORT}
+def child(queue):
+    queue.put(report())
+if __name__ == "__main__":
+    context = multiprocessing.get_context("{method}")
+    queue = context.Queue()
+    process = context.Process(target=child, args=(queue,))
+    process.start()
+    print(json.dumps(queue.get(timeout=120)))
+    process.join()
+""")
     result = subprocess.run(
         [sys.executable, "-W", "ignore", str(script)], capture_output=True, text=True
     )
-    assert result.stdout.strip() == "applied", result.stderr
+    assert json.loads(result.stdout.splitlines()[-1]) == expected, result.stderr
 
 
-def test_torchrun_workers_are_patched(tmp_path):
+def test_torchrun_workers_are_patched(expected, tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(
-        f"import {SPECS}, glm5_patch, torch\n"
-        "print('state', glm5_patch.status()['dsa_spec'].state.value)\n"
+        f"import os, torch\n{REPORT}\n"
+        f"open(f'{tmp_path}/{{os.environ[\"RANK\"]}}', 'w').write(json.dumps(report()))\n"
     )
+    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     result = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node=2",
-            "--master-addr=127.0.0.1",
-            "--master-port=29617",
-            str(script),
-        ],
-        capture_output=True,
-        text=True,
+        [*launch, "--nproc-per-node=2", str(script)], capture_output=True, text=True
     )
-    assert result.stdout.count("state applied") == 2, result.stderr
+    assert result.returncode == 0, result.stderr
+    for rank in "01":
+        assert json.loads((tmp_path / rank).read_text()) == expected

@@ -20,13 +20,13 @@ class BlockSpec(Patch):
 
     def apply(self, module, seams) -> None:
         def build(wrapped, instance, args, kwargs):
-            config = argument(args, kwargs, "config", 0)
+            config = argument(wrapped, args, kwargs, "config")
             if is_dsa(config):
                 check_gate(config)
                 _check_split(module, config)
             return wrapped(*args, **kwargs)
 
-        seams.wrap(module, self.attribute, build)
+        seams.wrap(module, self.attribute, build, reads=("config",))
 
 
 def _check_split(module, config) -> None:

@@ -18,8 +18,12 @@ class CheckpointRecompute(Patch):
 
     def apply(self, module, seams) -> None:
         # The autograd functions and not checkpoint() itself: no alias of it can be missed.
-        seams.wrap(module.CheckpointFunction, "forward", _checkpoint_forward)
-        seams.wrap(module.CheckpointWithoutOutput, "checkpoint", _checkpoint)
+        seams.wrap(
+            module.CheckpointFunction, "forward", _checkpoint_forward, reads=("run_function",)
+        )
+        seams.wrap(
+            module.CheckpointWithoutOutput, "checkpoint", _checkpoint, reads=("run_function",)
+        )
 
     def guards(self, config) -> bool:
         return False  # TransformerBlock.forward refuses to recompute without it, and says why

@@ -23,7 +23,7 @@ class DSASpec(Patch):
         def dispatch(wrapped, instance, args, kwargs):
             return _dispatch(module, wrapped, *args, **kwargs)
 
-        seams.wrap(module, self.attribute, dispatch)
+        seams.wrap(module, self.attribute, dispatch, reads=("config", "backend"))
 
 
 def _dispatch(module, wrapped, config, backend=None):

@@ -18,11 +18,11 @@ class Gate(Patch):
         return Finding(True, "every GLM-5 model passes here")
 
     def apply(self, module, seams) -> None:
-        seams.wrap(module.TransformerBlock, "__init__", _init)
+        seams.wrap(module.TransformerBlock, "__init__", _init, reads=("config",))
 
 
 def _init(wrapped, instance, args, kwargs):
-    config = argument(args, kwargs, "config", 0)
+    config = argument(wrapped, args, kwargs, "config")
     if is_dsa(config):
         check_gate(config)
     return wrapped(*args, **kwargs)

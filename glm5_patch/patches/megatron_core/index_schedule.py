@@ -21,15 +21,15 @@ class IndexShareSchedule(Patch):
         return Finding(False, "the host's DSAttention shares nothing; ours takes its place")
 
     def apply(self, module, seams) -> None:
-        seams.wrap(module.DSAttention, "__init__", _init)
+        seams.wrap(module.DSAttention, "__init__", _init, reads=("config", "layer_number"))
 
     def guards(self, config) -> bool:
         return getattr(config, "dsa_indexer_types", None) is not None
 
 
 def _init(wrapped, instance, args, kwargs):
-    config = argument(args, kwargs, "config", 0)
-    layer_number = argument(args, kwargs, "layer_number", 2)
+    config = argument(wrapped, args, kwargs, "config")
+    layer_number = argument(wrapped, args, kwargs, "layer_number")
     if config.dsa_indexer_types is None or layer_number > config.num_layers:
         return wrapped(*args, **kwargs)
     from ...model.schedule import IndexSchedule

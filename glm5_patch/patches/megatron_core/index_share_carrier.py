@@ -19,6 +19,9 @@ class IndexShareCarrier(Patch):
         return Finding(False, "the host's DSAttention shares nothing; ours takes its place")
 
     def apply(self, module, seams) -> None:
+        holder = module.DSAttention._get_index_share_topk_holder
+        if "_get_index_share_carrier" not in holder.__code__.co_names:
+            raise AttributeError("_get_index_share_topk_holder asks for no carrier any more")
         seams.wrap(module.DSAttention, "_get_index_share_carrier", _carrier)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-
 from ...core.host import is_dsa
-from ...core.patch import Finding, Patch
+from ...core.patch import Finding, Patch, argument
 
 
 class IndexerLossScale(Patch):
@@ -23,18 +21,18 @@ class IndexerLossScale(Patch):
         return Finding(True, "the schedules set no scale for the indexer loss")
 
     def apply(self, module, seams) -> None:
-        seams.wrap(module, self.attribute, _calc_loss)
+        seams.wrap(module, self.attribute, _calc_loss, reads=("config", "num_microbatches"))
 
     def guards(self, config) -> bool:
         return bool(config.dsa_indexer_loss_coeff)
 
 
 def _calc_loss(wrapped, instance, args, kwargs):
-    call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     output_tensor, num_tokens = result = wrapped(*args, **kwargs)
-    config = call["config"]
+    config = argument(wrapped, args, kwargs, "config")
     if is_dsa(config) and config.dsa_indexer_loss_coeff:
-        _set_scale(config, call["num_microbatches"], output_tensor.device)
+        num_microbatches = argument(wrapped, args, kwargs, "num_microbatches")
+        _set_scale(config, num_microbatches, output_tensor.device)
     return result
 
 

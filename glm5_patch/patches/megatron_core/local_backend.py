@@ -19,15 +19,15 @@ class LocalBackend(Patch):
         return Finding(reason is not None, reason or "the host builds local DSA models")
 
     def apply(self, module, seams) -> None:
-        seams.wrap(module, self.attribute, _backend)
-        seams.wrap(module, "get_dsa_module_spec_for_backend", _dsa_spec)
+        seams.wrap(module, self.attribute, _backend, reads=("config",))
+        seams.wrap(module, "get_dsa_module_spec_for_backend", _dsa_spec, reads=("config",))
 
     def guards(self, config) -> bool:
         return config.transformer_impl == "local"
 
 
 def _backend(wrapped, instance, args, kwargs):
-    config = argument(args, kwargs, "config", 0)
+    config = argument(wrapped, args, kwargs, "config")
     if config.transformer_impl != "local":
         return wrapped(*args, **kwargs)
     from ...model.local import LocalDSASpecProvider  # imports torch and the host
@@ -38,7 +38,7 @@ def _backend(wrapped, instance, args, kwargs):
 def _dsa_spec(wrapped, instance, args, kwargs):
     """The host's own spec, with down projections of a class that its MLA accepts."""
     spec = wrapped(*args, **kwargs)
-    config = argument(args, kwargs, "config", 0)
+    config = argument(wrapped, args, kwargs, "config")
     if config.transformer_impl == "local":
         from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 

@@ -20,7 +20,7 @@ class TECheckpoint(Patch):
         return Finding(False, "no Transformer Engine here, so nothing calls it")
 
     def apply(self, module, seams) -> None:
-        seams.wrap(module, self.attribute, _checkpoint)
+        seams.wrap(module, self.attribute, _checkpoint, reads=("forward_func",))
 
     def guards(self, config) -> bool:
         return bool(config.recompute_granularity and (config.fp8 or config.fp4))

@@ -1,0 +1,49 @@
+"""Scripts in processes of their own, where nothing was imported before."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+REPORT = """
+import importlib, inspect, json, sys
+import glm5_patch
+from glm5_patch.patches import PATCHES
+
+def in_place(patch):
+    # Looks at the host itself, not at the ledger; None where that can't tell (a flag).
+    owner = sys.modules[patch.module]
+    *classes, name = patch.attribute.split(".")
+    for part in classes:
+        owner = vars(owner)[part]
+    value = vars(owner).get(name)
+    value = getattr(value, "__func__", value)
+    if inspect.isclass(value):
+        return "dsa_indexer_types" in value.__dataclass_fields__
+    if inspect.isfunction(value):
+        return value.__globals__["__name__"].startswith("glm5_patch.")
+    return None
+
+def report():
+    for patch in PATCHES:
+        importlib.import_module(patch.module)
+    rows = glm5_patch.status()
+    return {p.id: [rows[p.id].state.value, in_place(p)] for p in PATCHES}
+"""
+
+
+def python(code, *options, **env):
+    """Run code in a fresh interpreter without this package's switches."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GLM5_PATCH")}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *options, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env={**environment, **env},
+    )
+
+
+def output(code, **env):
+    result = python(code, **env)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
