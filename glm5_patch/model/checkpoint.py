@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -131,6 +131,7 @@ class HFCheckpoint:
                 for name in file.keys():
                     self._files[name] = path
                     self.shapes[name] = tuple(file.get_slice(name).get_shape())
+        self.config = self.config.agreeing_with(self.shapes, self.directory / "config.json")
 
     @cached_property
     def report(self) -> CheckpointReport:
@@ -233,6 +234,20 @@ class HFCheckpoint:
             f": layer {int(indexer[1]) + 1} computes its own top-k by config.json's schedule "
             f"({self.config.schedule})"
         )
+
+
+def shapes_in(directory: Path, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of a few tensors of a checkpoint, opening only their files; {} if one is not there."""
+    try:
+        index = directory / _INDEX
+        weight_map = json.loads(index.read_text())["weight_map"] if index.exists() else {}
+        shapes = {}
+        for name in names:
+            with safe_open(directory / weight_map.get(name, _SINGLE), framework="pt") as file:
+                shapes[name] = tuple(file.get_slice(name).get_shape())
+        return shapes
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError):
+        return {}
 
 
 def save(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +48,12 @@ _DEFAULTS = {
     "num_nextn_predict_layers": 0,
     "indexer_rope_interleave": True,
 }
+
+ROPE_WIDTH_TENSORS = (
+    "model.layers.0.self_attn.kv_a_proj_with_mqa.weight",
+    "model.layers.0.self_attn.q_b_proj.weight",
+)
+"""Their rows are kv_lora_rank + qk_rope_head_dim, and heads * (nope + rope)."""
 
 _MUST_BE = {
     "hidden_act": "silu",
@@ -98,6 +105,29 @@ class HFConfig:
         """``rope_theta``, nested in ``rope_parameters`` (transformers 5) or flat (4)."""
         nested = self.raw.get("rope_parameters") or {}
         return float(nested.get("rope_theta") or self.raw.get("rope_theta") or 1e6)
+
+    def agreeing_with(self, shapes: Mapping[str, tuple[int, ...]], source: Path) -> HFConfig:
+        """This configuration with the rotary width that the weights have.
+
+        transformers 5.8 overwrites ``qk_rope_head_dim`` with ``head_dim`` when it reads a
+        config.json, and a file that it saved is read as wrong by every later release. The rows of
+        two projections must agree before a width is believed.
+
+        Args:
+            shapes: of the weights, by name; those of layer 0's attention are looked at.
+            source: names the file in the warning.
+        """
+        key, query = (shapes.get(name, (0,))[0] for name in ROPE_WIDTH_TENSORS)
+        width = key - self.kv_lora_rank
+        by_query = query / self.num_attention_heads - self.qk_nope_head_dim
+        if not width == by_query > 0 or width == self.qk_rope_head_dim:
+            return self
+        warnings.warn(
+            f"{source}: qk_rope_head_dim is {self.qk_rope_head_dim}, but the weights have {width}, "
+            f"which is taken. transformers 5.8 writes such files; put {width} there",
+            stacklevel=3,
+        )
+        return HFConfig({**self.raw, "qk_rope_head_dim": width})
 
     @cached_property
     def schedule(self) -> IndexSchedule:

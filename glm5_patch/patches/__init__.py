@@ -15,6 +15,7 @@ from .megatron_core.te_checkpoint import TECheckpoint
 from .megatron_core.topk_carrier import BlockCarrier
 from .megatron_core.transformer_config import ConfigFields
 from .transformers.glm_moe_dsa_config import GlmMoeDsaConfigValues
+from .transformers.glm_moe_dsa_weights import GlmMoeDsaConfigWeights
 
 PATCHES = (
     ConfigFields(),
@@ -32,4 +33,5 @@ PATCHES = (
     IndexerLossScale(),
     TECheckpoint(),
     GlmMoeDsaConfigValues(),
+    GlmMoeDsaConfigWeights(),
 )

@@ -13,8 +13,8 @@ from tests.activation.fresh import python
 
 FAULTS = ["probe_raises", "apply_raises", "seam_renamed", "signature_changed"]
 # No model is refused for these: TransformerBlock.forward refuses to recompute without the first,
-# the second is needed under fp8 only, and a Megatron configuration does not need the third.
-NO_MODEL_NEEDS = {"checkpoint_recompute", "te_checkpoint", "hf_config_values"}
+# the second is needed under fp8 only, and a Megatron configuration does not need the last two.
+NO_MODEL_NEEDS = {"checkpoint_recompute", "te_checkpoint", "hf_config_values", "hf_config_weights"}
 # Their wrappers look at no parameter, so that no change of signature can harm them.
 READ_NOTHING = {"topk_carrier", "index_share_carrier", "checkpoint_without_te", "hf_config_values"}
 

@@ -200,7 +200,8 @@ def test_disable_puts_back_every_identical_object_of_every_host():
     import glm5_patch
     glm5_patch.enable()
     changed = attributes()
-    assert sum(before.get(k) is not v for k, v in changed.items()) > 20
+    applied = sum(row.state == "applied" for row in glm5_patch.status())
+    assert sum(before.get(k) is not v for k, v in changed.items()) >= applied > 0
     glm5_patch.disable()
     after = attributes()
     assert after.keys() == before.keys(), after.keys() ^ before.keys()

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-import torch  # noqa: F401  loads the plugin
+import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, GlmMoeDsaConfig
 
-from glm5_patch.model.hf_config import HFConfig
+from glm5_patch.model.hf_config import ROPE_WIDTH_TENSORS, HFConfig
 from glm5_patch.model.schedule import IndexSchedule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -67,6 +68,48 @@ def test_what_is_saved_is_read_back_the_same(tmp_path):
     for name in ("qk_rope_head_dim", "n_routed_experts", "indexer_types", "index_topk_freq"):
         assert getattr(again, name) == getattr(config, name)
     assert HFConfig(json.loads((tmp_path / "again/config.json").read_text())).schedule == GLM_5_2
+
+
+def with_weights(directory, raw, shards):
+    """A checkpoint of one attention layer in GLM-5.2's shape, in one file or in two."""
+    shapes = dict(zip(ROPE_WIDTH_TENSORS, [(512 + 64, 1), (64 * 256, 1)]))
+    parts = [shapes] if shards == 1 else [{name: shape} for name, shape in shapes.items()]
+    weight_map = {}
+    for number, part in enumerate(parts, 1):
+        file = "model.safetensors" if shards == 1 else f"model-{number}-of-{shards}.safetensors"
+        save_file({name: torch.zeros(shape) for name, shape in part.items()}, directory / file)
+        weight_map.update(dict.fromkeys(part, file))
+    if shards > 1:
+        index = {"weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "config.json").write_text(json.dumps(raw))
+    return directory
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("reader", [AutoConfig, GlmMoeDsaConfig])
+def test_where_transformers_5_8_spoilt_the_file_the_weights_decide(tmp_path, reader, shards):
+    raw = published("glm-5.2-saved-by-transformers-5.8.1.json")
+    assert raw["qk_rope_head_dim"] == 192
+    with_weights(tmp_path, raw, shards)
+    with pytest.warns(UserWarning, match="qk_rope_head_dim is 192, but the weights have 64"):
+        config = reader.from_pretrained(tmp_path)
+    assert (config.qk_rope_head_dim, config.qk_head_dim, config.head_dim) == (64, 256, 64)
+    assert tuple(config.indexer_types) == GLM_5_2.types
+
+
+def test_a_width_that_one_tensor_alone_contradicts_is_kept(tmp_path):
+    """Then the weights are of another shape altogether, which is for the loader to report."""
+    with_weights(tmp_path, published(kv_lora_rank=500), 1)
+    assert AutoConfig.from_pretrained(tmp_path).qk_rope_head_dim == 64
+
+
+def test_a_file_that_transformers_5_23_saved_is_read_by_every_release(tmp_path):
+    raw = published("glm-5.2-saved-by-transformers-5.23.0.json")
+    assert raw["layer_types"][0] == "indexed_attention"
+    config = parsed(raw, tmp_path)
+    assert (config.qk_rope_head_dim, config.n_routed_experts) == (64, 256)
+    assert tuple(config.indexer_types) == GLM_5_2.types
 
 
 def test_the_megatron_configuration_is_that_of_the_raw_file():

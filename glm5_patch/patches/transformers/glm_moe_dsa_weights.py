@@ -1,0 +1,53 @@
+"""``GlmMoeDsaConfig`` of a checkpoint: where config.json and weights disagree, the weights decide."""
+
+from __future__ import annotations
+
+import os
+
+from ...core.patch import Finding, Patch
+
+
+class GlmMoeDsaConfigWeights(Patch):
+    id = "hf_config_weights"
+    module = "transformers.models.glm_moe_dsa.configuration_glm_moe_dsa"
+    attribute = "GlmMoeDsaConfig.from_dict"
+    why = "A config.json that transformers 5.8 saved says 192 for the rope width, for ever."
+    upstream = "none: the file is wrong, not its reader"
+    remove_when = "nobody has such a file any more"
+
+    def needed(self, module) -> Finding:
+        return Finding(True, "no release looks at the weights")
+
+    def apply(self, module, seams) -> None:
+        config_class = module.GlmMoeDsaConfig
+        inherited = super(config_class, config_class)
+
+        # AutoConfig comes in here and names the directory; it has read the file by another class.
+        def from_dict(cls, config_dict, **kwargs):
+            directory = kwargs.get("name_or_path")
+            return inherited.from_dict.__func__(cls, _believe(config_dict, directory), **kwargs)
+
+        # GlmMoeDsaConfig.from_pretrained and the models come in here.
+        def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+            get = inherited.get_config_dict.__func__
+            config_dict, rest = get(cls, pretrained_model_name_or_path, **kwargs)
+            return _believe(config_dict, pretrained_model_name_or_path), rest
+
+        for method in (from_dict, get_config_dict):
+            seams.add(config_class, method.__name__, classmethod(method))
+
+    def guards(self, config) -> bool:
+        return False  # a Megatron configuration was made from it already, or not at all
+
+
+def _believe(config_dict: dict, directory: str | os.PathLike | None) -> dict:
+    """The weights, if ``directory`` is one that has any."""
+    if directory is None or not os.path.isdir(directory):
+        return config_dict
+    from pathlib import Path
+
+    from ...model.checkpoint import shapes_in  # here: `import torch` need not pay for it
+    from ...model.hf_config import ROPE_WIDTH_TENSORS, HFConfig
+
+    shapes = shapes_in(Path(directory), ROPE_WIDTH_TENSORS)
+    return HFConfig(config_dict).agreeing_with(shapes, Path(directory) / "config.json").raw
