@@ -179,10 +179,6 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
 
     _core_inputs: tuple[Tensor, Tensor] | None = None
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.register_load_state_dict_pre_hook(_accept_fused_norms)
-
     def get_query_key_value_tensors(self, hidden_states, *args, **kwargs):
         result = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
         if self.checkpoint_core_attention and self.training:
@@ -207,14 +203,3 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
             )
 
         return tensor_parallel.checkpoint(core, False, query, key, value, x, qr)
-
-
-def _accept_fused_norms(module, state_dict, prefix, *_) -> None:
-    """Load checkpoints of specs that fuse the latent norms into the up projections."""
-    for norm, linear in (
-        ("q_layernorm", "linear_q_up_proj"),
-        ("kv_layernorm", "linear_kv_up_proj"),
-    ):
-        fused, plain = f"{prefix}{linear}.layer_norm_weight", f"{prefix}{norm}.weight"
-        if fused in state_dict and plain not in state_dict:
-            state_dict[plain] = state_dict.pop(fused)

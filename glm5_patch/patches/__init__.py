@@ -8,6 +8,7 @@ from .megatron_core.gate import Gate
 from .megatron_core.index_schedule import IndexShareSchedule
 from .megatron_core.index_share_carrier import IndexShareCarrier
 from .megatron_core.indexer_loss_scale import IndexerLossScale
+from .megatron_core.latent_norm_names import LatentNormNames
 from .megatron_core.local_backend import LocalBackend
 from .megatron_core.mla_without_te import MLAWithoutTE
 from .megatron_core.moe_without_te import MoEWithoutTE
@@ -24,6 +25,7 @@ PATCHES = (
     BlockSpec(),
     MLAWithoutTE(),
     MoEWithoutTE(),
+    LatentNormNames(),
     BlockCarrier(),
     Gate(),
     IndexShareCarrier(),

@@ -164,7 +164,7 @@ def test_a_wrong_setting_shows(world, tmp_path, setting, value):
     assert kept_share(found.topk_indices[1], expected[1]) < 0.999
 
 
-def test_host_checkpoints_with_fused_latent_norms_load(world, our_core, tmp_path):
+def test_host_checkpoints_with_fused_latent_norms_load(world, tmp_path):
     model = megatron_model(saved(tmp_path / "hf"))
     fused = {}
     for name, tensor in model.state_dict().items():

@@ -1,4 +1,4 @@
-"""``GlmMoeDsaConfig`` of a checkpoint: where config.json and weights disagree, the weights decide."""
+"""``GlmMoeDsaConfig`` read from a checkpoint: where config.json is spoilt, the weights decide."""
 
 from __future__ import annotations
 
