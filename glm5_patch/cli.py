@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--impl", choices=("local", "transformer_engine"), default="local", help="module backend"
     )
+    demo.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     demo.add_argument("--checkpoint", metavar="DIR", help="a small checkpoint of your own")
     demo.add_argument("--steps", type=_positive, default=20, help="training steps (20)")
     demo.add_argument("--seq-length", type=_positive, help="tokens (by index_topk)")

@@ -32,6 +32,11 @@ from .model.hf_config import HFConfig
 
 LOGITS_BOUND = 2e-5
 """fp32 logits against transformers, largest absolute difference over the largest logit."""
+KEPT_BOUND = 0.99
+"""bf16: the share of Hugging Face's keys that each layer selects from Hugging Face's input."""
+ROUNDING_BOUND = 1.5
+"""bf16: distance of the logits from those in fp32, over the distance of Hugging Face's own."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GRADIENT_BOUND = 1e-6
 """Gradients under recompute against those without, relative L2 norm."""
 
@@ -178,7 +183,8 @@ def _main_job(options, checkpoint: HFCheckpoint, output: Path, report: Report, c
     config = transformer_config(
         hf,
         transformer_impl=options.impl,
-        params_dtype=torch.float32,
+        params_dtype=DTYPES[options.dtype],
+        bf16=options.dtype == "bf16",
         use_cpu_initialization=options.device == "cpu",
         perform_initialization=False,
         moe_token_dispatcher_type="alltoall" if options.device == "cuda" else "allgather",
@@ -220,16 +226,24 @@ def forward(model, ids):
 
 
 def _compare(directory: Path, model, ids, report: Report, label: str) -> None:
-    """Top-k of every layer and logits against transformers on the same checkpoint."""
+    """The model against transformers on the same checkpoint and in the same dtype."""
     from transformers import GlmMoeDsaForCausalLM
 
-    from .model.parity import compare_topk, recorded, recorded_hf
-
+    dtype = model.config.params_dtype
     reference = GlmMoeDsaForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager"
+        directory, dtype=dtype, attn_implementation="eager"
     ).to(ids.device)
     model.eval()
-    with torch.no_grad(), recorded(model) as ours, recorded_hf(reference) as theirs:
+    compare = _compare_exactly if dtype == torch.float32 else _compare_rounded
+    with torch.no_grad():
+        compare(reference, model, ids, report, label)
+
+
+def _compare_exactly(reference, model, ids, report: Report, label: str) -> None:
+    """Top-k of every layer in a whole forward, and logits."""
+    from .model.parity import compare_topk, recorded, recorded_hf
+
+    with recorded(model) as ours, recorded_hf(reference) as theirs:
         logits, expected = forward(model, ids), reference(ids, use_cache=False).logits
     topk = compare_topk(ours, theirs)
     ties = f", {topk.near_ties} near ties" if topk.near_ties else ""
@@ -246,10 +260,34 @@ def _compare(directory: Path, model, ids, report: Report, label: str) -> None:
     )
 
 
+def _compare_rounded(reference, model, ids, report: Report, label: str) -> None:
+    """Below fp32 a flipped key changes all that follows. So each layer is compared on one input,
+    and the logits with those of the same weights in fp32."""
+    from .model.parity import same_input_shares
+
+    shares = same_input_shares(model, reference, ids)
+    worst = min(shares.values())
+    report.check(
+        f"{label}: keys of each layer that are Hugging Face's, from its input",
+        f"{100 * worst:.2f} % in the worst of {len(shares)} layers",
+        f">= {KEPT_BOUND:.0%}",
+        worst >= KEPT_BOUND,
+    )
+    logits, theirs = forward(model, ids).float(), reference(ids, use_cache=False).logits.float()
+    exact = reference.float()(ids, use_cache=False).logits
+    ratio = ((logits - exact).norm() / (theirs - exact).norm()).item()
+    report.check(
+        f"{label}: logits' distance from fp32",
+        f"{ratio:.2f} times Hugging Face's own",
+        f"<= {ROUNDING_BOUND}",
+        ratio <= ROUNDING_BOUND,
+    )
+
+
 def _losses(model, ids) -> list[torch.Tensor]:
     """Forward both microbatches before either backward, as a pipeline does."""
     return [
-        cross_entropy(forward(model, batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        cross_entropy(forward(model, batch[:, :-1]).flatten(0, 1).float(), batch[:, 1:].flatten())
         for batch in ids
     ]
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .topk_carrier import open_carrier
+
 NEAR_TIE = 2e-5
 """Two scores this close, relative to the largest of their row, are equal in fp32 after a few
 layers: which of them is selected says nothing about an implementation."""
@@ -131,6 +133,42 @@ def recorded_hf(model: torch.nn.Module) -> Iterator[dict[int, Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def same_input_shares(
+    model: torch.nn.Module, reference: torch.nn.Module, ids: Tensor, recorder=recorded
+) -> dict[int, float]:
+    """Layer number -> ``kept_share`` when each layer's attention is fed Hugging Face's own input.
+
+    Errors of earlier layers don't add up here: what differs is this layer's selection, and below
+    fp32 its rounding.
+
+    Args:
+        model: a Megatron GPTModel, whole, in evaluation mode.
+        reference: a ``GlmMoeDsaForCausalLM`` with the same weights.
+        ids: tokens [b, s].
+        recorder: how to record the model's selections.
+    """
+    inputs: dict[int, Tensor] = {}
+
+    def keep(number: int):
+        def hook(module, args, kwargs):
+            inputs[number] = kwargs["hidden_states"]
+
+        return hook
+
+    with ExitStack() as undo:
+        for number, layer in enumerate(reference.model.layers, 1):
+            hook = layer.self_attn.register_forward_pre_hook(keep(number), with_kwargs=True)
+            undo.callback(hook.remove)
+        theirs = undo.enter_context(recorded_hf(reference))
+        reference(ids, use_cache=False)
+    with recorder(model) as ours, open_carrier():
+        for layer in model.decoder.layers:
+            hidden_states = inputs[layer.layer_number].transpose(0, 1)  # [s, b, h]
+            layer.self_attention(hidden_states, None)
+    return {number: kept_share(ours.topk_indices[number], theirs[number]) for number in theirs}
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from ...core.host import is_dsa
 from ...core.patch import Finding, Patch, argument
 
-_FUSED = {
-    "linear_q_up_proj.layer_norm_weight": "q_layernorm.weight",
-    "linear_kv_up_proj.layer_norm_weight": "kv_layernorm.weight",
-}
+# The norm, and the linear layer that it was fused into.
+_FUSED = {"q_layernorm": "linear_q_up_proj", "kv_layernorm": "linear_kv_up_proj"}
 
 
 class LatentNormNames(Patch):
@@ -33,6 +31,14 @@ def _init(wrapped, instance, args, kwargs):
 
 
 def _unfuse(module, state_dict, prefix, *_) -> None:
-    for fused, plain in _FUSED.items():
-        if prefix + fused in state_dict and prefix + plain not in state_dict:
-            state_dict[prefix + plain] = state_dict.pop(prefix + fused)
+    from torch.nn import Module
+
+    for norm, linear in _FUSED.items():
+        fused, plain = f"{prefix}{linear}.layer_norm_weight", f"{prefix}{norm}.weight"
+        if fused not in state_dict or plain in state_dict:
+            continue
+        state_dict[plain] = state_dict.pop(fused)
+        layer = getattr(module, norm)
+        if type(layer).get_extra_state is not Module.get_extra_state:
+            # Transformer Engine's: a norm has no fp8 scales that could be lost.
+            state_dict[f"{prefix}{norm}._extra_state"] = layer.get_extra_state()

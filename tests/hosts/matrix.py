@@ -1,0 +1,182 @@
+"""The tests that touch a host, on every release of it, each in a folder of its own.
+
+    python -m tests.hosts.matrix [--record] INTERPRETER=PACKAGE==RELEASE[,PACKAGE==RELEASE...] ...
+
+INTERPRETER is the python of an environment that has torch and the test dependencies. A release that
+can't be installed counts as a failure. Prints a line for each host and a table at the end. With
+--record it measures each host instead (tests/hosts/figures.py) and writes docs/hosts.json and the
+tables that are made from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CORE_TESTS = [
+    "tests/patches",
+    "tests/core",
+    "tests/hosts",
+    "tests/model/test_indexer_loss.py",
+    "tests/activation/test_faults.py",
+]
+TESTS = {
+    "megatron-core": CORE_TESTS,
+    "transformers": ["tests/patches/test_hf_config.py", "tests/hosts"],
+    # Releases that have too little of GLM-5 to be patched.
+    "megatron-core==0.16.0rc0.dev132713": ["tests/activation/test_unsupported.py"],
+    # Every import order, on the newest line too; the oldest has it in the README's command.
+    "megatron-core==0.19.2": [*CORE_TESTS, "tests/activation/test_orders.py"],
+}
+# transformers brings tokenizers of the version it insists on; megatron-core's needs are all there.
+PIP_OPTIONS = {"megatron-core": ["--no-deps"], "transformers": []}
+STATES = """
+import json, torch, glm5_patch
+import transformers.models.glm_moe_dsa.configuration_glm_moe_dsa
+print(json.dumps({"states": {r.id: [r.state.value, r.reason] for r in glm5_patch.status()}}))
+"""
+
+
+class HostFailed(Exception):
+    """A release could not be installed or measured."""
+
+
+class Host:
+    """One release in a folder of its own, in front of an environment's packages."""
+
+    def __init__(self, python: str, requirement: str, folder: str):
+        self.python = os.path.abspath(python)
+        self.requirement = requirement
+        self.package, _, self.release = requirement.partition("==")
+        self.folder = folder
+
+    def install(self) -> None:
+        options = ["-q", *PIP_OPTIONS[self.package], "--target", self.folder]
+        done = subprocess.run([self.python, "-m", "pip", "install", *options, self.requirement])
+        if done.returncode:
+            raise HostFailed(f"{self.requirement} can't be installed")
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [self.python, *arguments],
+            cwd=ROOT,
+            env=self._environment(),
+            capture_output=True,
+            text=True,
+        )
+
+    def _environment(self) -> dict[str, str]:
+        """megatron-core 0.17 and later compile a C++ extension with ninja while they recompute; a
+        build folder of its own keeps a lock that a killed process left from blocking this one."""
+        return {
+            **os.environ,
+            "PYTHONPATH": self.folder,
+            "PATH": os.pathsep.join((os.path.dirname(self.python), os.environ["PATH"])),
+            "TORCH_EXTENSIONS_DIR": os.path.join(self.folder, "torch_extensions"),
+            "OMP_NUM_THREADS": "1",
+        }
+
+
+def test(host: Host) -> dict[str, int]:
+    """The counts of pytest's last line."""
+    tests = TESTS.get(host.requirement, TESTS[host.package])
+    result = host.run("-m", "pytest", "-q", "-n", "auto", "-p", "no:cacheprovider", *tests)
+    lines = result.stdout.strip().splitlines() or [""]
+    found = re.findall(r"(\d+) (passed|failed|error|skipped)", lines[-1])
+    counts = {kind: int(n) for n, kind in found}
+    for line in lines:
+        if line.startswith(("FAILED", "ERROR", "SKIPPED")):
+            print("   ", line[:200])
+    if result.returncode and not counts.get("failed"):
+        print(result.stdout[-2000:], result.stderr[-2000:])
+        counts["failed"] = counts.get("error", 1)
+    return counts
+
+
+def measure(host: Host) -> dict:
+    """What the plugin does there, and for a core how right it is with and without."""
+    if host.package == "transformers":
+        return _printed(host.run("-c", STATES))
+    patched = _printed(host.run("-m", "tests.hosts.figures"))
+    released = _printed(host.run("-m", "tests.hosts.figures", "--released"))
+    return {**patched, "released": released["figures"]}
+
+
+def _printed(result: subprocess.CompletedProcess) -> dict:
+    if result.returncode:
+        raise HostFailed(result.stderr[-2000:])
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def on_each(hosts: list[tuple[str, str]], action: Callable[[Host], dict]) -> dict[str, dict]:
+    """Install every host in turn and act on it; one that fails has {"failed": 1}."""
+    table = {}
+    for number, (python, requirement) in enumerate(hosts, 1):
+        print(f"[{number}/{len(hosts)}] {requirement}", flush=True)
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory(prefix=f"{requirement}-") as folder:
+            host = Host(python, requirement, folder)
+            try:
+                host.install()
+                table[requirement] = action(host)
+            except HostFailed as error:
+                print("   ", error)
+                table[requirement] = {"failed": 1}
+        print(f"    {time.perf_counter() - start:.0f} s", flush=True)
+    return table
+
+
+def print_counts(table: dict[str, dict[str, int]]) -> bool:
+    """Whether everything passed."""
+    columns = ("passed", "failed", "skipped")
+    print(f"\n{'host':36}", *(f"{column:>8}" for column in columns))
+    for requirement, counts in table.items():
+        print(f"{requirement:36}", *(f"{counts.get(column, 0):8}" for column in columns))
+    passed, failed = (sum(c.get(k, 0) for c in table.values()) for k in ("passed", "failed"))
+    print(f"hosts: {passed} passed, {failed} failed")
+    return passed > 0 and not failed
+
+
+def keep_record(table: dict[str, dict]) -> None:
+    from tests.hosts import tables
+
+    record: dict = {"date": date.today().isoformat(), "megatron-core": {}, "transformers": {}}
+    for requirement, found in table.items():
+        package, _, release = requirement.partition("==")
+        record[package][release] = found
+    tables.write(record)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--record", action="store_true")
+    parser.add_argument("hosts", nargs="+", metavar="INTERPRETER=PACKAGE==RELEASE,...")
+    options = parser.parse_args()
+    hosts = [
+        (python, requirement)
+        for python, requirements in (argument.split("=", 1) for argument in options.hosts)
+        for requirement in requirements.split(",")
+    ]
+    table = on_each(hosts, measure if options.record else test)
+    if not options.record:
+        return 0 if print_counts(table) else 1
+    failed = [requirement for requirement, found in table.items() if "failed" in found]
+    if failed:
+        print(f"nothing is written: {failed} failed")
+        return 1
+    keep_record(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""The tables of README.md and docs/hosts.md, made from docs/hosts.json and from nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from glm5_patch.patches import PATCHES
+
+ROOT = Path(__file__).parents[2]
+RECORD = ROOT / "docs" / "hosts.json"
+WORDS = {"applied": "patched", "not_needed": "native"}
+
+
+def read() -> dict:
+    return json.loads(RECORD.read_text())
+
+
+def support(record: dict, host: str) -> str:
+    """Patches of one host against its releases: patched, or native where it needs none."""
+    releases = record[host]
+    lines = [f"| {host} | " + " | ".join(releases) + " |", "|---" * (len(releases) + 1) + "|"]
+    for patch in PATCHES:
+        if patch.module.startswith(host.partition("-")[0]):
+            cells = [WORDS[release["states"][patch.id][0]] for release in releases.values()]
+            lines.append(f"| `{patch.id}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def figures(record: dict) -> str:
+    """Each core as released and patched, beside Hugging Face."""
+    lines = [
+        "| megatron-core | GLM | keys, same input | keys, end to end | logits | gradients "
+        "| recompute |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for release, found in record["megatron-core"].items():
+        for kind, label in (("released", "as released"), ("figures", "**patched**")):
+            for flavour, row in found[kind].items():
+                cells = ["no index sharing"] + [""] * 4 if row is None else _cells(row)
+                lines.append(f"| {release} {label} | {flavour} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cells(row: dict[str, float]) -> list[str]:
+    shares = [f"{100 * row[name]:.4g} %" for name in ("same_input", "end_to_end")]
+    return shares + [f"{row[name]:.1e}" for name in ("logits", "gradients", "recompute")]
+
+
+def blocks(record: dict) -> dict[tuple[Path, str], str]:
+    """What stands between the markers of each file."""
+    return {
+        (ROOT / "README.md", "cores"): support(record, "megatron-core"),
+        (ROOT / "README.md", "transformers"): support(record, "transformers"),
+        (ROOT / "docs" / "hosts.md", "figures"): figures(record),
+    }
+
+
+def _between(name: str) -> re.Pattern:
+    return re.compile(f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+
+
+def shown(path: Path, name: str) -> str:
+    """What a file shows between the markers of this name."""
+    return _between(name).search(path.read_text())[0].partition("\n")[2].rpartition("\n")[0]
+
+
+def write(record: dict) -> None:
+    """Keep a record and put its tables into the documents."""
+    tables = blocks(record)
+    replace(RECORD, json.dumps(record, indent=1) + "\n")
+    for (path, name), table in tables.items():
+        fill = lambda match, table=table: match[1] + table + match[2]
+        replace(path, _between(name).sub(fill, path.read_text()))
+
+
+def replace(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.rename(path)

@@ -1,0 +1,65 @@
+"""The documents show what was measured, and what was measured still holds on the host at hand."""
+
+from importlib.metadata import version
+
+import pytest
+import transformers
+
+import glm5_patch
+from tests.hosts import tables
+
+RECORD = tables.read()
+CORES = RECORD["megatron-core"]
+
+
+@pytest.mark.parametrize("block", tables.blocks(RECORD), ids=lambda block: block[1])
+def test_documents_show_the_record(block):
+    assert tables.shown(*block) == tables.blocks(RECORD)[block]
+
+
+def found_here(prefix):
+    rows = [row for row in glm5_patch.status() if row.seam.startswith(prefix)]
+    assert rows and all(row.state in tables.WORDS for row in rows)
+    return {row.id: [row.state.value, row.reason] for row in rows}
+
+
+def recorded(host, release, found):
+    states = RECORD[host][release]["states"]
+    return {patch_id: states[patch_id] for patch_id in found}
+
+
+def test_the_core_at_hand_is_patched_as_recorded():
+    core = pytest.importorskip("megatron.core")
+    glm5_patch.require()
+    found = found_here("megatron")
+    if core.__version__ not in CORES:
+        pytest.skip(f"megatron-core {core.__version__} is not in docs/hosts.json")
+    assert found == recorded("megatron-core", core.__version__, found)
+
+
+def test_the_transformers_at_hand_is_patched_as_recorded():
+    transformers.GlmMoeDsaConfig()
+    found = found_here("transformers")
+    release = version("transformers")
+    if release not in RECORD["transformers"]:
+        pytest.skip(f"transformers {release} is not in docs/hosts.json")
+    assert found == recorded("transformers", release, found)
+
+
+@pytest.mark.parametrize("release", CORES)
+def test_every_core_is_right_when_patched(release):
+    for row in CORES[release]["figures"].values():
+        assert row["same_input"] > 0.9999 and row["end_to_end"] > 0.999
+        assert row["logits"] <= 2e-5
+        assert row["gradients"] <= 1e-5
+        assert row["recompute"] <= 1e-6
+
+
+@pytest.mark.parametrize("release", CORES)
+def test_every_core_is_wrong_as_released(release):
+    """So the figures can fail, and a release that is right one day is noticed."""
+    released = CORES[release]["released"]
+    if released["5.2"] is None:
+        assert released["5.1"]["same_input"] < 0.65
+    else:
+        assert released["5.2"]["recompute"] > 0.5
