@@ -10,6 +10,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from .core.wrapper import Seams
 
@@ -45,6 +46,22 @@ def disable() -> None:
     if _seams is not None:
         _seams.undo()
         _seams = None
+
+
+class CudaLiterals(TorchFunctionMode):
+    """Makes ``device="cuda"`` and ``.cuda()`` mean the CPU while it is entered.
+
+    megatron-core's schedules, optimizers and distributed checkpoints write the device out. A mode
+    sees every call of torch, so it is for these alone and not part of ``enable``.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
 
 
 @contextmanager

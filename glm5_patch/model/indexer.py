@@ -52,6 +52,9 @@ class LightningIndexer(DSAIndexer):
                 hidden_size=self.index_head_dim,
                 eps=config.dsa_indexer_k_norm_epsilon,
             )
+        for parameter in self.parameters():
+            # The same on every tensor-parallel rank, from the same gathered inputs.
+            parameter.average_gradients_across_tp_domain = True
         # apply_rotary_pos_emb pairs (0, 1), (2, 3), ... for MLA and splits halves otherwise.
         self._rope_config = copy.copy(config)
         self._rope_config.multi_latent_attention = config.dsa_indexer_rope_interleaved

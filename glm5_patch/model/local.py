@@ -1,48 +1,24 @@
-"""What ``transformer_impl="local"`` lacks for DSA: one linear layer."""
+"""The host's local backend, with what a DSA model needs and it lacks."""
 
 from __future__ import annotations
 
 import torch
 from megatron.core.models.backends import LocalSpecProvider
-from torch import Tensor
+
+from .duplicated_linear import DuplicatedLinear
 
 
-class DuplicatedLinear(torch.nn.Module):
-    """A linear layer with the whole weight on every tensor-parallel rank.
+class LocalNorm:
+    """torch's LayerNorm or RMSNorm; the host's wrapper of them refuses sequence parallelism."""
 
-    Stands where the host's Transformer Engine backend puts ``TELinear`` in duplicated mode, with
-    its constructor, so a checkpoint sees one replicated ``weight`` [output_size, input_size].
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        *,
-        config,
-        init_method,
-        bias: bool,
-        skip_bias_add: bool,
-        skip_weight_param_allocation: bool,
-        parallel_mode: str,
-        **_,
-    ) -> None:
-        super().__init__()
-        if bias or skip_bias_add or skip_weight_param_allocation or parallel_mode != "duplicated":
-            raise ValueError(
-                f"DuplicatedLinear knows no bias and only parallel_mode='duplicated', got "
-                f"bias={bias}, parallel_mode={parallel_mode!r}"
-            )
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = torch.nn.Parameter(
-            torch.empty(output_size, input_size, device=device, dtype=config.params_dtype)
-        )
-        if config.perform_initialization:
-            init_method(self.weight)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """[..., input_size] -> [..., output_size], and the bias that there is not."""
-        return torch.nn.functional.linear(x, self.weight), None
+    def __new__(cls, config, hidden_size: int, eps: float = 1e-5, **_) -> torch.nn.Module:
+        if config.layernorm_zero_centered_gamma:
+            raise ValueError("layernorm_zero_centered_gamma: torch's norms do not know it")
+        norm_class = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+        norm = norm_class[config.normalization](hidden_size, eps=eps)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
 
 
 class LocalDSASpecProvider(LocalSpecProvider):
@@ -50,3 +26,6 @@ class LocalDSASpecProvider(LocalSpecProvider):
 
     def linear(self) -> type:
         return DuplicatedLinear
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, **_) -> type:
+        return LocalNorm

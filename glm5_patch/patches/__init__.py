@@ -10,7 +10,6 @@ from .megatron_core.index_share_carrier import IndexShareCarrier
 from .megatron_core.indexer_loss_scale import IndexerLossScale
 from .megatron_core.latent_norm_names import LatentNormNames
 from .megatron_core.local_backend import LocalBackend
-from .megatron_core.mla_without_te import MLAWithoutTE
 from .megatron_core.moe_without_te import MoEWithoutTE
 from .megatron_core.te_checkpoint import TECheckpoint
 from .megatron_core.topk_carrier import BlockCarrier
@@ -23,7 +22,6 @@ PATCHES = (
     LocalBackend(),
     DSASpec(),
     BlockSpec(),
-    MLAWithoutTE(),
     MoEWithoutTE(),
     LatentNormNames(),
     BlockCarrier(),

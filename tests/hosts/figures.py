@@ -17,7 +17,7 @@ import os
 import tempfile
 import warnings
 
-RUNS_HERE = {"local_backend", "mla_without_te", "moe_without_te", "checkpoint_without_te"}
+RUNS_HERE = {"local_backend", "moe_without_te", "checkpoint_without_te"}
 SEEDS = (0, 1, 2)
 INDEX_TOPK, LENGTH, BATCH = 8, 64, 2
 

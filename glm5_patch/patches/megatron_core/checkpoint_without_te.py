@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...core.host import reads_unbound_fp8_state
 from ...core.patch import Finding, Patch
 
 
@@ -14,8 +15,7 @@ class CheckpointWithoutTE(Patch):
     remove_when = "CheckpointWithoutOutput(fp8=False).fp8 is False"
 
     def needed(self, module) -> Finding:
-        takes_false_for_fp8 = module.CheckpointWithoutOutput(fp8=False).fp8
-        if takes_false_for_fp8 and not hasattr(module, "FP8GlobalStateManager"):
+        if reads_unbound_fp8_state(module):
             return Finding(True, "fp8=False counts as fp8, and FP8GlobalStateManager is unbound")
         return Finding(False, "fp8=False means no fp8, or Transformer Engine is there")
 

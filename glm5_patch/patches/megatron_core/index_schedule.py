@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+from ...core.host import shares_by_freq_only
 from ...core.patch import Finding, Patch, argument
 
 
@@ -16,7 +17,7 @@ class IndexShareSchedule(Patch):
     remove_when = "the host reads a per-layer list of indexer types"
 
     def needed(self, module) -> Finding:
-        if hasattr(module, "is_dsa_skip_topk_layer"):
+        if shares_by_freq_only(module):
             return Finding(True, "the host's schedule is freq and offset only")
         return Finding(False, "the host's DSAttention shares nothing; ours takes its place")
 

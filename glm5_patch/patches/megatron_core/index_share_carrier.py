@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...core.host import hangs_topk_on_arguments
 from ...core.patch import Finding, Patch
 
 
@@ -14,14 +15,11 @@ class IndexShareCarrier(Patch):
     remove_when = "the host keeps the shared top-k of each forward apart"
 
     def needed(self, module) -> Finding:
-        if hasattr(module.DSAttention, "_get_index_share_carrier"):
+        if hangs_topk_on_arguments(module):
             return Finding(True, "the shared top-k hangs on the mask, the pack or the config")
         return Finding(False, "the host's DSAttention shares nothing; ours takes its place")
 
     def apply(self, module, seams) -> None:
-        holder = module.DSAttention._get_index_share_topk_holder
-        if "_get_index_share_carrier" not in holder.__code__.co_names:
-            raise AttributeError("_get_index_share_topk_holder asks for no carrier any more")
         seams.wrap(module.DSAttention, "_get_index_share_carrier", _carrier)
 
 

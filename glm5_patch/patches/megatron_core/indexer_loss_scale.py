@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...core.host import is_dsa
+from ...core.host import is_dsa, scales_indexer_loss
 from ...core.patch import Finding, Patch, argument
 
 
@@ -15,8 +15,7 @@ class IndexerLossScale(Patch):
     remove_when = "no supported megatron-core is older than 0.19"
 
     def needed(self, module) -> Finding:
-        names = module.forward_step_calc_loss.__code__.co_names
-        if any("experimental_attention" in name for name in names):
+        if scales_indexer_loss(module):
             return Finding(False, "the schedules scale the indexer loss")
         return Finding(True, "the schedules set no scale for the indexer loss")
 

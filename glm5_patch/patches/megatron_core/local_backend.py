@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from ...core.host import why_backend_refuses_local
+import sys
+
+from ...core.host import lacks_te_linear, why_backend_refuses_local
 from ...core.patch import Finding, Patch, argument
+
+_MLA_MODULES = (
+    "megatron.core.transformer.multi_latent_attention",
+    "megatron.core.transformer.experimental_attention_variant.absorbed_mla",  # 0.17 on
+)
 
 
 class LocalBackend(Patch):
@@ -20,7 +27,11 @@ class LocalBackend(Patch):
 
     def apply(self, module, seams) -> None:
         seams.wrap(module, self.attribute, _backend, reads=("config",))
-        seams.wrap(module, "get_dsa_module_spec_for_backend", _dsa_spec, reads=("config",))
+        # MLA decides by this name how a down projection is split; None is no class to ask for.
+        from ...model.duplicated_linear import DuplicatedLinear
+
+        for mla in filter(lacks_te_linear, map(sys.modules.get, _MLA_MODULES)):
+            seams.replace(mla, "TELinear", DuplicatedLinear)
 
     def guards(self, config) -> bool:
         return config.transformer_impl == "local"
@@ -33,15 +44,3 @@ def _backend(wrapped, instance, args, kwargs):
     from ...model.local import LocalDSASpecProvider  # imports torch and the host
 
     return LocalDSASpecProvider()
-
-
-def _dsa_spec(wrapped, instance, args, kwargs):
-    """The host's own spec, with down projections of a class that its MLA accepts."""
-    spec = wrapped(*args, **kwargs)
-    config = argument(wrapped, args, kwargs, "config")
-    if config.transformer_impl == "local":
-        from megatron.core.tensor_parallel.layers import ColumnParallelLinear
-
-        spec.submodules.linear_q_down_proj = ColumnParallelLinear
-        spec.submodules.linear_kv_down_proj = ColumnParallelLinear
-    return spec

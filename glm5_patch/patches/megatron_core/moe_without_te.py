@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...core.host import has_transformer_engine
+from ...core.host import reads_unbound_gemm
 from ...core.patch import Finding, Patch
 
 
@@ -15,11 +15,9 @@ class MoEWithoutTE(Patch):
     remove_when = "no supported megatron-core leaves te_general_gemm unbound"
 
     def needed(self, module) -> Finding:
-        if hasattr(module, "te_general_gemm"):
-            return Finding(False, "the name is bound")
-        if not has_transformer_engine() and hasattr(module, "RouterGatingLinearFunction"):
+        if reads_unbound_gemm(module):
             return Finding(True, "te_general_gemm is unbound, and the router reads it")
-        return Finding(False, "nothing reads the name")
+        return Finding(False, "the name is bound, or nothing reads it")
 
     def apply(self, module, seams) -> None:
         seams.add(module, "te_general_gemm", None)
