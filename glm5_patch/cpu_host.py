@@ -32,12 +32,23 @@ def enable(device: str = "cpu") -> None:
     _seams = Seams()
     _seams.replace(torch.cuda, "current_device", lambda: torch.device(device))
     _seams.replace(torch.cuda, "synchronize", lambda device=None: None)
+    _seams.replace(torch.cuda, "current_stream", lambda device=None: _Stream())
     _seams.replace(torch.cuda, "manual_seed", lambda seed: None)
     _seams.replace(torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state())
     _seams.replace(random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state())
     _seams.replace(
         random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)
     )
+
+
+class _Stream:
+    """The CPU does everything in order, so there is nothing to wait for."""
+
+    def wait_stream(self, stream) -> None: ...
+
+    def wait_event(self, event) -> None: ...
+
+    def synchronize(self) -> None: ...
 
 
 def disable() -> None:
@@ -51,14 +62,17 @@ def disable() -> None:
 class CudaLiterals(TorchFunctionMode):
     """Makes ``device="cuda"`` and ``.cuda()`` mean the CPU while it is entered.
 
-    megatron-core's schedules, optimizers and distributed checkpoints write the device out. A mode
-    sees every call of torch, so it is for these alone and not part of ``enable``.
+    megatron-core's schedules, optimizers and distributed checkpoints write the device out, and its
+    distributed optimizer asks for tensors by the type names of CUDA. A mode sees every call of
+    torch, so it is for these alone and not part of ``enable``.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
             return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.")
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs = {**kwargs, "device": "cpu"}
         return func(*args, **kwargs)

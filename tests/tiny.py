@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from glm5_patch.demo import forward, randomize
 from glm5_patch.model.build import gpt_model, transformer_config
 from glm5_patch.model.checkpoint import HFCheckpoint
+from glm5_patch.model.hf_config import HFConfig
 
 SHARING = {"index_topk_freq": 4, "index_skip_topk_offset": 3}
 FLAVOURS = {"5.2": SHARING, "5.1": {}}
@@ -60,7 +61,7 @@ def saved(directory: Path, seed: int = 0, **config) -> HFCheckpoint:
     return HFCheckpoint(directory)
 
 
-def megatron_config(checkpoint: HFCheckpoint, **overrides):
+def megatron_config(hf: HFConfig, **overrides):
     defaults = dict(
         transformer_impl="local",
         params_dtype=torch.float32,
@@ -68,11 +69,11 @@ def megatron_config(checkpoint: HFCheckpoint, **overrides):
         perform_initialization=False,
         moe_token_dispatcher_type="allgather",
     )
-    return transformer_config(checkpoint.config, **{**defaults, **overrides})
+    return transformer_config(hf, **{**defaults, **overrides})
 
 
 def megatron_model(checkpoint: HFCheckpoint, **overrides):
-    model = gpt_model(checkpoint.config, megatron_config(checkpoint, **overrides))
+    model = gpt_model(checkpoint.config, megatron_config(checkpoint.config, **overrides))
     checkpoint.load_into(model)
     return model
 

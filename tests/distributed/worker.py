@@ -2,8 +2,9 @@
 
     python -m tests.distributed.worker RANK WORLD FOLDER
 
-FOLDER holds ``cases.json``, a Hugging Face checkpoint ``hf``, and after a run with WORLD 1 the
-reference of every batch. Each rank writes ``RANK.json``: case -> what it found.
+FOLDER holds ``cases.json``, and after a run with WORLD 1 the weights and the reference of every
+batch. Each rank writes ``WORLD-RANK.json``: case -> what it found, or its error. Distributed
+checkpoints are saved by every world and loaded by the other, if it has run before.
 """
 
 from __future__ import annotations
@@ -12,168 +13,178 @@ import json
 import sys
 import traceback
 import warnings
-from dataclasses import dataclass, field
+import zlib
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
 from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec_for_backend
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from glm5_patch import cpu_host
-from glm5_patch.model.checkpoint import HFCheckpoint
+from glm5_patch.errors import PipelineSplitError
+from glm5_patch.model.hf_config import HFConfig
+from glm5_patch.model.local import LocalDSASpecProvider
 from glm5_patch.model.parity import recorded
+from tests.distributed.cases import CHECKPOINT, Case
 from tests.patches.test_recompute import packed
-from tests.tiny import megatron_config, tokens
+from tests.tiny import hf_config, megatron_config, tokens
 
 MICROBATCHES, BATCH, LENGTH = 4, 2, 48
 PACKS = ([1, 20, 27], [48], [0, 9, 39], [30, 18])
 """Lengths of the documents of each microbatch: one token, one document, an empty one."""
+LEARNING_RATE, ADAM_EPS = 1000.0, 1.0  # updates well above the rounding of the parameters
 
-
-@dataclass
-class Case:
-    """A way to split the model, and what is trained on."""
-
-    name: str
-    tp: int = 1
-    pp: int = 1
-    vpp: int | None = None
-    ep: int = 1
-    cp: int = 1
-    thd: bool = False
-    indexer_loss: float | None = None
-    distributed_optimizer: bool = False
-    settings: dict = field(default_factory=dict)
-
-    @property
-    def world(self) -> int:
-        return max(self.tp * self.pp * self.cp, self.ep)
-
-    @property
-    def batch(self) -> str:
-        """Cases of the same batch have the same gradients."""
-        return f"thd={self.thd},indexer_loss={self.indexer_loss}"
+build_block_spec = specs.get_transformer_block_with_experimental_attention_variant_spec
 
 
 def run(case: Case, folder: Path) -> dict:
-    """One training step; how far loss, gradients and top-k are from one process alone."""
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=case.tp,
-        pipeline_model_parallel_size=case.pp,
-        virtual_pipeline_model_parallel_size=case.vpp,
-        context_parallel_size=case.cp,
-        expert_model_parallel_size=case.ep,
-    )
-    try:
-        model_parallel_cuda_manual_seed(1)
+    """One step; how far loss, gradients and top-k are from one process alone."""
+    with model_parallel(case):
         chunks = build(case, folder)
         losses, topk_indices = step(case, chunks)
         return compare(case, chunks, losses, topk_indices, folder)
-    finally:
+
+
+class model_parallel:
+    """megatron-core's process groups for one case."""
+
+    def __init__(self, case: Case):
+        self.sizes = dict(
+            tensor_model_parallel_size=case.tp,
+            pipeline_model_parallel_size=case.pp,
+            virtual_pipeline_model_parallel_size=case.vpp,
+            expert_model_parallel_size=case.ep,
+        )
+
+    def __enter__(self):
+        parallel_state.initialize_model_parallel(**self.sizes)
+        model_parallel_cuda_manual_seed(1)
+
+    def __exit__(self, *_):
         parallel_state.destroy_model_parallel()
 
 
-def build(case: Case, folder: Path) -> list:
-    checkpoint = HFCheckpoint(folder / "hf")
+def configuration(case: Case):
     settings = dict(case.settings)
     if case.pp > 1:
         settings["pipeline_dtype"] = torch.float32
+    hf = HFConfig(hf_config().to_dict())
     config = megatron_config(
-        checkpoint,
+        hf,
         tensor_model_parallel_size=case.tp,
         pipeline_model_parallel_size=case.pp,
         virtual_pipeline_model_parallel_size=case.vpp,
-        context_parallel_size=case.cp,
         expert_model_parallel_size=case.ep,
         dsa_indexer_loss_coeff=case.indexer_loss,
         **settings,
     )
     config.finalize_model_grads_func = finalize_model_grads
-    ddp_config = DistributedDataParallelConfig(
-        use_distributed_optimizer=case.distributed_optimizer, overlap_grad_reduce=False
-    )
-    chunks = []
+    return hf, config
+
+
+def build(case: Case, folder: Path) -> list[DistributedDataParallel]:
+    """This rank's model chunks, with their part of the weights."""
+    hf, config = configuration(case)
+    models = []
     for vp_stage in range(case.vpp) if case.vpp else (None,):
         if case.vpp:
             parallel_state.set_virtual_pipeline_model_parallel_rank(vp_stage)
-        spec = specs.get_transformer_block_with_experimental_attention_variant_spec(
-            config, vp_stage=vp_stage
-        )
+        spec = build_block_spec(config, vp_stage=vp_stage)
         ends = dict(ignore_virtual=False, vp_stage=vp_stage)
-        model = GPTModel(
-            config=config,
-            transformer_layer_spec=spec,
-            vocab_size=checkpoint.config.vocab_size,
-            max_sequence_length=4096,
-            pre_process=parallel_state.is_pipeline_first_stage(**ends),
-            post_process=parallel_state.is_pipeline_last_stage(**ends),
-            position_embedding_type="none",
-            vp_stage=vp_stage,
+        models.append(
+            GPTModel(
+                config=config,
+                transformer_layer_spec=spec,
+                vocab_size=hf.vocab_size,
+                max_sequence_length=4096,
+                pre_process=parallel_state.is_pipeline_first_stage(**ends),
+                post_process=parallel_state.is_pipeline_last_stage(**ends),
+                position_embedding_type="none",
+                vp_stage=vp_stage,
+                mtp_block_spec=_mtp_spec(config, spec, vp_stage),
+            )
         )
-        chunks.append(model)
-    load(chunks, checkpoint, folder / "whole.pt")
-    return [DistributedDataParallel(config, ddp_config, model) for model in chunks]
+    load(models, folder / f"{'mtp' if config.mtp_num_layers else 'plain'}.pt")
+    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=case.distributed_optimizer)
+    return [DistributedDataParallel(config, ddp_config, model) for model in models]
 
 
-def load(chunks, checkpoint, whole: Path) -> None:
-    """This rank's part of the whole model."""
-    if torch.distributed.get_world_size() == 1:
-        checkpoint.load_into(chunks[0])
-        torch.save({n: t.detach().clone() for n, t in tensors(chunks)}, whole)
-        return
-    values = torch.load(whole)
+def _mtp_spec(config, spec, vp_stage):
+    if not config.mtp_num_layers:
+        return None
+    if not spec.layer_specs:  # as Megatron-LM does: the layer is that of another stage
+        spec = build_block_spec(config, vp_stage=vp_stage, pp_rank=0)
+    return get_gpt_mtp_block_spec_for_backend(
+        config, spec, backend=LocalDSASpecProvider(), vp_stage=vp_stage
+    )
+
+
+def load(models, path: Path) -> None:
+    """Random weights by name in a world of one, which saves them; this rank's part elsewhere."""
+    alone = torch.distributed.get_world_size() == 1
+    whole = {} if alone else torch.load(path)
     with torch.no_grad():
-        for name, tensor in tensors(chunks):
-            tensor.copy_(part(name, values[name], tensor))
+        for name, tensor in tensors(models):
+            if alone:
+                whole[name] = _random(name, tensor)
+            tensor.copy_(part(name, whole[name], tensor))
+    if alone:
+        torch.save(whole, path)
 
 
-def tensors(chunks):
-    """Parameters and expert biases by the names that one whole model gives them."""
-    for chunk in chunks:
-        layers = chunk.decoder.layers
-        named = dict(chunk.named_parameters())
-        named.update({n: t for n, t in chunk.named_buffers() if n.endswith("expert_bias")})
+def _random(name: str, like: torch.Tensor) -> torch.Tensor:
+    """Weights under which a wrong norm, bias or selection shows."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    values = torch.randn(like.shape, generator=generator)
+    if name.endswith(("expert_bias", "bias")):
+        return values * 0.1
+    if values.dim() == 1:
+        return values * 0.3 + 1
+    return values * like.shape[-1] ** -0.5
+
+
+def tensors(models):
+    """Parameters and expert biases, by the names that one whole model gives them."""
+    for model in models:
+        named = dict(model.named_parameters())
+        named.update({n: t for n, t in model.named_buffers() if n.endswith("expert_bias")})
         for name, tensor in named.items():
             parts = name.split(".")
             if parts[:2] == ["decoder", "layers"]:
-                parts[2] = str(layers[int(parts[2])].layer_number - 1)
+                parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
             if "local_experts" in parts:
-                at = parts.index("local_experts") + 1
-                count = len(layers[int(name.split(".")[2])].mlp.experts.local_experts)
-                first = parallel_state.get_expert_model_parallel_rank() * count
-                parts[at] = str(int(parts[at]) + first)
+                at = parts.index("local_experts")
+                experts = model.get_submodule(".".join(name.split(".")[: at + 1]))
+                first = parallel_state.get_expert_model_parallel_rank() * len(experts)
+                parts[at + 1] = str(int(parts[at + 1]) + first)
             yield ".".join(parts), tensor
 
 
 def part(name: str, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The slice of a whole tensor that a tensor-parallel rank holds."""
+    """The slice of a whole tensor that this tensor-parallel rank holds."""
     split = [d for d in range(whole.dim()) if whole.shape[d] != like.shape[d]]
     if not split:
         return whole
-    rank, size = (
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_world_size(),
-    )
+    size = whole.shape[split[0]] // like.shape[split[0]]
+    rank = parallel_state.get_tensor_model_parallel_rank()
     # Gate and up projection are split each by itself.
     halves = whole.chunk(2, 0) if "linear_fc1" in name else (whole,)
     return torch.cat([half.chunk(size, split[0])[rank] for half in halves], split[0])
 
 
 def batches(case: Case):
-    """This data-parallel rank's microbatches, [ids, labels, positions, packed_seq_params]."""
-    rank, size = (
-        parallel_state.get_data_parallel_rank(),
-        parallel_state.get_data_parallel_world_size(),
-    )
-    for number in range(rank, MICROBATCHES, size):
+    """This data-parallel rank's microbatches: ids, labels, positions, packed_seq_params."""
+    for number in range(parallel_state.get_data_parallel_rank(), MICROBATCHES, _dp_size()):
         if case.thd:
             lengths = PACKS[number]
             ids, pack = tokens(number, 1, LENGTH), packed(lengths)
@@ -184,8 +195,16 @@ def batches(case: Case):
         yield ids, ids.roll(-1, 1), positions, pack
 
 
+def _dp_size() -> int:
+    return parallel_state.get_data_parallel_world_size()
+
+
 def step(case: Case, chunks):
-    """Forward and backward of all microbatches by the host's own schedule."""
+    """Forward and backward of all microbatches by the host's own schedule.
+
+    Returns:
+        The loss of each microbatch, where it is computed, and the top-k of each forward.
+    """
     own = list(batches(case))
     found: list[dict[int, torch.Tensor]] = []
 
@@ -193,11 +212,11 @@ def step(case: Case, chunks):
         ids, labels, positions, pack = next(iterator)
         with recorded(model.module) as recording:
             output = model(ids, positions, None, labels=labels, packed_seq_params=pack)
-        found.append(recording.topk_indices)
+        found.append(dict(recording.topk_indices))
         return output, lambda output: (output.mean(), {"loss": output.detach().mean()})
 
     for chunk in chunks:
-        chunk.train()
+        chunk.train(not case.forward_only)
         chunk.zero_grad_buffer()
     iterators = [iter(own) for _ in chunks]
     reduced = get_forward_backward_func()(
@@ -208,42 +227,88 @@ def step(case: Case, chunks):
         seq_length=LENGTH,
         micro_batch_size=1 if case.thd else BATCH,
         decoder_seq_length=LENGTH,
-        forward_only=False,
+        forward_only=case.forward_only,
     )
     return [one["loss"].item() for one in reduced], found
 
 
 def compare(case: Case, chunks, losses, topk_indices, folder: Path) -> dict:
-    gradients = {
-        name: parameter.main_grad.clone()
-        for name, parameter in tensors([chunk.module for chunk in chunks])
-        if getattr(parameter, "main_grad", None) is not None
-    }
-    reference = folder / f"{case.batch}.pt"
+    models = [chunk.module for chunk in chunks]
+    values = after_optimizer(case, chunks) if case.distributed_optimizer else gradients(models)
+    path = folder / f"{case.batch}.pt"
     if torch.distributed.get_world_size() == 1:
-        torch.save({"gradients": gradients, "losses": losses}, reference)
-        return {"loss": losses}
-    expected = torch.load(reference)
-    rank, size = (
-        parallel_state.get_data_parallel_rank(),
-        parallel_state.get_data_parallel_world_size(),
-    )
-    own_losses = expected["losses"][rank::size]
-    pairs = {n: (g, part(n, expected["gradients"][n], g)) for n, g in gradients.items()}
-    if case.distributed_optimizer:
-        pairs = {}
-    errors = {n: ((a - b).norm() / b.norm().clamp_min(1e-12)).item() for n, (a, b) in pairs.items()}
-    total = torch.tensor(
-        [sum((a - b).square().sum().item() for a, b in pairs.values())]
-        + [sum(b.square().sum().item() for _, b in pairs.values())]
-    )
-    worst = max(errors, key=errors.get)
-    return {
-        "loss": max((abs(a - b) for a, b in zip(losses, own_losses)), default=0.0),
-        "gradients": (total[0] / total[1]).sqrt().item(),
-        "worst": [worst, errors[worst]],
-        "computing": sorted({int(n.split(".")[2]) + 1 for n in gradients if ".indexer." in n}),
+        torch.save({"gradients": values, "losses": losses}, path)
+        return {}
+    reference = torch.load(path)
+    own_losses = reference["losses"][parallel_state.get_data_parallel_rank() :: _dp_size()]
+    result = {
+        "loss": max((abs(a / b - 1) for a, b in zip(losses, own_losses)), default=0.0),
         "topk_equal": _same_on_all_tensor_parallel_ranks(topk_indices),
+    }
+    if case.forward_only:
+        return result
+    expected = {n: part(n, reference["gradients"][n], value) for n, value in values.items()}
+    if case.distributed_optimizer:
+        before = torch.load(folder / "plain.pt")
+        values = {n: value - part(n, before[n], value) for n, value in values.items()}
+        expected = {n: _adam_update(gradient) for n, gradient in expected.items()}
+    return {**result, **_distance(values, expected)}
+
+
+def gradients(models) -> dict[str, torch.Tensor]:
+    return {
+        name: parameter.main_grad.clone()
+        for name, parameter in tensors(models)
+        if hasattr(parameter, "main_grad")
+    }
+
+
+def after_optimizer(case: Case, chunks) -> dict[str, torch.Tensor]:
+    """The parameters after a first step of Adam by the host's distributed optimizer."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=LEARNING_RATE,
+        adam_eps=ADAM_EPS,
+        weight_decay=0.0,
+        clip_grad=0.0,
+        params_dtype=torch.float32,
+        use_distributed_optimizer=True,
+    )
+    get_megatron_optimizer(config, chunks).step()
+    return {
+        name: tensor.detach().clone()
+        for name, tensor in tensors([chunk.module for chunk in chunks])
+        if isinstance(tensor, torch.nn.Parameter)
+    }
+
+
+def _adam_update(gradient: torch.Tensor) -> torch.Tensor:
+    """Of the first step, where the moments are the gradient and its square."""
+    return -LEARNING_RATE * gradient / (gradient.abs() + ADAM_EPS)
+
+
+def _distance(values, expected) -> dict:
+    """Relative L2 errors: over everything that this rank holds, and of the worst parameter."""
+    squares = [
+        ((v - expected[n]).square().sum(), expected[n].square().sum()) for n, v in values.items()
+    ]
+    total = torch.tensor(squares).sum(0)
+    each = {
+        n: ((v - expected[n]).norm() / expected[n].norm()).item()
+        for n, v in values.items()
+        if expected[n].any()
+    }
+    worst = max(each, key=each.get)
+    return {
+        "gradients": (total[0] / total[1]).sqrt().item(),
+        "worst": [worst, each[worst]],
+        "computing": sorted(
+            {
+                int(n.split(".")[2]) + 1
+                for n in values
+                if ".indexer." in n and n.startswith("decoder")
+            }
+        ),
     }
 
 
@@ -252,11 +317,49 @@ def _same_on_all_tensor_parallel_ranks(found) -> bool:
     everyone = [None] * group.size()
     torch.distributed.all_gather_object(everyone, found, group=group)
     return all(
-        torch.equal(mine[layer], others[layer])
+        mine.keys() == others.keys() and all(torch.equal(mine[n], others[n]) for n in mine)
         for other in everyone
         for mine, others in zip(found, other)
-        for layer in mine
     )
+
+
+def save_checkpoint(case: Case, folder: Path) -> None:
+    """By megatron-core's own distributed checkpointing."""
+    with model_parallel(case):
+        (model,) = (chunk.module for chunk in build(case, folder))
+        directory = folder / f"checkpoint-{case.world}"
+        if torch.distributed.get_rank() == 0:
+            directory.mkdir()
+        torch.distributed.barrier()
+        dist_checkpointing.save(model.sharded_state_dict(), str(directory))
+
+
+def load_checkpoint(case: Case, folder: Path, world: int) -> dict:
+    """Whether what another world saved arrives in this one, parameter by parameter."""
+    with model_parallel(case):
+        (model,) = (chunk.module for chunk in build(case, folder))
+        with torch.no_grad():
+            for _, tensor in tensors([model]):
+                tensor.zero_()
+        state = dist_checkpointing.load(
+            model.sharded_state_dict(), str(folder / f"checkpoint-{world}")
+        )
+        model.load_state_dict(state)
+        whole = torch.load(folder / "plain.pt")
+        return {
+            "differ": [n for n, t in tensors([model]) if not torch.equal(t, part(n, whole[n], t))],
+            "computing": sorted({n.split(".")[2] for n, _ in tensors([model]) if ".indexer." in n}),
+        }
+
+
+def refused_split(case: Case) -> str:
+    """What every rank says of stages that start on a skip layer."""
+    with model_parallel(case):
+        try:
+            build_block_spec(configuration(case)[1])
+        except PipelineSplitError as error:
+            return str(error)
+    return "not refused"
 
 
 def main(rank: int, world: int, folder: Path) -> None:
@@ -265,16 +368,28 @@ def main(rank: int, world: int, folder: Path) -> None:
     cpu_host.enable("cpu")
     store = torch.distributed.FileStore(str(folder / f"store-{world}"), world)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    results = {}
-    for fields in json.loads((folder / "cases.json").read_text())[str(world)]:
-        case = Case(**fields)
+    results: dict[str, object] = {}
+
+    def attempt(name: str, action, *args) -> None:
         try:
             with cpu_host.CudaLiterals():
-                results[case.name] = run(case, folder)
+                results[name] = action(*args)
         except Exception as error:
-            results[case.name] = {"error": f"{type(error).__name__}: {error}"}
-            print(f"rank {rank}, {case.name}:\n{traceback.format_exc()}", file=sys.stderr)
+            results[name] = {"error": f"{type(error).__name__}: {error}"}
+            print(f"rank {rank}, {name}:\n{traceback.format_exc()}", file=sys.stderr)
         torch.distributed.barrier()
+
+    for fields in json.loads((folder / "cases.json").read_text())[str(world)]:
+        case = Case(**fields)
+        attempt(case.name, run, case, folder)
+    checkpoint = {1: Case("alone"), CHECKPOINT.world: CHECKPOINT}.get(world)
+    if checkpoint:
+        others = [n for n in (1, CHECKPOINT.world) if (folder / f"checkpoint-{n}").exists()]
+        for other in others:
+            attempt(f"load {other}", load_checkpoint, checkpoint, folder, other)
+        attempt("save", save_checkpoint, checkpoint, folder)
+    if world > 1:
+        results["refused"] = refused_split(Case("", pp=world))
     (folder / f"{world}-{rank}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
 
