@@ -63,8 +63,8 @@ class CudaLiterals(TorchFunctionMode):
     """Makes ``device="cuda"`` and ``.cuda()`` mean the CPU while it is entered.
 
     megatron-core's schedules, optimizers and distributed checkpoints write the device out, and its
-    distributed optimizer asks for tensors by the type names of CUDA. A mode sees every call of
-    torch, so it is for these alone and not part of ``enable``.
+    distributed optimizer asks for tensors by the type names of CUDA; context parallelism pins
+    memory. A mode sees every call of torch, so it is for these alone and not part of ``enable``.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -75,6 +75,8 @@ class CudaLiterals(TorchFunctionMode):
             return func(*args).replace("torch.", "torch.cuda.")
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs = {**kwargs, "device": "cpu"}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         return func(*args, **kwargs)
 
 

@@ -19,6 +19,28 @@ def missing_fields(config_class: type, template: type) -> list[dataclasses.Field
     return [field for field in dataclasses.fields(template) if field.name not in have]
 
 
+def refuses_context_parallel(config_class: type) -> bool:
+    """Whether the configuration refuses DSA with context parallelism (megatron-core 0.16 to 0.18).
+
+    Raises:
+        AssertionError: it refuses this DSA model without context parallelism too.
+    """
+    settings = dict(
+        num_layers=1,
+        hidden_size=64,
+        num_attention_heads=4,
+        add_bias_linear=False,
+        rope_type="rope",
+        experimental_attention_variant="dsa",
+    )
+    config_class(**settings)
+    try:
+        config_class(**settings, context_parallel_size=2, cp_comm_type="allgather")
+    except AssertionError:
+        return True
+    return False
+
+
 class _ProbeNorm:
     """Stands for whatever norm a backend would use."""
 

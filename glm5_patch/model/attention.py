@@ -17,7 +17,8 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from ..errors import GLM5PatchError
-from .blocks import document_starts
+from .blocks import Rows
+from .context_parallel import ContextParallel
 from .indexer_loss import indexer_loss
 from .schedule import IndexSchedule
 from .sparse_attention import sparse_attention
@@ -50,11 +51,6 @@ class CrossLayerDSAttention(MegatronModule):
     ) -> None:
         """Raises GLM5PatchError for a setting that would be computed wrongly."""
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise GLM5PatchError(
-                f"context_parallel_size={config.context_parallel_size}: sparse attention over a "
-                "sequence split between ranks is not supported on this host; set it to 1"
-            )
         if attn_mask_type != AttnMaskType.causal:
             raise GLM5PatchError(f"attn_mask_type={attn_mask_type}: only a causal mask is possible")
         self.layer_number = layer_number
@@ -65,6 +61,7 @@ class CrossLayerDSAttention(MegatronModule):
         self.softmax_scale = (k_channels or config.kv_channels) ** -0.5
         if softmax_scale is not None:
             self.softmax_scale = softmax_scale
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
         self.indexer = None
         if self.source == layer_number:
             self.indexer = build_module(
@@ -87,8 +84,8 @@ class CrossLayerDSAttention(MegatronModule):
 
         Args:
             query: [s, b, n, d], or packed [t, n, d]; heads of this tensor-parallel rank.
-            key: as ``query``.
-            value: [s, b, n, dv] or [t, n, dv].
+            key: as ``query``; under context parallelism of the whole sequence.
+            value: as ``key``.
             attention_mask: ignored: the mask is causal, within documents if packed.
             x: hidden states [s, b, h] ([s / tp, b, h] under sequence parallelism).
             qr: normalised query latent [s, b, q_lora_rank] or [t, q_lora_rank].
@@ -103,12 +100,15 @@ class CrossLayerDSAttention(MegatronModule):
         """
         if query.dim() == 3:
             query, key, value = (t.unsqueeze(1) for t in (query, key, value))
-        if query.shape[0] != key.shape[0]:
+        split = None
+        if self.cp_group is not None:
+            split = ContextParallel(self.cp_group, packed_seq_params, len(query), query.device)
+        rows = split.rows if split else Rows.of(packed_seq_params, len(query), query.device)
+        if rows.keys != len(key):
             raise GLM5PatchError(
-                f"layer {self.layer_number}: {query.shape[0]} queries for {key.shape[0]} keys; "
+                f"layer {self.layer_number}: {len(query)} queries for {len(key)} keys; "
                 "decoding with a KV cache is not supported, run whole sequences"
             )
-        starts = document_starts(packed_seq_params, query.shape[0], query.device)
         # No gradient flows from the indexer into the model.
         x, qr = x.detach(), qr.detach()
         wants_loss = (
@@ -118,19 +118,19 @@ class CrossLayerDSAttention(MegatronModule):
             and torch.is_grad_enabled()
         )
         with torch.set_grad_enabled(wants_loss):
-            topk_indices, inputs = self._topk(x, qr, starts, packed_seq_params, wants_loss)
+            topk_indices, inputs = self._topk(x, qr, rows, packed_seq_params, split, wants_loss)
         if self.observer is not None:
             self.observer(self.layer_number, topk_indices)
-        output = sparse_attention(query, key, value, topk_indices, starts, self.softmax_scale)
+        output = sparse_attention(query, key, value, topk_indices, rows, self.softmax_scale)
         if wants_loss:
-            output = self._attach_loss(output, inputs, query, key, topk_indices, starts)
+            output = self._attach_loss(output, inputs, query, key, topk_indices, rows)
         return output
 
     @property
     def _loss_coefficient(self) -> float:
         return self.config.dsa_indexer_loss_coeff or 0.0
 
-    def _topk(self, x, qr, starts, packed_seq_params, wants_inputs: bool):
+    def _topk(self, x, qr, rows, packed_seq_params, split, wants_inputs: bool):
         """The top-k of this layer, and the indexer's inputs if wanted.
 
         A skip layer reads its source's. A computing layer publishes its own, and in a recompute
@@ -144,21 +144,21 @@ class CrossLayerDSAttention(MegatronModule):
         topk_indices = None if carrier is None else carrier.published(self.layer_number)
         inputs = None
         if topk_indices is None or wants_inputs:
-            inputs = self.indexer.inputs(x, qr, packed_seq_params)
+            inputs = self.indexer.inputs(x, qr, packed_seq_params, split)
         if topk_indices is None:
-            topk_indices = self.indexer.select(inputs, starts)
+            topk_indices = self.indexer.select(inputs, rows)
             if carrier is not None:
                 carrier.publish(self.layer_number, topk_indices, self.schedule)
         return topk_indices, inputs
 
-    def _attach_loss(self, output, inputs, query, key, topk_indices, starts) -> Tensor:
+    def _attach_loss(self, output, inputs, query, key, topk_indices, rows) -> Tensor:
         loss = indexer_loss(
             self.indexer,
             inputs,
             query.detach(),
             key.detach(),
             topk_indices,
-            starts,
+            rows,
             softmax_scale=self.softmax_scale,
             coefficient=self._loss_coefficient,
             sparse=self.config.dsa_indexer_use_sparse_loss,
@@ -179,11 +179,64 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
 
     _core_inputs: tuple[Tensor, Tensor] | None = None
 
-    def get_query_key_value_tensors(self, hidden_states, *args, **kwargs):
-        result = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+    def __init__(self, config, *args, **kwargs) -> None:
+        """Raises GLM5PatchError for a recompute that can't be had with context parallelism."""
+        super().__init__(config, *args, **kwargs)
+        self._latent: Tensor | None = None
+        if config.context_parallel_size > 1:
+            if self.recompute_up_proj:
+                raise GLM5PatchError(
+                    "recompute_modules has 'mla_up_proj', which does not go with "
+                    f"context_parallel_size={config.context_parallel_size}; take it out"
+                )
+            self.linear_kv_up_proj.register_forward_pre_hook(self._keep_latent)
+
+    def _keep_latent(self, module, args) -> None:
+        self._latent = args[0]
+
+    def get_query_key_value_tensors(
+        self,
+        hidden_states,
+        key_value_states=None,
+        position_ids=None,
+        packed_seq_params=None,
+        *args,
+        **kwargs,
+    ):
+        query, key, value, *latents = super().get_query_key_value_tensors(
+            hidden_states, key_value_states, position_ids, packed_seq_params, *args, **kwargs
+        )
+        if self.config.context_parallel_size > 1:
+            key, value = self._of_all_ranks(key, packed_seq_params)
         if self.checkpoint_core_attention and self.training:
-            self._core_inputs = (hidden_states, result[3])  # result[3] is the query latent
-        return result
+            self._core_inputs = (hidden_states, latents[0])  # the normalised query latent
+        return query, key, value, *latents
+
+    def _of_all_ranks(self, key: Tensor, packed_seq_params) -> tuple[Tensor, Tensor]:
+        """Keys and values of the whole sequence, up-projected here from the gathered latent.
+
+        Args:
+            key: this rank's, [s / cp, b, n, nope + rope], or packed [t / cp, n, nope + rope].
+        """
+        (latent, self._latent), nope = (self._latent, None), self.config.qk_head_dim
+        if packed_seq_params is not None:
+            key, latent = key.unsqueeze(1), latent.view(-1, 1, latent.shape[-1])
+        split = ContextParallel(self.pg_collection.cp, packed_seq_params, len(key), key.device)
+        rope = split.gather(key[:, :, :1, nope:])  # the same in every head
+        tp_size = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
+        up = self._up_project(split.gather_shards(latent))
+        up = up.index_select(0, split.order(tp_size))
+        up = up.unflatten(-1, (key.shape[2], nope + self.config.v_head_dim))
+        key_nope, value = up.split([nope, self.config.v_head_dim], dim=-1)
+        key = torch.cat([key_nope, rope.expand(-1, -1, key_nope.shape[2], -1)], dim=-1)
+        if packed_seq_params is not None:
+            key, value = key.squeeze(1), value.squeeze(1)
+        return key, value
+
+    def _up_project(self, latent: Tensor) -> Tensor:
+        output = self.linear_kv_up_proj(latent)[0]
+        self._latent = None
+        return output
 
     def _checkpointed_attention_forward(
         self, query, key, value, attention_mask, *args, packed_seq_params=None, **kwargs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,30 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 256 << 20
 """Upper bound of one fp32 logits tensor of a block of queries."""
+
+
+class Rows(NamedTuple):
+    """Where each query stands among the keys; it sees those from its document's start to itself."""
+
+    starts: Tensor
+    """int64 [s], see ``document_starts``."""
+    positions: Tensor | None = None
+    """int64 [s], or None: query i stands at key i."""
+    num_keys: int | None = None
+    """How many keys there are, if positions are given."""
+
+    @classmethod
+    def of(cls, packed_seq_params: PackedSeqParams | None, seqlen: int, device) -> Rows:
+        """All queries of a sequence, each at its own key."""
+        return cls(document_starts(packed_seq_params, seqlen, device))
+
+    @property
+    def keys(self) -> int:
+        return len(self.starts) if self.num_keys is None else self.num_keys
+
+    def end(self, block: slice) -> int:
+        """No query of the block sees a key from here on."""
+        return block.stop if self.positions is None else self.keys
 
 
 def document_starts(packed_seq_params: PackedSeqParams | None, seqlen: int, device) -> Tensor:
@@ -55,24 +79,28 @@ def query_blocks(seqlen: int, bytes_per_query: int) -> Iterator[slice]:
         yield slice(begin, min(begin + rows, seqlen))
 
 
-def visible_keys(block: slice, starts: Tensor) -> Tensor:
-    """Causal and document mask of a block of queries, bool [rows, block.stop]."""
-    queries = torch.arange(block.start, block.stop, device=starts.device)[:, None]
-    keys = torch.arange(block.stop, device=starts.device)[None, :]
-    return (keys <= queries) & (keys >= starts[block, None])
+def visible_keys(block: slice, rows: Rows) -> Tensor:
+    """Causal and document mask of a block of queries, bool [block, rows.end(block)]."""
+    device = rows.starts.device
+    if rows.positions is None:
+        queries = torch.arange(block.start, block.stop, device=device)[:, None]
+    else:
+        queries = rows.positions[block, None]
+    keys = torch.arange(rows.end(block), device=device)[None, :]
+    return (keys <= queries) & (keys >= rows.starts[block, None])
 
 
-def selected_keys(block: slice, starts: Tensor, topk_indices: Tensor) -> Tensor:
-    """The keys that a top-k names for a block of queries, bool [b, rows, block.stop].
+def selected_keys(block: slice, rows: Rows, topk_indices: Tensor) -> Tensor:
+    """The keys that a top-k names for a block of queries, bool [b, block, rows.end(block)].
 
     Args:
         block: the queries.
-        starts: int64 [s], see ``document_starts``.
+        rows: where they stand.
         topk_indices: int32 [b, s, k], positions counted from the query's document start, -1 for
             an empty place.
     """
     chosen = topk_indices[:, block].long()
-    spare = block.stop  # one more column takes the empty places
-    columns = torch.where(chosen < 0, spare, chosen + starts[block, None])
+    spare = rows.end(block)  # one more column takes the empty places
+    columns = torch.where(chosen < 0, spare, chosen + rows.starts[block, None])
     mask = torch.zeros((*chosen.shape[:2], spare + 1), dtype=torch.bool, device=topk_indices.device)
     return mask.scatter_(-1, columns, True)[..., :spare]

@@ -20,7 +20,7 @@ from megatron.core.transformer.experimental_attention_variant.dsa import (
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
-from .blocks import document_bounds, document_starts, is_thd, query_blocks, visible_keys
+from .blocks import Rows, document_bounds, is_thd, query_blocks, visible_keys
 
 
 class IndexerInputs(NamedTuple):
@@ -29,7 +29,7 @@ class IndexerInputs(NamedTuple):
     query: Tensor
     """[s, b, index_n_heads, index_head_dim]."""
     key: Tensor
-    """[s, b, index_head_dim]."""
+    """[t, b, index_head_dim]; t is s, or under context parallelism the whole sequence."""
     weights: Tensor
     """fp32 [s, b, index_n_heads], scaled by ``index_n_heads ** -0.5``."""
 
@@ -61,13 +61,14 @@ class LightningIndexer(DSAIndexer):
         self._rope_config.rotary_interleaved = False
         self._rope_config.apply_rope_fusion = False
 
-    def inputs(self, x: Tensor, qr: Tensor, packed_seq_params=None) -> IndexerInputs:
+    def inputs(self, x: Tensor, qr: Tensor, packed_seq_params=None, split=None) -> IndexerInputs:
         """Project and rotate.
 
         Args:
             x: hidden states [s, b, h], or [s / tp, b, h] under sequence parallelism.
             qr: the normalised query latent, [s, b, q_lora_rank] likewise; packed, [t, q_lora_rank].
             packed_seq_params: documents of a pack; rope restarts at each.
+            split: ``ContextParallel``, if the sequence is split between ranks.
         """
         qr = qr.unsqueeze(1) if qr.dim() == 2 else qr
         freqs, mscale, cu_seqlens = self._rope(x, packed_seq_params)
@@ -83,15 +84,16 @@ class LightningIndexer(DSAIndexer):
         if self.config.dsa_indexer_rotate_activation:
             q, k = rotate_activation(q), rotate_activation(k)
         weights = self.linear_weights_proj(x)[0].float() * self.index_n_heads**-0.5
-        return IndexerInputs(q, k.squeeze(2), weights)
+        k = k.squeeze(2)
+        return IndexerInputs(q, k if split is None else split.gather(k), weights)
 
-    def block_scores(self, inputs: IndexerInputs, block: slice) -> Tensor:
-        """Index scores of a block of queries against the keys up to it, fp32 [b, rows, end].
+    def block_scores(self, inputs: IndexerInputs, block: slice, end: int) -> Tensor:
+        """Index scores of a block of queries against the first keys, fp32 [b, block, end].
 
         Unmasked, and in Hugging Face's order of operations, so that near ties fall alike.
         """
         q = inputs.query[block].transpose(0, 1).float()  # [b, rows, heads, dim]
-        k = inputs.key[: block.stop].permute(1, 2, 0).float()  # [b, dim, end]
+        k = inputs.key[:end].permute(1, 2, 0).float()  # [b, dim, end]
         weights = inputs.weights[block].transpose(0, 1)  # [b, rows, heads]
         # [b, rows * heads, end] -> [b, rows, heads, end]
         per_head = torch.matmul(q.flatten(1, 2), k).unflatten(1, q.shape[1:3])
@@ -101,35 +103,35 @@ class LightningIndexer(DSAIndexer):
     def blocks(self, inputs: IndexerInputs):
         """Slices over the queries that bound the [b, rows, heads, s] logits of a block."""
         s, b, heads, _ = inputs.query.shape
-        return query_blocks(s, b * heads * s * 4)
+        return query_blocks(s, b * heads * len(inputs.key) * 4)
 
     @torch.no_grad()
-    def select(self, inputs: IndexerInputs, starts: Tensor) -> Tensor:
+    def select(self, inputs: IndexerInputs, rows: Rows) -> Tensor:
         """The ``index_topk`` best visible keys of each query.
 
         Equal scores fall as ``torch.topk`` lets them, as in Hugging Face; under
         ``torch.use_deterministic_algorithms`` the lower position wins.
 
         Returns:
-            int32 [b, s, min(index_topk, s)]: positions counted from the query's document start;
+            int32 [b, s, min(index_topk, t)]: positions counted from the query's document start;
             -1 where fewer keys are visible.
         """
         s, b = inputs.query.shape[:2]
-        k = min(self.index_topk, s)
+        k = min(self.index_topk, rows.keys)
         topk_indices = torch.empty((b, s, k), dtype=torch.int32, device=inputs.query.device)
         for block in self.blocks(inputs):
             # Full rows: the choice among equal scores depends on the length of the row.
-            rows = block.stop - block.start
-            scores = torch.full((b, rows, s), float("-inf"), device=inputs.query.device)
-            scores[..., : block.stop] = self.block_scores(inputs, block).masked_fill_(
-                ~visible_keys(block, starts), float("-inf")
+            size, end = block.stop - block.start, rows.end(block)
+            scores = torch.full((b, size, rows.keys), float("-inf"), device=inputs.query.device)
+            scores[..., :end] = self.block_scores(inputs, block, end).masked_fill_(
+                ~visible_keys(block, rows), float("-inf")
             )
             if torch.are_deterministic_algorithms_enabled():
                 values, columns = scores.sort(dim=-1, descending=True, stable=True)
                 values, columns = values[..., :k], columns[..., :k]
             else:
                 values, columns = scores.topk(k, dim=-1)
-            local = columns - starts[block, None]
+            local = columns - rows.starts[block, None]
             topk_indices[:, block] = local.masked_fill(values == float("-inf"), -1).int()
         return topk_indices
 
@@ -142,11 +144,11 @@ class LightningIndexer(DSAIndexer):
         memory quadratic in s, and the attention never asks for them."""
         inputs = self.inputs(x, qr, packed_seq_params)
         s, b = inputs.query.shape[:2]
-        starts = document_starts(packed_seq_params, s, x.device)
+        rows = Rows.of(packed_seq_params, s, x.device)
         whole = slice(0, s)
-        scores = self.block_scores(inputs, whole)
-        scores = scores.masked_fill(~visible_keys(whole, starts), float("-inf"))
-        return scores, self.select(inputs, starts)
+        scores = self.block_scores(inputs, whole, s)
+        scores = scores.masked_fill(~visible_keys(whole, rows), float("-inf"))
+        return scores, self.select(inputs, rows)
 
     def _rope(self, x: Tensor, packed_seq_params):
         """Rotary frequencies [s, 1, 1, d], their mscale, and cu_seqlens if packed."""

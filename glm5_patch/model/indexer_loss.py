@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .blocks import selected_keys, visible_keys
+from .blocks import Rows, selected_keys, visible_keys
 from .indexer import IndexerInputs, LightningIndexer
 from .sparse_attention import block_logits, heads_first
 
@@ -18,7 +18,7 @@ def indexer_loss(
     query: Tensor,
     key: Tensor,
     topk_indices: Tensor,
-    starts: Tensor,
+    rows: Rows,
     *,
     softmax_scale: float,
     coefficient: float,
@@ -34,9 +34,9 @@ def indexer_loss(
         indexer: whose parameters the loss trains.
         inputs: the indexer's projections, with their graph.
         query: [s, b, n, d] of this rank's heads.
-        key: [s, b, n, d].
+        key: [t, b, n, d].
         topk_indices: int32 [b, s, k].
-        starts: int64 [s].
+        rows: where the queries stand among the keys.
         softmax_scale: of the attention.
         coefficient: ``dsa_indexer_loss_coeff``.
         sparse: both distributions over the selected keys only, not over all visible ones.
@@ -45,7 +45,7 @@ def indexer_loss(
     s, b = query.shape[:2]
     scale = coefficient if per_token else coefficient / (s * b)
     return _IndexerLoss.apply(
-        indexer, *inputs, query, key, topk_indices, starts, softmax_scale, scale, sparse
+        indexer, *inputs, query, key, topk_indices, rows, softmax_scale, scale, sparse
     )
 
 
@@ -63,7 +63,7 @@ class _IndexerLoss(torch.autograd.Function):
         query,
         key,
         topk_indices,
-        starts,
+        rows,
         softmax_scale,
         scale,
         sparse,
@@ -74,12 +74,14 @@ class _IndexerLoss(torch.autograd.Function):
         grads = [torch.zeros_like(leaf, dtype=torch.float32) for leaf in leaves]
         total = torch.zeros((), dtype=torch.float32, device=query.device)
         for block in indexer.blocks(inputs):
-            visible = visible_keys(block, starts)[None]
-            valid = selected_keys(block, starts, topk_indices) & visible if sparse else visible
+            visible = visible_keys(block, rows)[None]
+            valid = selected_keys(block, rows, topk_indices) & visible if sparse else visible
             valid = valid.expand(query.shape[1], -1, -1)
-            target = _target(q[:, :, block], k[:, :, : block.stop], valid, softmax_scale, indexer)
+            target = _target(
+                q[:, :, block], k[:, :, : rows.end(block)], valid, softmax_scale, indexer
+            )
             with torch.enable_grad():
-                scores = indexer.block_scores(inputs, block)
+                scores = indexer.block_scores(inputs, block, rows.end(block))
                 loss = _kl(target, scores, valid) * scale
             for grad, part in zip(grads, torch.autograd.grad(loss, leaves)):
                 grad += part

@@ -56,11 +56,11 @@ def _record_ours(core, recording: Recording, undo: ExitStack) -> None:
         return
     select = core.indexer.select
 
-    def recording_select(inputs, starts):
+    def recording_select(inputs, rows):
         recording._scores[core.layer_number] = lambda row: core.indexer.block_scores(
-            inputs, slice(row, row + 1)
+            inputs, slice(row, row + 1), row + 1
         )[:, 0]
-        return select(inputs, starts)
+        return select(inputs, rows)
 
     core.indexer.select = recording_select
     undo.callback(delattr, core.indexer, "select")

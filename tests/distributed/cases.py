@@ -19,6 +19,7 @@ UNEVEN = dict(num_layers_in_first_pipeline_stage=6, num_layers_in_last_pipeline_
 INTERLEAVED = dict(
     pipeline_model_parallel_layout="Et|t|t*4|t*2,L", overlap_p2p_comm=True, batch_p2p_comm=False
 )
+CP = dict(cp_comm_type="allgather")
 MTP = dict(mtp_num_layers=1)
 
 
@@ -32,7 +33,10 @@ class Case:
     vpp: int | None = None
     ep: int = 1
     dp: int = 1
+    cp: int = 1
     thd: bool = False
+    even_packs: bool = False
+    """Documents that context parallelism can cut into equal chunks."""
     indexer_loss: float | None = None
     distributed_optimizer: bool = False
     forward_only: bool = False
@@ -40,19 +44,25 @@ class Case:
 
     @property
     def world(self) -> int:
-        return max(self.tp * self.pp * self.dp, self.ep)
+        return max(self.tp * self.pp * self.dp * self.cp, self.ep)
 
     @property
     def batch(self) -> str:
         """Cases of the same batch and model have the same loss and gradients."""
         mtp = "mtp" if "mtp_num_layers" in self.settings else "plain"
-        thd = "thd" if self.thd else "bshd"
+        thd = ("even-thd" if self.even_packs else "thd") if self.thd else "bshd"
         return f"{mtp}-{thd}-{self.indexer_loss or 0}"
 
     def alone(self) -> Case:
         """The same batch and model in one process, without recompute."""
         settings = MTP if "mtp_num_layers" in self.settings else {}
-        return Case(self.batch, thd=self.thd, indexer_loss=self.indexer_loss, settings=settings)
+        return Case(
+            self.batch,
+            thd=self.thd,
+            even_packs=self.even_packs,
+            indexer_loss=self.indexer_loss,
+            settings=settings,
+        )
 
 
 def _cases():
@@ -82,6 +92,24 @@ def _cases():
             tp=2,
             thd=thd,
             settings={**UNEVEN, **SP, **FULL},
+        )
+        pack = dict(thd=thd, even_packs=thd)
+        yield Case(f"CP 2{layout}", cp=2, **pack, settings=CP)
+        yield Case(f"CP 2, recompute full{layout}", cp=2, **pack, settings={**CP, **FULL})
+        yield Case(
+            f"CP 2, indexer loss, recompute core_attn{layout}",
+            cp=2,
+            **pack,
+            indexer_loss=0.1,
+            settings={**CP, **RECOMPUTE["core_attn"]},
+        )
+        yield Case(f"CP 2 x TP 2 + SP{layout}", cp=2, tp=2, **pack, settings={**CP, **SP})
+        yield Case(
+            f"CP 2 x PP 2, recompute full{layout}",
+            cp=2,
+            pp=2,
+            **pack,
+            settings={**CP, **UNEVEN, **FULL},
         )
     yield Case("EP 2", ep=2)
     yield Case("EP 2 x TP 2 + SP", tp=2, ep=2, dp=2, settings=SP)

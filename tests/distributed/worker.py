@@ -42,6 +42,7 @@ from tests.tiny import hf_config, megatron_config, tokens
 MICROBATCHES, BATCH, LENGTH = 4, 2, 48
 PACKS = ([1, 20, 27], [48], [0, 9, 39], [30, 18])
 """Lengths of the documents of each microbatch: one token, one document, an empty one."""
+EVEN_PACKS = ([4, 20, 24], [48], [0, 8, 40], [32, 16])
 LEARNING_RATE, ADAM_EPS = 1000.0, 1.0  # updates well above the rounding of the parameters
 
 build_block_spec = specs.get_transformer_block_with_experimental_attention_variant_spec
@@ -64,6 +65,7 @@ class model_parallel:
             pipeline_model_parallel_size=case.pp,
             virtual_pipeline_model_parallel_size=case.vpp,
             expert_model_parallel_size=case.ep,
+            context_parallel_size=case.cp,
         )
 
     def __enter__(self):
@@ -85,6 +87,7 @@ def configuration(case: Case):
         pipeline_model_parallel_size=case.pp,
         virtual_pipeline_model_parallel_size=case.vpp,
         expert_model_parallel_size=case.ep,
+        context_parallel_size=case.cp,
         dsa_indexer_loss_coeff=case.indexer_loss,
         **settings,
     )
@@ -186,13 +189,25 @@ def batches(case: Case):
     """This data-parallel rank's microbatches: ids, labels, positions, packed_seq_params."""
     for number in range(parallel_state.get_data_parallel_rank(), MICROBATCHES, _dp_size()):
         if case.thd:
-            lengths = PACKS[number]
+            lengths = (EVEN_PACKS if case.even_packs else PACKS)[number]
             ids, pack = tokens(number, 1, LENGTH), packed(lengths)
             positions = torch.cat([torch.arange(n) for n in lengths])[None]
         else:
             ids, pack = tokens(number, BATCH, LENGTH), None
             positions = torch.arange(LENGTH).expand_as(ids)
-        yield ids, ids.roll(-1, 1), positions, pack
+        own = _own_positions(lengths if case.thd else [LENGTH])
+        yield ids[:, own], ids.roll(-1, 1)[:, own], positions[:, own], pack
+
+
+def _own_positions(lengths: list[int]) -> torch.Tensor:
+    """This rank's tokens of documents of these lengths, as Megatron-LM's data loaders cut them."""
+    rank = parallel_state.get_context_parallel_rank()
+    size = parallel_state.get_context_parallel_world_size()
+    if size == 1:
+        return torch.arange(sum(lengths))
+    documents = torch.arange(sum(lengths)).split(lengths)
+    chunks = [document.view(2 * size, -1) for document in documents]
+    return torch.cat([torch.cat([c[rank], c[2 * size - 1 - rank]]) for c in chunks])
 
 
 def _dp_size() -> int:
@@ -213,7 +228,14 @@ def step(case: Case, chunks):
         with recorded(model.module) as recording:
             output = model(ids, positions, None, labels=labels, packed_seq_params=pack)
         found.append(dict(recording.topk_indices))
-        return output, lambda output: (output.mean(), {"loss": output.detach().mean()})
+        return output, loss
+
+    def loss(output):
+        """The mean over the tokens of all context-parallel ranks; theirs are added up."""
+        own = output.sum() / (output.numel() * parallel_state.get_context_parallel_world_size())
+        whole = own.detach().clone()
+        torch.distributed.all_reduce(whole, group=parallel_state.get_context_parallel_group())
+        return own, {"loss": whole}
 
     for chunk in chunks:
         chunk.train(not case.forward_only)

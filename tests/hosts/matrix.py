@@ -35,9 +35,15 @@ TESTS = {
     "transformers": ["tests/patches/test_hf_config.py", "tests/hosts"],
     # Releases that have too little of GLM-5 to be patched.
     "megatron-core==0.16.0rc0.dev132713": ["tests/activation/test_unsupported.py"],
-    # Every import order, on the newest line too; the oldest has it in the README's command.
-    "megatron-core==0.19.2": [*CORE_TESTS, "tests/activation/test_orders.py"],
+    # Long ones, on one release of each line; the README's command runs them on 0.16.1.
+    "megatron-core==0.18.2": [*CORE_TESTS, "tests/distributed"],
+    "megatron-core==0.19.2": [
+        *CORE_TESTS,
+        "tests/distributed",
+        "tests/activation/test_orders.py",
+    ],
 }
+PARALLEL = ("0.16.1", "0.18.2", "0.19.2")
 # transformers brings tokenizers of the version it insists on; megatron-core's needs are all there.
 PIP_OPTIONS = {"megatron-core": ["--no-deps"], "transformers": []}
 STATES = """
@@ -109,7 +115,10 @@ def measure(host: Host) -> dict:
         return _printed(host.run("-c", STATES))
     patched = _printed(host.run("-m", "tests.hosts.figures"))
     released = _printed(host.run("-m", "tests.hosts.figures", "--released"))
-    return {**patched, "released": released["figures"]}
+    found = {**patched, "released": released["figures"]}
+    if host.release in PARALLEL:
+        found["parallel"] = _printed(host.run("-m", "tests.distributed.run"))
+    return found
 
 
 def _printed(result: subprocess.CompletedProcess) -> dict:

@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/hosts.md, made from docs/hosts.json and from nothing else."""
+"""The tables of README.md and docs/, made from docs/hosts.json and from nothing else."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from glm5_patch.patches import PATCHES
+from tests.distributed.cases import CASES
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "docs" / "hosts.json"
@@ -43,6 +44,20 @@ def figures(record: dict) -> str:
     return "\n".join(lines)
 
 
+def parallel(record: dict) -> str:
+    """Each split on each core: how far its gradients are from one process's."""
+    releases = {r: f["parallel"] for r, f in record["megatron-core"].items() if "parallel" in f}
+    lines = ["| split | " + " | ".join(releases) + " |", "|---" * (len(releases) + 1) + "|"]
+    for case in CASES:
+        cells = []
+        for found in releases.values():
+            one = found[case.name]
+            figure = one.get("loss" if case.forward_only else "gradients")
+            cells.append("refused by the host" if figure is None else f"{figure:.1e}")
+        lines.append(f"| {case.name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _cells(row: dict[str, float]) -> list[str]:
     shares = [f"{100 * row[name]:.4g} %" for name in ("same_input", "end_to_end")]
     return shares + [f"{row[name]:.1e}" for name in ("logits", "gradients", "recompute")]
@@ -54,6 +69,7 @@ def blocks(record: dict) -> dict[tuple[Path, str], str]:
         (ROOT / "README.md", "cores"): support(record, "megatron-core"),
         (ROOT / "README.md", "transformers"): support(record, "transformers"),
         (ROOT / "docs" / "hosts.md", "figures"): figures(record),
+        (ROOT / "docs" / "parallel.md", "splits"): parallel(record),
     }
 
 

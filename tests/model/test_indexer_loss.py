@@ -5,7 +5,7 @@ import torch
 
 from glm5_patch.demo import forward
 from glm5_patch.model import blocks
-from glm5_patch.model.blocks import selected_keys, visible_keys
+from glm5_patch.model.blocks import Rows, selected_keys, visible_keys
 from glm5_patch.model.indexer import IndexerInputs
 from glm5_patch.model.indexer_loss import indexer_loss
 from tests.tiny import megatron_model, relative, saved, tokens
@@ -44,14 +44,14 @@ def test_loss_and_gradients_equal_the_definition(
         *(torch.randn(shape, generator=g, requires_grad=True) for shape in shapes)
     )
     query, key = (torch.randn(S, B, HEADS, DIM, generator=g) for _ in range(2))
-    starts = torch.zeros(S, dtype=torch.int64)
-    topk_indices = indexer.select(inputs, starts)
+    rows = Rows(torch.zeros(S, dtype=torch.int64))
+    topk_indices = indexer.select(inputs, rows)
     settings = dict(softmax_scale=SCALE, coefficient=0.7, sparse=sparse)
     loss = indexer_loss(
-        indexer, inputs, query, key, topk_indices, starts, **settings, per_token=False
+        indexer, inputs, query, key, topk_indices, rows, **settings, per_token=False
     )
     whole = slice(0, S)
-    mask = selected_keys(whole, starts, topk_indices) if sparse else visible_keys(whole, starts)
+    mask = selected_keys(whole, rows, topk_indices) if sparse else visible_keys(whole, rows)
     mask = mask.expand(B, S, S)
     expected = 0.7 * reference(inputs, query, key, mask, indexer.softmax_scale)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -60,7 +60,7 @@ def test_loss_and_gradients_equal_the_definition(
     ):
         assert relative(ours, theirs) < 1e-5
     summed = indexer_loss(
-        indexer, inputs, query, key, topk_indices, starts, **settings, per_token=True
+        indexer, inputs, query, key, topk_indices, rows, **settings, per_token=True
     )
     assert summed.item() == pytest.approx(loss.item() * S * B, rel=1e-5)
 

@@ -3,7 +3,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glm5_patch.model import blocks
-from glm5_patch.model.blocks import document_starts, selected_keys
+from glm5_patch.model.blocks import Rows, document_starts, selected_keys
 from glm5_patch.model.sparse_attention import sparse_attention
 from tests.tiny import relative
 
@@ -50,8 +50,8 @@ def test_blocked_equals_dense_forward_and_backward(seed, rows_per_block, lengths
         torch.randn(s, b, HEADS, d, generator=generator, requires_grad=True)
         for d in (DIM, DIM, VALUE_DIM)
     ]
-    output = sparse_attention(*tensors, topk, starts, SCALE)
-    mask = selected_keys(slice(0, s), starts, topk)
+    output = sparse_attention(*tensors, topk, Rows(starts), SCALE)
+    mask = selected_keys(slice(0, s), Rows(starts), topk)
     expected = reference(*tensors, mask, SCALE)
     assert relative(output, expected) < 1e-6
     upstream = torch.randn(output.shape, generator=generator)
@@ -61,10 +61,28 @@ def test_blocked_equals_dense_forward_and_backward(seed, rows_per_block, lengths
         assert relative(a, e) < 1e-6
 
 
+@pytest.mark.parametrize("rows_per_block", [1, 7, 1000])
+def test_queries_may_stand_anywhere_among_the_keys(rows_per_block, monkeypatch):
+    """As on one rank of a context-parallel group: its rows are those of the whole."""
+    generator = torch.Generator().manual_seed(0)
+    s, b, k = 40, 2, 6
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", rows_per_block * b * HEADS * s * 4)
+    starts = packed_starts([24, 16])
+    topk = random_topk(s, b, k, starts, generator)
+    query, key, value = (
+        torch.randn(s, b, HEADS, d, generator=generator) for d in (DIM, DIM, VALUE_DIM)
+    )
+    positions = torch.randperm(s, generator=generator)[:17]
+    rows = Rows(starts[positions], positions, s)
+    some = sparse_attention(query[positions], key, value, topk[:, positions], rows, SCALE)
+    whole = sparse_attention(query, key, value, topk, Rows(starts), SCALE)
+    assert relative(some, whole[positions]) < 1e-6
+
+
 def test_selection_never_reaches_another_document():
     starts = packed_starts([5, 3])
     topk = torch.tensor([0, 2, -1], dtype=torch.int32).expand(1, 8, 3)
-    mask = selected_keys(slice(0, 8), starts, topk)[0]
+    mask = selected_keys(slice(0, 8), Rows(starts), topk)[0]
     assert mask[7].nonzero().flatten().tolist() == [5, 7]
     assert mask[4].nonzero().flatten().tolist() == [0, 2]
 
@@ -72,7 +90,7 @@ def test_selection_never_reaches_another_document():
 def test_a_query_without_keys_gets_zeros_and_no_nan():
     topk = torch.full((1, 4, 2), -1, dtype=torch.int32)
     tensors = [torch.randn(4, 1, HEADS, d, requires_grad=True) for d in (DIM, DIM, VALUE_DIM)]
-    output = sparse_attention(*tensors, topk, torch.zeros(4, dtype=torch.int64), SCALE)
+    output = sparse_attention(*tensors, topk, Rows(torch.zeros(4, dtype=torch.int64)), SCALE)
     assert output.abs().sum() == 0
     assert all(g.abs().sum() == 0 for g in torch.autograd.grad(output.sum(), tensors))
 
@@ -108,7 +126,7 @@ def test_the_largest_tensor_grows_linearly(monkeypatch):
         topk = random_topk(s, 1, 4, starts, torch.Generator().manual_seed(0))
         tensors = [torch.randn(s, 1, HEADS, d, requires_grad=True) for d in (DIM, DIM, VALUE_DIM)]
         with LargestTensor() as seen:
-            sparse_attention(*tensors, topk, starts, SCALE).sum().backward()
+            sparse_attention(*tensors, topk, Rows(starts), SCALE).sum().backward()
         largest[s] = seen.numel
     assert largest[1024] <= 2.1 * largest[512]
     assert largest[2048] <= 2.1 * largest[1024]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ...core.host import is_dsa, missing_fields
+from ...core.host import is_dsa, missing_fields, refuses_context_parallel
 from ...core.patch import Finding, Patch
-from ...errors import ScheduleError
+from ...errors import GLM5PatchError, ScheduleError
 
 
 class ConfigFields(Patch):
@@ -27,19 +27,51 @@ class ConfigFields(Patch):
         from ...model.config_fields import GLM5Fields
 
         config_class = module.TransformerConfig
+        refuses = refuses_context_parallel(module.MLATransformerConfig)
         extend_dataclass(config_class, missing_fields(config_class, GLM5Fields), seams)
-        seams.wrap(config_class, "__post_init__", _post_init)
+
+        def post_init(wrapped, instance, args, kwargs):
+            _fold_aliases(instance)
+            if not is_dsa(instance):
+                return wrapped(*args, **kwargs)
+            _validate(instance)
+            return _without_context_parallel(wrapped, instance) if refuses else wrapped()
+
+        seams.wrap(config_class, "__post_init__", post_init)
 
 
-def _post_init(wrapped, instance, args, kwargs):
+def _fold_aliases(config) -> None:
     from ...model.config_fields import ALIASES
-    from ...model.schedule import IndexSchedule
 
     for alias, name in ALIASES.items():
-        _fold(instance, alias, name)
-    if is_dsa(instance):
-        IndexSchedule.from_megatron(instance)
-    return wrapped(*args, **kwargs)
+        _fold(config, alias, name)
+
+
+def _validate(config) -> None:
+    from ...model.schedule import IndexSchedule
+
+    IndexSchedule.from_megatron(config)
+
+
+def _without_context_parallel(post_init, config) -> None:
+    """The host's own validation, but for its refusal of DSA with context parallelism.
+
+    Raises:
+        GLM5PatchError: keys that go round in a ring or between the heads can't be selected from.
+    """
+    size = config.context_parallel_size
+    kinds = config.cp_comm_type
+    for kind in (kinds if isinstance(kinds, list) else [kinds]) if size > 1 else []:
+        if (kind or "p2p").replace("_", "").lower() != "allgather":
+            raise GLM5PatchError(
+                f"cp_comm_type={kinds!r} with context_parallel_size={size}: sparse attention needs "
+                'the keys of all ranks; set cp_comm_type="allgather"'
+            )
+    config.context_parallel_size = 1
+    try:
+        post_init()
+    finally:
+        config.context_parallel_size = size
 
 
 def _fold(config, alias: str, name: str) -> None:
