@@ -7,7 +7,7 @@ import pytest
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 import glm5_patch
-from glm5_patch.errors import ScheduleError
+from glm5_patch.errors import GLM5PatchError, ScheduleError
 from glm5_patch.model.config_fields import ALIASES, GLM5Fields
 from glm5_patch.model.schedule import IndexSchedule
 
@@ -103,3 +103,33 @@ def test_a_class_derived_while_patched_survives_disable_and_enable():
     glm5_patch.enable()
     assert glm5_patch.status()["config_fields"].state == "applied"
     assert DerivedLater(**DSA, dsa_index_topk_freq=4).dsa_indexer_topk_freq == 4
+
+
+@pytest.fixture
+def host_refuses_context_parallelism():
+    from glm5_patch.core.host import refuses_context_parallel
+
+    glm5_patch.disable()
+    try:
+        refuses = refuses_context_parallel(MLATransformerConfig)
+    finally:
+        glm5_patch.enable()
+    if not refuses:
+        pytest.skip("this host validates DSA with context parallelism itself")
+
+
+@pytest.mark.parametrize("kind", ["allgather", "all_gather", ["allgather"] * 8])
+def test_context_parallelism_by_all_gather_is_accepted(host_refuses_context_parallelism, kind):
+    config = MLATransformerConfig(**DSA, context_parallel_size=2, cp_comm_type=kind)
+    assert config.context_parallel_size == 2
+    assert dataclasses.replace(config).context_parallel_size == 2
+
+
+@pytest.mark.parametrize("kind", ["p2p", "a2a", "a2a+p2p", None, ["allgather"] * 7 + ["p2p"]])
+def test_other_kinds_of_context_parallelism_are_refused(host_refuses_context_parallelism, kind):
+    with pytest.raises(GLM5PatchError, match='context_parallel_size=2.*set cp_comm_type="allg'):
+        MLATransformerConfig(**DSA, context_parallel_size=2, cp_comm_type=kind)
+
+
+def test_other_models_keep_their_context_parallelism():
+    MLATransformerConfig(**BASE, rope_type="rope", context_parallel_size=2, cp_comm_type="p2p")

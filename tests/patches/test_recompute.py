@@ -1,6 +1,8 @@
 """Two microbatches in flight (forward, forward, backward, backward) under every recompute."""
 
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
@@ -153,3 +155,48 @@ def test_without_the_checkpoint_patch_a_recompute_is_refused(checkpoint, monkeyp
         monkeypatch.delenv("GLM5_PATCH_DISABLE")
         glm5_patch.enable()
     assert glm5_patch.status()["checkpoint_recompute"].state == "applied"
+
+
+def test_padding_inside_a_pack_changes_nothing(our_core, checkpoint, lower_position_first):
+    model = megatron_model(checkpoint).eval()
+    lengths, padded = [1, 19, 30], [4, 20, 32]
+    pack = packed(padded)
+    pack.cu_seqlens_q = pack.cu_seqlens_kv = packed(lengths).cu_seqlens_q
+    pack.cu_seqlens_q_padded = pack.cu_seqlens_kv_padded = packed(padded).cu_seqlens_q
+    ids = tokens(4, 1, sum(padded))
+    positions = torch.cat([torch.arange(n) for n in padded])[None]
+    with torch.no_grad():
+        whole = model(ids, positions, None, packed_seq_params=pack)
+        for document, logits, n in zip(ids.split(padded, 1), whole.split(padded, 1), lengths):
+            alone = forward(model, document[:, :n])
+            assert (logits[:, :n] - alone).abs().max() < 2e-5
+
+
+def test_topk_is_freed_after_its_last_reader_or_with_its_graph(our_core, checkpoint, monkeypatch):
+    from glm5_patch.model.topk_carrier import TopkCarrier
+
+    held, carriers = [], []
+    publish = TopkCarrier.publish
+
+    def watched(carrier, *args):
+        publish(carrier, *args)
+        held.append(len(carrier.held_layers))
+        carriers.append(weakref.ref(carrier))
+
+    monkeypatch.setattr(TopkCarrier, "publish", watched)
+    ids = tokens(0, 1, 40)
+    forward(megatron_model(checkpoint).train(), ids)
+    assert max(held) == 1  # layers 1 and 2 have no readers, those of 3 are through before 7
+    held.clear(), carriers.clear()
+    loss = loss_of(forward(megatron_model(checkpoint, **MODES["uniform_1"]).train(), ids), ids)
+    assert max(held) == 4  # the recompute of each computing layer will ask for its own
+    loss.backward()
+    del loss
+    gc.collect()
+    assert not any(carrier() for carrier in carriers)
+
+
+def test_recompute_of_the_up_projection_is_refused_with_context_parallelism(our_core, checkpoint):
+    parallel = dict(context_parallel_size=2, cp_comm_type="allgather")
+    with pytest.raises(GLM5PatchError, match="'mla_up_proj'.*context_parallel_size=2; take it"):
+        megatron_model(checkpoint, **parallel, **MODES["mla_up_proj"])
