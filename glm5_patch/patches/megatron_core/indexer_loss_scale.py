@@ -10,13 +10,14 @@ class IndexerLossScale(Patch):
     id = "indexer_loss_scale"
     module = "megatron.core.pipeline_parallel.schedules"
     attribute = "forward_step_calc_loss"
-    why = "The indexer's gradients are not divided by the microbatches, nor scaled with the loss."
-    upstream = "megatron-core 0.19.0"
-    remove_when = "no supported megatron-core is older than 0.19"
+    why = "The indexer's gradients are not those of a mean over microbatches and ranks."
+    upstream = "megatron-core 0.19.0, but for context parallelism"
+    remove_when = "the host's scale does not grow with the context-parallel size"
 
     def needed(self, module) -> Finding:
         if scales_indexer_loss(module):
-            return Finding(False, "the schedules scale the indexer loss")
+            # Each rank's loss is a mean already, and data parallelism averages over the ranks.
+            return Finding(True, "the scale is multiplied by the context-parallel size")
         return Finding(True, "the schedules set no scale for the indexer loss")
 
     def apply(self, module, seams) -> None:
@@ -29,7 +30,8 @@ class IndexerLossScale(Patch):
 def _calc_loss(wrapped, instance, args, kwargs):
     output_tensor, num_tokens = result = wrapped(*args, **kwargs)
     config = argument(wrapped, args, kwargs, "config")
-    if is_dsa(config) and config.dsa_indexer_loss_coeff:
+    own_scale = getattr(config, "experimental_attention_variant_loss_scale_func", None)
+    if is_dsa(config) and config.dsa_indexer_loss_coeff and own_scale is None:
         num_microbatches = argument(wrapped, args, kwargs, "num_microbatches")
         _set_scale(config, num_microbatches, output_tensor.device)
     return result
