@@ -14,6 +14,7 @@ import sys
 import traceback
 import warnings
 import zlib
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -69,7 +70,7 @@ class model_parallel:
         )
 
     def __enter__(self):
-        parallel_state.initialize_model_parallel(**self.sizes)
+        parallel_state.initialize_model_parallel(**self.sizes, distributed_timeout_minutes=1)
         model_parallel_cuda_manual_seed(1)
 
     def __exit__(self, *_):
@@ -389,7 +390,11 @@ def main(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     cpu_host.enable("cpu")
     store = torch.distributed.FileStore(str(folder / f"store-{world}"), world)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    # Short: a rank that fails alone leaves the others waiting for its messages.
+    timeout = timedelta(minutes=1)
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world, timeout=timeout
+    )
     results: dict[str, object] = {}
 
     def attempt(name: str, action, *args) -> None:
