@@ -55,7 +55,8 @@ class CrossLayerDSAttention(MegatronModule):
             raise GLM5PatchError(f"attn_mask_type={attn_mask_type}: only a causal mask is possible")
         self.layer_number = layer_number
         self.schedule = IndexSchedule.from_megatron(config)
-        # Layers of multi-token prediction are numbered after the decoder's and share with no one.
+        # Layers of multi-token prediction are numbered after the decoder's, or from 0.18 on from 1
+        # again. They run outside a block's forward, find no carrier, and share with no one.
         self.is_mtp = layer_number > self.schedule.num_layers
         self.source = layer_number if self.is_mtp else self.schedule.source(layer_number)
         self.softmax_scale = (k_channels or config.kv_channels) ** -0.5

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from megatron.core.models.backends import LocalSpecProvider
 
-from .duplicated_linear import DuplicatedLinear
-
 
 class LocalNorm:
     """torch's LayerNorm or RMSNorm; the host's wrapper of them refuses sequence parallelism."""
@@ -25,7 +23,11 @@ class LocalDSASpecProvider(LocalSpecProvider):
     """The host's local backend, complete enough for a DSA model."""
 
     def linear(self) -> type:
-        return DuplicatedLinear
+        """The class that the host's MLA knows as a linear layer with the whole weight on each rank:
+        Transformer Engine's where that is installed, else ``DuplicatedLinear``."""
+        from megatron.core.transformer import multi_latent_attention
+
+        return multi_latent_attention.TELinear
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, **_) -> type:
         return LocalNorm

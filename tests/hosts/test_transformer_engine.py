@@ -28,7 +28,7 @@ def build(checkpoint, attention_spec=None):
     from tests.tiny import megatron_config
 
     config = megatron_config(
-        checkpoint,
+        checkpoint.config,
         transformer_impl="transformer_engine",
         use_cpu_initialization=False,
         moe_token_dispatcher_type="alltoall",
