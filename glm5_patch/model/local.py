@@ -5,6 +5,13 @@ from __future__ import annotations
 import torch
 from megatron.core.models.backends import LocalSpecProvider
 
+try:
+    # MLA knows one class of linear layers with the whole weight on every rank, where it has any.
+    import transformer_engine.pytorch  # noqa: F401
+    from megatron.core.extensions.transformer_engine import TELinear as WholeLinear
+except ImportError:
+    from .duplicated_linear import DuplicatedLinear as WholeLinear
+
 
 class LocalNorm:
     """torch's LayerNorm or RMSNorm; the host's wrapper of them refuses sequence parallelism."""
@@ -23,11 +30,7 @@ class LocalDSASpecProvider(LocalSpecProvider):
     """The host's local backend, complete enough for a DSA model."""
 
     def linear(self) -> type:
-        """The class that the host's MLA knows as a linear layer with the whole weight on each rank:
-        Transformer Engine's where that is installed, else ``DuplicatedLinear``."""
-        from megatron.core.transformer import multi_latent_attention
-
-        return multi_latent_attention.TELinear
+        return WholeLinear
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, **_) -> type:
         return LocalNorm
