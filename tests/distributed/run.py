@@ -19,7 +19,7 @@ from pathlib import Path
 from tests.distributed.cases import CHECKPOINT, Case, worlds_of
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 300
+TIMEOUT_S = 900
 
 
 def world(size: int, folder: Path, **env: str) -> list[dict]:
@@ -65,6 +65,7 @@ def _environment(folder: Path) -> dict[str, str]:
         "TORCH_EXTENSIONS_DIR": str(folder / "torch_extensions"),
         **os.environ,
         "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
     }
 
 

@@ -46,6 +46,9 @@ PACKS = ([1, 20, 27], [48], [0, 9, 39], [30, 18])
 EVEN_PACKS = ([4, 20, 24], [48], [0, 8, 40], [32, 16])
 LEARNING_RATE, ADAM_EPS = 1000.0, 1.0  # updates well above the rounding of the parameters
 
+TIMEOUT_MINUTES = 4
+"""A rank that fails alone leaves the others waiting; one that compiles an extension does too."""
+
 build_block_spec = specs.get_transformer_block_with_experimental_attention_variant_spec
 
 
@@ -70,7 +73,7 @@ class model_parallel:
         )
 
     def __enter__(self):
-        parallel_state.initialize_model_parallel(**self.sizes, distributed_timeout_minutes=1)
+        parallel_state.initialize_model_parallel(**self.sizes, distributed_timeout_minutes=TIMEOUT_MINUTES)
         model_parallel_cuda_manual_seed(1)
 
     def __exit__(self, *_):
@@ -390,8 +393,7 @@ def main(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     cpu_host.enable("cpu")
     store = torch.distributed.FileStore(str(folder / f"store-{world}"), world)
-    # Short: a rank that fails alone leaves the others waiting for its messages.
-    timeout = timedelta(minutes=1)
+    timeout = timedelta(minutes=TIMEOUT_MINUTES)
     torch.distributed.init_process_group(
         "gloo", store=store, rank=rank, world_size=world, timeout=timeout
     )
