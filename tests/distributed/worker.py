@@ -73,7 +73,9 @@ class model_parallel:
         )
 
     def __enter__(self):
-        parallel_state.initialize_model_parallel(**self.sizes, distributed_timeout_minutes=TIMEOUT_MINUTES)
+        parallel_state.initialize_model_parallel(
+            **self.sizes, distributed_timeout_minutes=TIMEOUT_MINUTES
+        )
         model_parallel_cuda_manual_seed(1)
 
     def __exit__(self, *_):
