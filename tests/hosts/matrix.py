@@ -50,7 +50,8 @@ PIP_OPTIONS = {"megatron-core": ["--no-deps"], "transformers": []}
 STATES = """
 import json, torch, glm5_patch
 import transformers.models.glm_moe_dsa.configuration_glm_moe_dsa
-print(json.dumps({"states": {r.id: [r.state.value, r.reason] for r in glm5_patch.status()}}))
+rows = [r for r in glm5_patch.status() if r.seam.startswith("transformers.")]
+print(json.dumps({"states": {r.id: [r.state.value, r.reason] for r in rows}}))
 """
 
 
