@@ -36,12 +36,12 @@ class ContextParallel:
 
     def gather(self, tensor: Tensor) -> Tensor:
         """[s / cp, ...] of every rank -> [s, ...] in natural order; gradients go back summed."""
-        return self._gather(tensor).index_select(0, self.order())
+        return self.gather_shards(tensor).index_select(0, self.order())
 
     def gather_shards(self, tensor: Tensor) -> Tensor:
         """As ``gather``, for [s / cp / tp, ...] under sequence parallelism; not yet in order: see
         ``order``, which fits once the tensor-parallel ranks have been gathered too."""
-        return self._gather(tensor)
+        return gather_from_sequence_parallel_region(tensor.contiguous(), group=self.group)
 
     def order(self, tp_size: int = 1) -> Tensor:
         """Index that puts gathered tokens in natural order.
@@ -52,9 +52,6 @@ class ContextParallel:
         shards = [positions.chunk(tp_size) for positions in self._positions]
         gathered = [shard for tp_rank in zip(*shards) for shard in tp_rank]
         return torch.cat(gathered).argsort()
-
-    def _gather(self, tensor: Tensor) -> Tensor:
-        return gather_from_sequence_parallel_region(tensor.contiguous(), group=self.group)
 
 
 def _zigzag(bounds: list[int], rank: int, size: int) -> Tensor:

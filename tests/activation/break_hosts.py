@@ -14,6 +14,7 @@ from importlib import import_module
 import glm5_patch
 from glm5_patch.errors import GLM5PatchError
 from glm5_patch.patches import PATCHES
+from tests.activation import other_model
 from tests.activation.fork import in_a_fork
 
 
@@ -99,20 +100,14 @@ def outcome(patch, fault):
 
 
 def builds():
-    import torch
     from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_block import TransformerBlock
 
     from glm5_patch.cpu_host import single_process
 
     small = dict(num_layers=2, hidden_size=64, num_attention_heads=4, use_cpu_initialization=True)
     with single_process("cpu"):
-        other = GPTModel(CONFIG(**small), get_gpt_layer_local_spec(), 32, 16)
-        ids = torch.zeros(1, 8, dtype=torch.long)
-        mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).triu(1)
-        result = {"other_model": list(other(ids, ids, mask).shape), "gate": None}
+        result = {"other_model": other_model.output_shape(CONFIG), "gate": None}
         try:
             config = MLA_CONFIG(
                 **small,

@@ -74,12 +74,16 @@ def test_empty_chunks_are_fine():
     check(GLM_5_2, [0, 38, 40, 0])
 
 
+def random_schedule(rng, most):
+    layers = rng.randint(4, most)
+    types = "F" + "".join(rng.choice("FS") for _ in range(layers - 1))
+    return IndexSchedule.from_types(types, layers)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_nearest_split_is_valid_and_as_balanced_as_any(seed):
-    rng = random.Random(seed)
-    layers = rng.randint(4, 14)
-    types = "F" + "".join(rng.choice("FS") for _ in range(layers - 1))
-    schedule = IndexSchedule.from_types(types, layers)
+    schedule = random_schedule(random.Random(seed), most=14)
+    layers = schedule.num_layers
     for stages in range(1, 5):
         cuts = itertools.combinations(range(1, layers), stages - 1)
         splits = [[b - a for a, b in itertools.pairwise((0, *c, layers))] for c in cuts]
@@ -98,9 +102,8 @@ def rank(times):
 @pytest.mark.parametrize("seed", range(20))
 def test_best_splits_are_the_best_of_all_in_order(seed):
     rng = random.Random(seed)
-    layers = rng.randint(4, 12)
-    types = "F" + "".join(rng.choice("FS") for _ in range(layers - 1))
-    schedule = IndexSchedule.from_types(types, layers)
+    schedule = random_schedule(rng, most=12)
+    layers = schedule.num_layers
     costs = [rng.choice([1.0, 2.0, 3.5]) for _ in range(layers)]
     before, after = rng.choice([0.0, 0.5]), rng.choice([0.0, 2.0])
     for chunks in range(1, len(schedule.computing_layers) + 1):
