@@ -1,27 +1,25 @@
-"""Multi-latent attention whose sparse core shares one layer's top-k with the layers after it."""
+"""The sparse core of multi-latent attention, sharing one layer's top-k with the layers after it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.experimental_attention_variant.dsa import (
     DSAIndexerLossAutoScaler,
     DSAIndexerLossLoggingHelper,
 )
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from ..errors import GLM5PatchError
-from .blocks import Rows
-from .context_parallel import ContextParallel
+from .blocks import visible_topk
 from .indexer_loss import indexer_loss
+from .layout import Layout
 from .schedule import IndexSchedule
-from .sparse_attention import sparse_attention
+from .sparse_mla import MLADims, keys_and_values, sparse_mla
 from .topk_carrier import current_carrier, require_carrier
 
 
@@ -29,7 +27,8 @@ class CrossLayerDSAttention(MegatronModule):
     """Core attention of one layer: computes a top-k and publishes it, or reuses its source's.
 
     A skip layer has no indexer, hence no indexer parameters. Takes the place of the host's
-    ``DSAttention``, with its constructor and forward.
+    ``DSAttention``, with its constructor; its keys and values are still the latent, as
+    ``CrossLayerMLASelfAttention`` hands it over.
     """
 
     observer: Callable[[int, Tensor], None] | None = None
@@ -62,7 +61,8 @@ class CrossLayerDSAttention(MegatronModule):
         self.softmax_scale = (k_channels or config.kv_channels) ** -0.5
         if softmax_scale is not None:
             self.softmax_scale = softmax_scale
-        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
+        self.dims = MLADims.of(config)
+        self.cp_group = None if pg_collection is None else pg_collection.cp
         self.indexer = None
         if self.source == layer_number:
             self.indexer = build_module(
@@ -84,28 +84,25 @@ class CrossLayerDSAttention(MegatronModule):
         """Sparse attention of one layer.
 
         Args:
-            query: [s, b, n, d], or packed [t, n, d]; heads of this tensor-parallel rank.
-            key: as ``query``; under context parallelism of the whole sequence.
-            value: as ``key``.
+            query: [s, b, n, qk_head_dim + rope]; heads of this tensor-parallel rank.
+            key: the latent [t, b, 1, kv_lora_rank + rope]; under context parallelism of the whole
+                sequence.
+            value: what makes keys and values of the latent,
+                [kv_lora_rank, n * (qk_head_dim + v_head_dim)].
             attention_mask: ignored: the mask is causal, within documents if packed.
             x: hidden states [s, b, h] ([s / tp, b, h] under sequence parallelism).
-            qr: normalised query latent [s, b, q_lora_rank] or [t, q_lora_rank].
+            qr: normalised query latent [s, b, q_lora_rank] likewise.
             packed_seq_params: documents of a pack.
 
         Returns:
-            [s, b, n * dv].
+            [s, b, n * v_head_dim].
 
         Raises:
             MissingTopkError: a skip layer found no top-k of its source.
             GLM5PatchError: query and key differ in length (a KV cache).
         """
-        if query.dim() == 3:
-            query, key, value = (t.unsqueeze(1) for t in (query, key, value))
-        split = None
-        if self.cp_group is not None:
-            split = ContextParallel(self.cp_group, packed_seq_params, len(query), query.device)
-        rows = split.rows if split else Rows.of(packed_seq_params, len(query), query.device)
-        if rows.keys != len(key):
+        layout = Layout.of(self.config, self.cp_group, packed_seq_params, len(query), query.device)
+        if layout.rows.keys != len(key):
             raise GLM5PatchError(
                 f"layer {self.layer_number}: {len(query)} queries for {len(key)} keys; "
                 "decoding with a KV cache is not supported, run whole sequences"
@@ -119,47 +116,55 @@ class CrossLayerDSAttention(MegatronModule):
             and torch.is_grad_enabled()
         )
         with torch.set_grad_enabled(wants_loss):
-            topk_indices, inputs = self._topk(x, qr, rows, packed_seq_params, split, wants_loss)
+            topk_indices, inputs = self._topk(x, qr, layout, wants_loss)
         if self.observer is not None:
-            self.observer(self.layer_number, topk_indices)
-        output = sparse_attention(query, key, value, topk_indices, rows, self.softmax_scale)
+            everything = topk_indices is None
+            self.observer(
+                self.layer_number,
+                visible_topk(layout.rows, query.shape[1]) if everything else topk_indices,
+            )
+        output = sparse_mla(
+            query, key, value, topk_indices, layout.rows, self.dims, self.softmax_scale
+        )
         if wants_loss:
-            output = self._attach_loss(output, inputs, query, key, topk_indices, rows)
+            output = self._attach_loss(output, inputs, query, key, value, topk_indices, layout)
         return output
 
     @property
     def _loss_coefficient(self) -> float:
         return self.config.dsa_indexer_loss_coeff or 0.0
 
-    def _topk(self, x, qr, rows, packed_seq_params, split, wants_inputs: bool):
-        """The top-k of this layer, and the indexer's inputs if wanted.
+    def _topk(self, x, qr, layout: Layout, wants_inputs: bool):
+        """The top-k of this layer (None: every visible key), and the indexer's inputs if wanted.
 
         A skip layer reads its source's. A computing layer publishes its own, and in a recompute
         takes the one found in the forward pass, so that both passes attend to the same keys and
-        no second selection is paid for.
+        no second selection is paid for. Where every key fits, nobody selects.
         """
+        everything = layout.rows.all_fit(self.config.dsa_indexer_topk)
         if self.indexer is None:
             carrier = require_carrier(self.layer_number, self.source)
-            return carrier.read(self.layer_number, self.source), None
+            topk_indices = None if everything else carrier.read(self.layer_number, self.source)
+            return topk_indices, None
         carrier = None if self.is_mtp else current_carrier()
         topk_indices = None if carrier is None else carrier.published(self.layer_number)
-        inputs = None
-        if topk_indices is None or wants_inputs:
-            inputs = self.indexer.inputs(x, qr, packed_seq_params, split)
-        if topk_indices is None:
-            topk_indices = self.indexer.select(inputs, rows)
+        selects = topk_indices is None and not everything
+        inputs = self.indexer.inputs(x, qr, layout) if selects or wants_inputs else None
+        if selects:
+            topk_indices = self.indexer.select(inputs, layout.rows)
             if carrier is not None:
                 carrier.publish(self.layer_number, topk_indices, self.schedule)
         return topk_indices, inputs
 
-    def _attach_loss(self, output, inputs, query, key, topk_indices, rows) -> Tensor:
+    def _attach_loss(self, output, inputs, query, key, value, topk_indices, layout) -> Tensor:
+        keys, _ = keys_and_values(key.detach(), value.detach(), self.dims)
         loss = indexer_loss(
             self.indexer,
             inputs,
             query.detach(),
-            key.detach(),
+            keys,
             topk_indices,
-            rows,
+            layout.rows,
             softmax_scale=self.softmax_scale,
             coefficient=self._loss_coefficient,
             sparse=self.config.dsa_indexer_use_sparse_loss,
@@ -169,91 +174,3 @@ class CrossLayerDSAttention(MegatronModule):
             loss=loss, layer_number=self.layer_number, num_layers=self.config.num_layers
         )
         return DSAIndexerLossAutoScaler.apply(output, loss)
-
-
-class CrossLayerMLASelfAttention(MLASelfAttention):
-    """The host's MLA, handing its sparse core what it needs under selective recompute too.
-
-    The released megatron-core 0.16 to 0.18 pass ``x`` and ``qr`` to the core attention only
-    outside ``_checkpointed_attention_forward``.
-    """
-
-    _core_inputs: tuple[Tensor, Tensor] | None = None
-
-    def __init__(self, config, *args, **kwargs) -> None:
-        """Raises GLM5PatchError for a recompute that can't be had with context parallelism."""
-        super().__init__(config, *args, **kwargs)
-        self._latent: Tensor | None = None
-        if config.context_parallel_size > 1:
-            if self.recompute_up_proj:
-                raise GLM5PatchError(
-                    "recompute_modules has 'mla_up_proj', which does not go with "
-                    f"context_parallel_size={config.context_parallel_size}; take it out"
-                )
-            self.linear_kv_up_proj.register_forward_pre_hook(self._keep_latent)
-
-    def _keep_latent(self, module, args) -> None:
-        self._latent = args[0]
-
-    def get_query_key_value_tensors(
-        self,
-        hidden_states,
-        key_value_states=None,
-        position_ids=None,
-        packed_seq_params=None,
-        *args,
-        **kwargs,
-    ):
-        query, key, value, *latents = super().get_query_key_value_tensors(
-            hidden_states, key_value_states, position_ids, packed_seq_params, *args, **kwargs
-        )
-        if self.config.context_parallel_size > 1:
-            key, value = self._of_all_ranks(key, packed_seq_params)
-        if self.checkpoint_core_attention and self.training:
-            self._core_inputs = (hidden_states, latents[0])  # the normalised query latent
-        return query, key, value, *latents
-
-    def _of_all_ranks(self, key: Tensor, packed_seq_params) -> tuple[Tensor, Tensor]:
-        """Keys and values of the whole sequence, up-projected here from the gathered latent.
-
-        Args:
-            key: this rank's, [s / cp, b, n, nope + rope], or packed [t / cp, n, nope + rope].
-        """
-        (latent, self._latent), nope = (self._latent, None), self.config.qk_head_dim
-        if packed_seq_params is not None:
-            key, latent = key.unsqueeze(1), latent.view(-1, 1, latent.shape[-1])
-        split = ContextParallel(self.pg_collection.cp, packed_seq_params, len(key), key.device)
-        rope = split.gather(key[:, :, :1, nope:])  # the same in every head
-        tp_size = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
-        up = self._up_project(split.gather_shards(latent))
-        up = up.index_select(0, split.order(tp_size))
-        up = up.unflatten(-1, (key.shape[2], nope + self.config.v_head_dim))
-        key_nope, value = up.split([nope, self.config.v_head_dim], dim=-1)
-        key = torch.cat([key_nope, rope.expand(-1, -1, key_nope.shape[2], -1)], dim=-1)
-        if packed_seq_params is not None:
-            key, value = key.squeeze(1), value.squeeze(1)
-        return key, value
-
-    def _up_project(self, latent: Tensor) -> Tensor:
-        output = self.linear_kv_up_proj(latent)[0]
-        self._latent = None
-        return output
-
-    def _checkpointed_attention_forward(
-        self, query, key, value, attention_mask, *args, packed_seq_params=None, **kwargs
-    ):
-        (x, qr), self._core_inputs = self._core_inputs, None
-
-        def core(query, key, value, x, qr):
-            return self.core_attention(
-                query,
-                key,
-                value,
-                attention_mask,
-                x=x,
-                qr=qr,
-                attn_mask_type=self.attn_mask_type,
-                packed_seq_params=packed_seq_params,
-            )
-
-        return tensor_parallel.checkpoint(core, False, query, key, value, x, qr)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import GLM5PatchError
+
 if TYPE_CHECKING:
     from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -19,52 +21,79 @@ class Rows(NamedTuple):
     """Where each query stands among the keys; it sees those from its document's start to itself."""
 
     starts: Tensor
-    """int64 [s], see ``document_starts``."""
+    """int64 [s]: the position where each query's document starts; zeros unless packed."""
     positions: Tensor | None = None
     """int64 [s], or None: query i stands at key i."""
     num_keys: int | None = None
     """How many keys there are, if positions are given."""
+    longest: int | None = None
+    """Keys of the longest document; None: of the whole sequence."""
 
     @classmethod
     def of(cls, packed_seq_params: PackedSeqParams | None, seqlen: int, device) -> Rows:
-        """All queries of a sequence, each at its own key."""
-        return cls(document_starts(packed_seq_params, seqlen, device))
+        """All queries of a sequence, each at its own key.
+
+        Padding inside a pack (``cu_seqlens_q_padded``) comes after the tokens it pads, so no real
+        token sees it.
+        """
+        bounds = document_bounds(packed_seq_params, seqlen)
+        return cls(document_starts(bounds).to(device), longest=longest_document(bounds))
 
     @property
     def keys(self) -> int:
         return len(self.starts) if self.num_keys is None else self.num_keys
+
+    @property
+    def local_positions(self) -> Tensor:
+        """int64 [s]: each query's position in its document."""
+        positions = self.positions
+        if positions is None:
+            positions = torch.arange(len(self.starts), device=self.starts.device)
+        return positions - self.starts
+
+    @property
+    def is_one_sequence(self) -> bool:
+        """Query i stands at key i, and sees all keys up to it."""
+        return self.positions is None and self.longest == self.keys
+
+    def all_fit(self, index_topk: int) -> bool:
+        """Whether a top-k of that size holds every key that any query sees."""
+        return (self.keys if self.longest is None else self.longest) <= index_topk
 
     def end(self, block: slice) -> int:
         """No query of the block sees a key from here on."""
         return block.stop if self.positions is None else self.keys
 
 
-def document_starts(packed_seq_params: PackedSeqParams | None, seqlen: int, device) -> Tensor:
-    """The position where each token's document starts, int64 [s]; zeros unless packed (thd).
-
-    A query sees the keys from its document's start up to itself. Padding inside a pack
-    (``cu_seqlens_q_padded``) comes after the tokens it pads, so no real token sees it.
+def document_bounds(packed_seq_params: PackedSeqParams | None, seqlen: int) -> list[int]:
+    """Where the documents of a pack of ``seqlen`` tokens begin and end; padding counts as theirs.
+    Not packed, all is one document.
 
     Raises:
-        ValueError: ``cu_seqlens_q`` does not cover the pack exactly.
+        GLM5PatchError: ``cu_seqlens_q`` does not cover the pack exactly.
     """
     if not is_thd(packed_seq_params):
-        return torch.zeros(seqlen, dtype=torch.int64, device=device)
-    cu_seqlens = document_bounds(packed_seq_params)
-    lengths = cu_seqlens.diff().to(device=device, dtype=torch.int64)
-    starts = cu_seqlens[:-1].to(device=device, dtype=torch.int64).repeat_interleave(lengths)
-    if starts.numel() != seqlen:
-        raise ValueError(
-            f"cu_seqlens_q ends at {starts.numel()}, but the pack has {seqlen} tokens; "
+        return [0, seqlen]
+    bounds = packed_seq_params.cu_seqlens_q_padded
+    if bounds is None:
+        bounds = packed_seq_params.cu_seqlens_q
+    bounds = bounds.tolist()
+    if bounds[-1] != seqlen:
+        raise GLM5PatchError(
+            f"cu_seqlens_q ends at {bounds[-1]}, but the pack has {seqlen} tokens; "
             "count padding at the end of the pack as part of its last document"
         )
-    return starts
+    return bounds
 
 
-def document_bounds(packed_seq_params: PackedSeqParams) -> Tensor:
-    """Where the documents of a pack begin and end, [documents + 1]; padding counts as theirs."""
-    padded = packed_seq_params.cu_seqlens_q_padded
-    return packed_seq_params.cu_seqlens_q if padded is None else padded
+def document_starts(bounds: list[int]) -> Tensor:
+    """The position where each token's document starts, int64 [s] on the CPU."""
+    bounds = torch.tensor(bounds)
+    return bounds[:-1].repeat_interleave(bounds.diff())
+
+
+def longest_document(bounds: list[int]) -> int:
+    return max(end - begin for begin, end in zip(bounds, bounds[1:]))
 
 
 def is_thd(packed_seq_params: PackedSeqParams | None) -> bool:
@@ -90,17 +119,27 @@ def visible_keys(block: slice, rows: Rows) -> Tensor:
     return (keys <= queries) & (keys >= rows.starts[block, None])
 
 
-def selected_keys(block: slice, rows: Rows, topk_indices: Tensor) -> Tensor:
-    """The keys that a top-k names for a block of queries, bool [b, block, rows.end(block)].
+def selected_keys(block: slice, rows: Rows, topk_indices: Tensor | None) -> Tensor:
+    """The keys that a block of queries attends to, bool [b or 1, block, rows.end(block)].
 
     Args:
         block: the queries.
         rows: where they stand.
         topk_indices: int32 [b, s, k], positions counted from the query's document start, -1 for
-            an empty place.
+            an empty place, those last; None: every visible key.
     """
+    if topk_indices is None:
+        return visible_keys(block, rows)[None]
     chosen = topk_indices[:, block].long()
     spare = rows.end(block)  # one more column takes the empty places
     columns = torch.where(chosen < 0, spare, chosen + rows.starts[block, None])
     mask = torch.zeros((*chosen.shape[:2], spare + 1), dtype=torch.bool, device=topk_indices.device)
     return mask.scatter_(-1, columns, True)[..., :spare]
+
+
+def visible_topk(rows: Rows, batch: int) -> Tensor:
+    """Every visible key of each query in the form of a top-k, int32 [b, s, longest document]."""
+    size = rows.keys if rows.longest is None else rows.longest
+    local = torch.arange(size, dtype=torch.int32, device=rows.starts.device)
+    last = rows.local_positions[:, None]
+    return torch.where(local <= last, local, -1).expand(batch, -1, -1)

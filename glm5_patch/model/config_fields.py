@@ -6,6 +6,12 @@ from dataclasses import dataclass
 
 from .schedule import MEGATRON_DEFAULT_OFFSET
 
+ZIGZAG, CONTIGUOUS = CONTEXT_PARALLEL_ORDERS = ("zigzag", "contiguous")
+"""Which tokens a rank of context parallelism holds. zigzag is megatron-core's own: the whole, or in
+a pack each document, is cut into ``2 * size`` chunks, and rank r holds chunk r and chunk
+``2 * size - 1 - r``, so that all ranks see equally many keys. contiguous: rank r holds the r-th of
+``size`` equal parts of the whole, wherever documents end."""
+
 
 @dataclass
 class GLM5Fields:
@@ -23,6 +29,8 @@ class GLM5Fields:
     """Hadamard rotation of the indexer's query and key, as in DeepSeek-V3.2."""
     dsa_indexer_k_norm_epsilon: float | None = 1e-6
     """Epsilon of the indexer's k_norm; None: layernorm_epsilon."""
+    dsa_context_parallel_order: str = ZIGZAG
+    """One of ``CONTEXT_PARALLEL_ORDERS``: how the batch was cut."""
     dsa_index_topk_freq: int | None = None
     """Another spelling of dsa_indexer_topk_freq."""
     dsa_index_skip_topk_offset: int | None = None

@@ -11,7 +11,6 @@ import copy
 from typing import NamedTuple
 
 import torch
-from megatron.core.models.common.embeddings import apply_rotary_pos_emb
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.experimental_attention_variant.dsa import (
     DSAIndexer,
@@ -20,7 +19,9 @@ from megatron.core.transformer.experimental_attention_variant.dsa import (
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
-from .blocks import Rows, document_bounds, is_thd, query_blocks, visible_keys
+from .blocks import Rows, query_blocks, visible_keys
+from .layout import Layout
+from .rope import Rope
 
 
 class IndexerInputs(NamedTuple):
@@ -55,23 +56,21 @@ class LightningIndexer(DSAIndexer):
         for parameter in self.parameters():
             # The same on every tensor-parallel rank, from the same gathered inputs.
             parameter.average_gradients_across_tp_domain = True
-        # apply_rotary_pos_emb pairs (0, 1), (2, 3), ... for MLA and splits halves otherwise.
-        self._rope_config = copy.copy(config)
-        self._rope_config.multi_latent_attention = config.dsa_indexer_rope_interleaved
-        self._rope_config.rotary_interleaved = False
-        self._rope_config.apply_rope_fusion = False
+        self._rope = Rope(
+            config,
+            self.rotary_pos_emb,
+            self.pg_collection.cp,
+            interleaved=config.dsa_indexer_rope_interleaved,
+        )
 
-    def inputs(self, x: Tensor, qr: Tensor, packed_seq_params=None, split=None) -> IndexerInputs:
+    def inputs(self, x: Tensor, qr: Tensor, layout: Layout) -> IndexerInputs:
         """Project and rotate.
 
         Args:
             x: hidden states [s, b, h], or [s / tp, b, h] under sequence parallelism.
-            qr: the normalised query latent, [s, b, q_lora_rank] likewise; packed, [t, q_lora_rank].
-            packed_seq_params: documents of a pack; rope restarts at each.
-            split: ``ContextParallel``, if the sequence is split between ranks.
+            qr: the normalised query latent, [s, b, q_lora_rank] likewise.
+            layout: where the tokens stand.
         """
-        qr = qr.unsqueeze(1) if qr.dim() == 2 else qr
-        freqs, mscale, cu_seqlens = self._rope(x, packed_seq_params)
         if self.config.sequence_parallel and self.pg_collection.tp.size() > 1:
             x = gather_from_sequence_parallel_region(x, group=self.pg_collection.tp)
             qr = gather_from_sequence_parallel_region(qr, group=self.pg_collection.tp)
@@ -80,12 +79,12 @@ class LightningIndexer(DSAIndexer):
         q = self.linear_wq_b(qr)[0].view(s, b, self.index_n_heads, self.index_head_dim)
         # [s, b, dim] -> [s, b, 1, dim]
         k = self.k_norm(self.linear_wk(x)[0]).unsqueeze(2)
-        q, k = (self._rotate_positions(t, freqs, mscale, cu_seqlens) for t in (q, k))
+        angles = self._rope.frequencies(layout.rows)
+        q, k = self._rotate_positions(q, *angles), self._rotate_positions(k, *angles)
         if self.config.dsa_indexer_rotate_activation:
             q, k = rotate_activation(q), rotate_activation(k)
         weights = self.linear_weights_proj(x)[0].float() * self.index_n_heads**-0.5
-        k = k.squeeze(2)
-        return IndexerInputs(q, k if split is None else split.gather(k), weights)
+        return IndexerInputs(q, layout.gather(k.squeeze(2)), weights)
 
     def block_scores(self, inputs: IndexerInputs, block: slice, end: int) -> Tensor:
         """Index scores of a block of queries against the first keys, fp32 [b, block, end].
@@ -142,39 +141,16 @@ class LightningIndexer(DSAIndexer):
     def forward_with_scores(self, x, qr, mask=None, packed_seq_params=None):
         """Scores [b, s, s] (-inf where invisible) and top-k. For looking: the scores alone take
         memory quadratic in s, and the attention never asks for them."""
-        inputs = self.inputs(x, qr, packed_seq_params)
-        s, b = inputs.query.shape[:2]
-        rows = Rows.of(packed_seq_params, s, x.device)
-        whole = slice(0, s)
-        scores = self.block_scores(inputs, whole, s)
+        tp_size = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
+        s = len(x) * tp_size
+        layout = Layout.of(self.config, self.pg_collection.cp, packed_seq_params, s, x.device)
+        inputs, rows, whole = self.inputs(x, qr, layout), layout.rows, slice(0, s)
+        scores = self.block_scores(inputs, whole, rows.end(whole))
         scores = scores.masked_fill(~visible_keys(whole, rows), float("-inf"))
         return scores, self.select(inputs, rows)
 
-    def _rope(self, x: Tensor, packed_seq_params):
-        """Rotary frequencies [s, 1, 1, d], their mscale, and cu_seqlens if packed."""
-        length = self.rotary_pos_emb.get_rotary_seq_len(
-            None, None, x, self.config, packed_seq_params
-        )
-        freqs = self.rotary_pos_emb(length, packed_seq=is_thd(packed_seq_params))
-        freqs, mscale = freqs if self.config.rope_type == "yarn" else (freqs, 1.0)
-        cu_seqlens = document_bounds(packed_seq_params) if is_thd(packed_seq_params) else None
-        return freqs, mscale, cu_seqlens
-
-    def _rotate_positions(self, t: Tensor, freqs, mscale, cu_seqlens) -> Tensor:
+    def _rotate_positions(self, t: Tensor, angles: Tensor, mscale: float) -> Tensor:
         """Rotate the leading ``qk_pos_emb_head_dim`` of [s, b, heads, dim]: [rope | nope]."""
-        rope, nope = t.split(
-            [self.qk_pos_emb_head_dim, self.index_head_dim - self.qk_pos_emb_head_dim], dim=-1
-        )
-        if cu_seqlens is None:
-            freqs = freqs[: t.shape[0]]
-        else:
-            rope = rope.squeeze(1)  # the packed form is [t, heads, dim]
-        rope = apply_rotary_pos_emb(
-            rope,
-            freqs,
-            config=self._rope_config,
-            cu_seqlens=cu_seqlens,
-            mscale=mscale,
-            cp_group=self.pg_collection.cp,
-        )
-        return torch.cat([rope.view_as(t[..., : self.qk_pos_emb_head_dim]), nope], dim=-1)
+        rope_dim = self.qk_pos_emb_head_dim
+        rope, nope = t.split([rope_dim, self.index_head_dim - rope_dim], dim=-1)
+        return torch.cat([self._rope.rotate(rope, angles, mscale), nope], dim=-1)

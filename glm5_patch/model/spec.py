@@ -8,8 +8,10 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from .attention import CrossLayerDSAttention, CrossLayerMLASelfAttention
+from ..errors import GLM5PatchError
+from .attention import CrossLayerDSAttention
 from .indexer import LightningIndexer
+from .mla import CrossLayerMLASelfAttention
 
 
 def glm5_attention_spec(host_spec: ModuleSpec, config, backend) -> ModuleSpec:
@@ -18,7 +20,15 @@ def glm5_attention_spec(host_spec: ModuleSpec, config, backend) -> ModuleSpec:
     The latent norms are modules of their own, because the indexer's query input is the
     *normalised* latent; the core attention shares its top-k; the indexer is ours. Every other
     module stays the host's, of the host's backend.
+
+    Raises:
+        GLM5PatchError: the host's attention is none that ours could stand in for.
     """
+    if host_spec.module is not MLASelfAttention:
+        raise GLM5PatchError(
+            f"this megatron-core builds a DSA layer's attention as {host_spec.module.__name__}, "
+            "which glm5-patch does not know; report it with `glm5-patch status`"
+        )
     host = host_spec.submodules
     latent_norm = IdentityOp
     if config.qk_layernorm:
@@ -39,9 +49,8 @@ def glm5_attention_spec(host_spec: ModuleSpec, config, backend) -> ModuleSpec:
             ),
         ),
     )
-    module = host_spec.module
     return ModuleSpec(
-        module=CrossLayerMLASelfAttention if module is MLASelfAttention else module,
+        module=CrossLayerMLASelfAttention,
         params=host_spec.params,
         submodules=submodules,
         metainfo={**host_spec.metainfo, "fuse_input_layernorm": False},

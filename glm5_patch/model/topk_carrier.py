@@ -19,6 +19,7 @@ from ..errors import MissingTopkError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .layout import Layout
     from .schedule import IndexSchedule
 
 
@@ -32,12 +33,14 @@ class _Slot:
 
 @dataclass
 class TopkCarrier:
-    """The top-k of the computing layers of one forward.
+    """What the layers of one forward share: the top-k of the computing layers, and the layout.
 
-    Entries are int32 [b, s, index_topk], freed after the last skip layer that reads them, unless
+    Top-k are int32 [b, s, index_topk], freed after the last skip layer that reads them, unless
     a checkpoint will run one of the readers again; then they live as long as its graph.
     """
 
+    layout: Layout | None = None
+    """Where the tokens of this forward stand; see ``Layout.of``."""
     _slots: dict[int, _Slot] = field(default_factory=dict)
     _in_checkpoint: bool = False
 

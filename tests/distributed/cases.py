@@ -20,6 +20,7 @@ INTERLEAVED = dict(
     pipeline_model_parallel_layout="Et|t|t*4|t*2,L", overlap_p2p_comm=True, batch_p2p_comm=False
 )
 CP = dict(cp_comm_type="allgather")
+CONTIGUOUS = dict(dsa_context_parallel_order="contiguous")
 MTP = dict(mtp_num_layers=1)
 
 
@@ -110,6 +111,23 @@ def _cases():
             pp=2,
             **pack,
             settings={**CP, **UNEVEN, **FULL},
+        )
+        whole = dict(thd=thd)  # documents of any length may cross ranks
+        settings = {**CP, **CONTIGUOUS}
+        yield Case(f"CP 2, contiguous{layout}", cp=2, **whole, settings=settings)
+        yield Case(
+            f"CP 2, contiguous, indexer loss, recompute mla_up_proj{layout}",
+            cp=2,
+            **whole,
+            indexer_loss=0.1,
+            settings={**settings, **RECOMPUTE["mla_up_proj"]},
+        )
+        yield Case(
+            f"CP 2 x TP 2 + SP, contiguous, recompute full{layout}",
+            cp=2,
+            tp=2,
+            **whole,
+            settings={**settings, **SP, **FULL},
         )
     yield Case("EP 2", ep=2)
     yield Case("EP 2 x TP 2 + SP", tp=2, ep=2, dp=2, settings=SP)

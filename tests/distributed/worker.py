@@ -36,7 +36,7 @@ from glm5_patch.errors import PipelineSplitError
 from glm5_patch.model.hf_config import HFConfig
 from glm5_patch.model.local import LocalDSASpecProvider
 from glm5_patch.model.parity import recorded
-from tests.distributed.cases import CHECKPOINT, Case
+from tests.distributed.cases import CHECKPOINT, CONTIGUOUS, Case
 from tests.patches.test_recompute import packed
 from tests.tiny import hf_config, megatron_config, tokens
 
@@ -201,14 +201,16 @@ def batches(case: Case):
         else:
             ids, pack = tokens(number, BATCH, LENGTH), None
             positions = torch.arange(LENGTH).expand_as(ids)
-        own = _own_positions(lengths if case.thd else [LENGTH])
+        own = _own_positions(case, lengths if case.thd else [LENGTH])
         yield ids[:, own], ids.roll(-1, 1)[:, own], positions[:, own], pack
 
 
-def _own_positions(lengths: list[int]) -> torch.Tensor:
-    """This rank's tokens of documents of these lengths, as Megatron-LM's data loaders cut them."""
+def _own_positions(case: Case, lengths: list[int]) -> torch.Tensor:
+    """This rank's tokens of documents of these lengths, in Megatron-LM's order or contiguous."""
     rank = parallel_state.get_context_parallel_rank()
     size = parallel_state.get_context_parallel_world_size()
+    if case.settings.items() >= CONTIGUOUS.items():
+        return torch.arange(sum(lengths)).chunk(size)[rank]
     if size == 1:
         return torch.arange(sum(lengths))
     documents = torch.arange(sum(lengths)).split(lengths)

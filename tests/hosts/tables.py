@@ -53,7 +53,7 @@ def parallel(record: dict) -> str:
         for found in releases.values():
             one = found[case.name]
             figure = one.get("loss" if case.forward_only else "gradients")
-            cells.append("refused by the host" if figure is None else f"{figure:.1e}")
+            cells.append("refused" if figure is None else f"{figure:.1e}")
         lines.append(f"| {case.name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

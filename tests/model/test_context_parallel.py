@@ -14,10 +14,11 @@ class Group:
         self.rank, self.size = lambda: rank, lambda: size
 
 
-def splits(size, lengths, thd):
+def splits(size, lengths, thd, order="zigzag"):
     pack = packed(lengths) if thd else None
     local = sum(lengths) // size
-    return [ContextParallel(Group(rank, size), pack, local, "cpu") for rank in range(size)]
+    groups = [Group(rank, size) for rank in range(size)]
+    return [ContextParallel(group, pack, local, "cpu", order) for group in groups]
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -38,19 +39,20 @@ def test_each_document_of_a_pack_is_split_by_itself():
     assert ranks[1].rows.keys == 12
 
 
-@pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("thd", [False, True])
-def test_gathered_tokens_come_back_in_order(thd, tp_size):
-    ranks = splits(2, [8, 16, 24], thd=thd)
-    shards = [one.rows.positions.chunk(tp_size) for one in ranks]
-    # Gathered over the context-parallel ranks first, over the tensor-parallel ones after.
-    gathered = torch.cat([shards[cp][tp] for tp in range(tp_size) for cp in range(2)])
-    assert gathered[ranks[1].order(tp_size)].tolist() == list(range(48))
+def test_in_contiguous_order_a_document_may_cross_ranks(thd):
+    ranks = splits(2, [6, 10], thd, order="contiguous")
+    assert [one.rows.positions.tolist() for one in ranks] == [[*range(8)], [*range(8, 16)]]
+    assert ranks[0].rows.starts.tolist() == ([0] * 6 + [6] * 2 if thd else [0] * 8)
+    assert ranks[1].rows.local_positions.tolist() == [*range(2, 10)] if thd else [*range(8, 16)]
+    assert ranks[0].rows.longest == (10 if thd else 16)
 
 
-def test_gather_uses_the_group_and_the_order(monkeypatch):
-    ranks = splits(2, [16], thd=False)
-    whole = torch.randn(16, 3)
+@pytest.mark.parametrize("order", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("thd", [False, True])
+def test_gathered_tokens_come_back_in_order(thd, order, monkeypatch):
+    ranks = splits(2, [8, 16, 24], thd, order)
+    whole = torch.randn(48, 3)
     pieces = torch.cat([whole[one.rows.positions] for one in ranks])
     monkeypatch.setattr(
         context_parallel, "gather_from_sequence_parallel_region", lambda tensor, group: pieces

@@ -131,5 +131,29 @@ def test_other_kinds_of_context_parallelism_are_refused(host_refuses_context_par
         MLATransformerConfig(**DSA, context_parallel_size=2, cp_comm_type=kind)
 
 
+CONTIGUOUS = dict(
+    context_parallel_size=2, cp_comm_type="allgather", dsa_context_parallel_order="contiguous"
+)
+
+
+def test_contiguous_order_is_accepted_where_attention_is_ours(host_refuses_context_parallelism):
+    config = MLATransformerConfig(**DSA, **CONTIGUOUS)
+    assert config.dsa_context_parallel_order == "contiguous"
+    with pytest.raises(GLM5PatchError, match="'contiguous' with mtp_num_layers=1.*zigzag order"):
+        MLATransformerConfig(**DSA, **CONTIGUOUS, mtp_num_layers=1)
+
+
+def test_contiguous_order_is_refused_where_attention_is_the_hosts():
+    if glm5_patch.require()["dsa_spec"].state == "applied":
+        pytest.skip("attention is ours on this host")
+    with pytest.raises(GLM5PatchError, match="knows its zigzag order alone"):
+        MLATransformerConfig(**DSA, **CONTIGUOUS)
+
+
+def test_an_unknown_order_is_named():
+    with pytest.raises(GLM5PatchError, match="'ring' is none of zigzag, contiguous"):
+        MLATransformerConfig(**DSA, dsa_context_parallel_order="ring")
+
+
 def test_other_models_keep_their_context_parallelism():
     MLATransformerConfig(**BASE, rope_type="rope", context_parallel_size=2, cp_comm_type="p2p")

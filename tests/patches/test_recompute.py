@@ -196,9 +196,3 @@ def test_topk_is_freed_after_its_last_reader_or_with_its_graph(our_core, checkpo
     del loss
     gc.collect()
     assert not any(carrier() for carrier in carriers)
-
-
-def test_recompute_of_the_up_projection_is_refused_with_context_parallelism(our_core, checkpoint):
-    parallel = dict(context_parallel_size=2, cp_comm_type="allgather")
-    with pytest.raises(GLM5PatchError, match="'mla_up_proj'.*context_parallel_size=2; take it"):
-        megatron_model(checkpoint, **parallel, **MODES["mla_up_proj"])

@@ -34,7 +34,7 @@ class ConfigFields(Patch):
             _fold_aliases(instance)
             if not is_dsa(instance):
                 return wrapped(*args, **kwargs)
-            _validate(instance)
+            _validate(instance, only_zigzag=not refuses)
             return _without_context_parallel(wrapped, instance) if refuses else wrapped()
 
         seams.wrap(config_class, "__post_init__", post_init)
@@ -47,10 +47,29 @@ def _fold_aliases(config) -> None:
         _fold(config, alias, name)
 
 
-def _validate(config) -> None:
+def _validate(config, only_zigzag: bool) -> None:
+    from ...model.config_fields import CONTEXT_PARALLEL_ORDERS
     from ...model.schedule import IndexSchedule
 
     IndexSchedule.from_megatron(config)
+    order = config.dsa_context_parallel_order
+    if order not in CONTEXT_PARALLEL_ORDERS:
+        raise GLM5PatchError(
+            f"dsa_context_parallel_order={order!r} is none of {', '.join(CONTEXT_PARALLEL_ORDERS)}"
+        )
+    if order == "zigzag" or config.context_parallel_size == 1:
+        return
+    zigzag = 'cut the batch in zigzag order and set dsa_context_parallel_order="zigzag"'
+    if only_zigzag:
+        raise GLM5PatchError(
+            f"dsa_context_parallel_order={order!r}: this megatron-core's own sparse attention "
+            f"knows its zigzag order alone; {zigzag}"
+        )
+    if config.mtp_num_layers:
+        raise GLM5PatchError(
+            f"dsa_context_parallel_order={order!r} with mtp_num_layers={config.mtp_num_layers}: "
+            f"megatron-core shifts the labels of multi-token prediction in zigzag order; {zigzag}"
+        )
 
 
 def _without_context_parallel(post_init, config) -> None:
