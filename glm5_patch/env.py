@@ -6,6 +6,7 @@
 ``GLM5_PATCH_STRICT=1``      raise where a patch fails or an id is unknown, instead of
                              warning and refusing later to build a GLM-5 model
 ``GLM5_PATCH_LOG=debug``     log what is armed and applied to stderr (any logging level)
+``GLM5_PATCH_KERNELS=torch`` what computes sparse attention: ``auto``, ``triton``, ``torch``
 ============================ ======================================================
 """
 
@@ -16,10 +17,13 @@ import os
 import warnings
 from typing import NamedTuple
 
+from .errors import GLM5PatchError
+
 ENABLED = "GLM5_PATCH"
 DISABLE = "GLM5_PATCH_DISABLE"
 STRICT = "GLM5_PATCH_STRICT"
 LOG = "GLM5_PATCH_LOG"
+KERNELS = "GLM5_PATCH_KERNELS"
 
 _OFF = frozenset({"0", "false", "off", "no"})
 
@@ -61,3 +65,15 @@ class Switches(NamedTuple):
             handler = logging.StreamHandler()
             handler.setFormatter(logging.Formatter("%(name)s %(levelname)s: %(message)s"))
             logger.addHandler(handler)
+
+
+def kernels() -> str:
+    """What ``GLM5_PATCH_KERNELS`` asks for.
+
+    Raises:
+        GLM5PatchError: for no kernels that there are.
+    """
+    asked = os.environ.get(KERNELS, "").strip().lower() or "auto"
+    if asked not in ("auto", "triton", "torch"):
+        raise GLM5PatchError(f"{KERNELS}={asked} is none of auto, triton, torch")
+    return asked

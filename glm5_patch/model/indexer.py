@@ -20,6 +20,7 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from .blocks import Rows, query_blocks, visible_keys
+from .kernels import use_triton
 from .layout import Layout
 from .rope import Rope
 
@@ -109,7 +110,7 @@ class LightningIndexer(DSAIndexer):
         """The ``index_topk`` best visible keys of each query.
 
         Equal scores fall as ``torch.topk`` lets them, as in Hugging Face; under
-        ``torch.use_deterministic_algorithms`` the lower position wins.
+        ``torch.use_deterministic_algorithms``, and by Triton, the lower position wins.
 
         Returns:
             int32 [b, s, min(index_topk, t)]: positions counted from the query's document start;
@@ -117,6 +118,10 @@ class LightningIndexer(DSAIndexer):
         """
         s, b = inputs.query.shape[:2]
         k = min(self.index_topk, rows.keys)
+        if self._select_by_triton(inputs, rows):
+            from .kernels.indexer import select
+
+            return select(*inputs, rows, k, self.softmax_scale)
         topk_indices = torch.empty((b, s, k), dtype=torch.int32, device=inputs.query.device)
         for block in self.blocks(inputs):
             # Full rows: the choice among equal scores depends on the length of the row.
@@ -133,6 +138,13 @@ class LightningIndexer(DSAIndexer):
             local = columns - rows.starts[block, None]
             topk_indices[:, block] = local.masked_fill(values == float("-inf"), -1).int()
         return topk_indices
+
+    def _select_by_triton(self, inputs: IndexerInputs, rows: Rows) -> bool:
+        if not use_triton(inputs.query, self.index_n_heads, self.index_head_dim):
+            return False
+        from .kernels.indexer import LONGEST_ROW
+
+        return (rows.longest or rows.keys) <= LONGEST_ROW
 
     def forward(self, x, qr, mask=None, packed_seq_params=None) -> Tensor:
         """Top-k of each query; see ``select``. The mask is causal, and only that."""

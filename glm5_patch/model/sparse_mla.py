@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .blocks import Rows
+from .kernels import use_triton
 from .sparse_attention import sparse_attention
 
 
@@ -54,8 +55,13 @@ def sparse_mla(
     Returns:
         [s, b, n * value], of the query's dtype. A query without any key gets zeros.
     """
+    causal = topk_indices is None and rows.is_one_sequence
+    if not causal and use_triton(query, dims.latent, dims.rope):
+        from .kernels.absorbed import absorbed_attention  # imports triton
+
+        return absorbed_attention(query, latent, up, topk_indices, rows, dims, softmax_scale)
     key, value = keys_and_values(latent, up, dims)
-    if topk_indices is None and rows.is_one_sequence:
+    if causal:
         return _causal(query, key, value, softmax_scale)
     return sparse_attention(query, key, value, topk_indices, rows, softmax_scale)
 

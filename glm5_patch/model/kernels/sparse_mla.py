@@ -1,0 +1,306 @@
+"""Attention of absorbed queries over selected rows of the latent, in Triton.
+
+A program works on one query and up to 64 of its heads. All heads share the query's keys, and a key
+is its own value (the latent without the rotary part), so one gathered tile serves both products.
+Everything is transposed, keys first: tensor cores want 64 rows, and 16 heads would not fill them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _load_columns(base, offsets, first, WIDTH: tl.constexpr, mask):
+    """[rows, WIDTH] from column ``first`` on of the rows at ``offsets``; zeros where masked."""
+    columns = first + tl.arange(0, WIDTH)
+    return tl.load(base + offsets[:, None] + columns[None, :], mask=mask[:, None], other=0.0)
+
+
+@triton.jit
+def _visible(STARTS, POSITIONS, row):
+    start = tl.load(STARTS + row)
+    return start, tl.load(POSITIONS + row) - start + 1
+
+
+@triton.jit
+def _forward(
+    Q, KV, TOPK, STARTS, POSITIONS, OUT, LSE,
+    rows, batch, heads, k, scale_log2,
+    LATENT: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    WIDTH: tl.constexpr = LATENT + ROPE
+    row = rows - 1 - tl.program_id(0) // batch  # the queries with most keys first
+    b = tl.program_id(0) % batch
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    query = (row * batch + b).to(tl.int64) * heads + head
+    own = head < heads
+    q_latent = tl.trans(_load_columns(Q, query * WIDTH, 0, LATENT, own))
+    q_rope = tl.trans(_load_columns(Q, query * WIDTH, LATENT, ROPE, own))
+    start, visible = _visible(STARTS, POSITIONS, row)
+    count = tl.minimum(visible, k)
+    chosen = TOPK + (b.to(tl.int64) * rows + row) * k
+    largest = tl.full([HEADS], -1e30, tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    out = tl.zeros([LATENT, HEADS], tl.float32)
+    for first in tl.range(0, count, KEYS, num_stages=STAGES):
+        place = first + tl.arange(0, KEYS)
+        local = tl.load(chosen + place, mask=place < count, other=-1)
+        valid = local >= 0
+        key = ((local + start) * batch + b).to(tl.int64) * WIDTH
+        latent = _load_columns(KV, key, 0, LATENT, valid)
+        rope = _load_columns(KV, key, LATENT, ROPE, valid)
+        logits = tl.dot(latent, q_latent, input_precision=PRECISION)
+        logits = tl.dot(rope, q_rope, logits, input_precision=PRECISION) * scale_log2
+        logits = tl.where(valid[:, None], logits, -1e30)
+        larger = tl.maximum(largest, tl.max(logits, 0))
+        # A tile without a valid key would otherwise count exp2(-1e30 + 1e30).
+        probs = tl.where(valid[:, None], tl.exp2(logits - larger[None, :]), 0.0)
+        shrink = tl.exp2(largest - larger)
+        total = total * shrink + tl.sum(probs, 0)
+        out = out * shrink[None, :]
+        out = tl.dot(tl.trans(latent), probs.to(latent.dtype), out, input_precision=PRECISION)
+        largest = larger
+    out = out / tl.where(total > 0, total, 1.0)[None, :]
+    columns = tl.arange(0, LATENT)
+    tl.store(
+        OUT + query[None, :] * LATENT + columns[:, None],
+        out.to(OUT.dtype.element_ty),
+        mask=own[None, :],
+    )
+    tl.store(LSE + query, largest + tl.log2(tl.where(total > 0, total, 1.0)), mask=own)
+
+
+@triton.jit
+def _delta(OUT, D_OUT, DELTA, LATENT: tl.constexpr, ROWS: tl.constexpr, rows):
+    """Row term of the softmax's backward: out . d_out, one number a query and head."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    offsets = row.to(tl.int64) * LATENT
+    out = _load_columns(OUT, offsets, 0, LATENT, row < rows).to(tl.float32)
+    d_out = _load_columns(D_OUT, offsets, 0, LATENT, row < rows).to(tl.float32)
+    tl.store(DELTA + row, tl.sum(out * d_out, 1), mask=row < rows)
+
+
+@triton.jit
+def _add_rows(D_KV, offsets, first, WIDTH: tl.constexpr, tile, mask, ATOMIC: tl.constexpr):
+    place = D_KV + offsets[:, None] + (first + tl.arange(0, WIDTH))[None, :]
+    if ATOMIC:
+        tl.atomic_add(place, tile, mask=mask[:, None], sem="relaxed")
+    else:
+        tl.store(place, tile, mask=mask[:, None])
+
+
+@triton.jit
+def _backward(
+    Q, KV, TOPK, STARTS, POSITIONS, D_OUT, LSE, DELTA, D_Q, D_KV,
+    first_row, end_row, rows, batch, heads, k, scale, scale_log2,
+    LATENT: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
+    ATOMIC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one query, and what it adds to those of its keys: to ``D_KV`` [t, b, WIDTH] by
+    atomics, or to its own rows of [rows of this launch, b, k, head groups, WIDTH]."""
+    WIDTH: tl.constexpr = LATENT + ROPE
+    HALF: tl.constexpr = LATENT // 2
+    row = end_row - 1 - tl.program_id(0) // batch
+    b = tl.program_id(0) % batch
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    query = (row * batch + b).to(tl.int64) * heads + head
+    own = head < heads
+    q_0 = _load_columns(Q, query * WIDTH, 0, HALF, own)
+    q_1 = _load_columns(Q, query * WIDTH, HALF, HALF, own)
+    q_rope = _load_columns(Q, query * WIDTH, LATENT, ROPE, own)
+    d_out_0 = _load_columns(D_OUT, query * LATENT, 0, HALF, own)
+    d_out_1 = _load_columns(D_OUT, query * LATENT, HALF, HALF, own)
+    lse = tl.load(LSE + query, mask=own, other=0.0)
+    delta = tl.load(DELTA + query, mask=own, other=0.0)
+    start, visible = _visible(STARTS, POSITIONS, row)
+    count = tl.minimum(visible, k)
+    chosen = TOPK + (b.to(tl.int64) * rows + row) * k
+    d_q_0 = tl.zeros([HALF, HEADS], tl.float32)
+    d_q_1 = tl.zeros([HALF, HEADS], tl.float32)
+    d_q_rope = tl.zeros([ROPE, HEADS], tl.float32)
+    for first in tl.range(0, count, KEYS, num_stages=STAGES):
+        place = first + tl.arange(0, KEYS)
+        local = tl.load(chosen + place, mask=place < count, other=-1)
+        valid = local >= 0
+        key = ((local + start) * batch + b).to(tl.int64) * WIDTH
+        latent_0 = _load_columns(KV, key, 0, HALF, valid)
+        latent_1 = _load_columns(KV, key, HALF, HALF, valid)
+        rope = _load_columns(KV, key, LATENT, ROPE, valid)
+        logits = tl.dot(latent_0, tl.trans(q_0), input_precision=PRECISION)
+        logits = tl.dot(latent_1, tl.trans(q_1), logits, input_precision=PRECISION)
+        logits = tl.dot(rope, tl.trans(q_rope), logits, input_precision=PRECISION)
+        d_probs = tl.dot(latent_0, tl.trans(d_out_0), input_precision=PRECISION)
+        d_probs = tl.dot(latent_1, tl.trans(d_out_1), d_probs, input_precision=PRECISION)
+        probs = tl.exp2(logits * scale_log2 - lse[None, :])
+        probs = tl.where(valid[:, None], probs, 0.0)
+        d_logits = (probs * (d_probs - delta[None, :]) * scale).to(latent_0.dtype)
+        probs = probs.to(latent_0.dtype)
+        d_q_0 = tl.dot(tl.trans(latent_0), d_logits, d_q_0, input_precision=PRECISION)
+        d_q_1 = tl.dot(tl.trans(latent_1), d_logits, d_q_1, input_precision=PRECISION)
+        d_q_rope = tl.dot(tl.trans(rope), d_logits, d_q_rope, input_precision=PRECISION)
+        if ATOMIC:
+            target = key
+        else:
+            pair = ((row - first_row) * batch + b).to(tl.int64) * k + place
+            target = (pair * tl.num_programs(1) + tl.program_id(1)) * WIDTH
+        part = tl.dot(d_logits, q_0, input_precision=PRECISION)
+        part = tl.dot(probs, d_out_0, part, input_precision=PRECISION)
+        _add_rows(D_KV, target, 0, HALF, part, valid, ATOMIC)
+        part = tl.dot(d_logits, q_1, input_precision=PRECISION)
+        part = tl.dot(probs, d_out_1, part, input_precision=PRECISION)
+        _add_rows(D_KV, target, HALF, HALF, part, valid, ATOMIC)
+        part = tl.dot(d_logits, q_rope, input_precision=PRECISION)
+        _add_rows(D_KV, target, LATENT, ROPE, part, valid, ATOMIC)
+    half = tl.arange(0, HALF)
+    d_q = D_Q + query[None, :] * WIDTH
+    dtype = D_Q.dtype.element_ty
+    tl.store(d_q + half[:, None], d_q_0.to(dtype), mask=own[None, :])
+    tl.store(d_q + HALF + half[:, None], d_q_1.to(dtype), mask=own[None, :])
+    columns = LATENT + tl.arange(0, ROPE)
+    tl.store(d_q + columns[:, None], d_q_rope.to(dtype), mask=own[None, :])
+
+
+@triton.jit
+def _add_pairs(
+    PAIRS, ORDER, BOUNDS, D_KV, groups,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Add to one key's gradient what its queries left, in their order."""
+    key = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, COLUMNS)
+    inside = columns < WIDTH
+    total = tl.load(D_KV + key * WIDTH + columns, mask=inside)
+    for number in range(tl.load(BOUNDS + key), tl.load(BOUNDS + key + 1)):
+        pair = tl.load(ORDER + number).to(tl.int64) * groups
+        for group in range(groups):
+            total += tl.load(PAIRS + (pair + group) * WIDTH + columns, mask=inside)
+    tl.store(D_KV + key * WIDTH + columns, total, mask=inside)
+
+
+PAIR_BYTES = 512 << 20
+"""Upper bound of what the deterministic backward keeps of (query, key) pairs at a time."""
+
+
+def _blocks(dtype: torch.dtype, heads: int) -> tuple[int, int, str]:
+    """Heads and keys of a program, and the precision of its products."""
+    block = min(64, max(16, triton.next_power_of_2(heads)))
+    return block, 64 if dtype.itemsize == 2 else 16, "tf32" if dtype.itemsize == 2 else "ieee"
+
+
+def forward(
+    query: Tensor,
+    latent: Tensor,
+    topk_indices: Tensor,
+    starts: Tensor,
+    positions: Tensor,
+    latent_dim: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of each query over the latents that its top-k names.
+
+    Args:
+        query: [s, b, n, latent + rope], contiguous.
+        latent: [t, b, latent + rope], contiguous.
+        topk_indices: int32 [b, s, k], contiguous, see ``blocks.selected_keys``.
+        starts: int32 [s], where each query's document starts.
+        positions: int32 [s], where each query stands.
+        latent_dim: how much of a key is its value; the rest is rotary.
+        softmax_scale: factor of the logits.
+
+    Returns:
+        [s, b, n, latent], zeros for a query without keys, and the log2-sum-exp2 of the logits,
+        fp32 [s, b, n].
+    """
+    s, b, heads, width = query.shape
+    out = torch.empty((s, b, heads, latent_dim), dtype=query.dtype, device=query.device)
+    lse = torch.empty((s, b, heads), dtype=torch.float32, device=query.device)
+    block, keys, precision = _blocks(query.dtype, heads)
+    _forward[(s * b, triton.cdiv(heads, block))](
+        query, latent, topk_indices, starts, positions, out, lse,
+        s, b, heads, topk_indices.shape[-1], softmax_scale * LOG2_E,
+        LATENT=latent_dim, ROPE=width - latent_dim, HEADS=block, KEYS=keys,
+        PRECISION=precision, STAGES=2, num_warps=8 if block > 16 else 4,
+    )  # fmt: skip
+    return out, lse
+
+
+def row_terms(out: Tensor, d_out: Tensor) -> Tensor:
+    """out . d_out over the last dimension, in fp32: [s, b, n]."""
+    delta = torch.empty(out.shape[:-1], dtype=torch.float32, device=out.device)
+    rows = delta.numel()
+    _delta[(triton.cdiv(rows, 16),)](out, d_out, delta, LATENT=out.shape[-1], ROWS=16, rows=rows)
+    return delta
+
+
+def backward(
+    query: Tensor,
+    latent: Tensor,
+    topk_indices: Tensor,
+    starts: Tensor,
+    positions: Tensor,
+    d_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    softmax_scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``forward``.
+
+    Args:
+        d_out: [s, b, n, latent], contiguous.
+        lse: as ``forward`` returned it.
+        delta: ``row_terms`` of its output.
+        deterministic: add up a key's gradient in the order of its queries, not as they come.
+
+    Returns:
+        Of the queries, in their dtype, and of the latents, fp32 [t, b, latent + rope].
+    """
+    s, b, heads, width = query.shape
+    k = topk_indices.shape[-1]
+    latent_dim = d_out.shape[-1]
+    block, keys, precision = _blocks(query.dtype, heads)
+    groups = triton.cdiv(heads, block)
+    d_query = torch.empty_like(query)
+    d_latent = torch.zeros(latent.shape, dtype=torch.float32, device=latent.device)
+
+    def launch(first: int, end: int, target: Tensor) -> None:
+        _backward[((end - first) * b, groups)](
+            query, latent, topk_indices, starts, positions, d_out, lse, delta, d_query, target,
+            first, end, s, b, heads, k, softmax_scale, softmax_scale * LOG2_E,
+            LATENT=latent_dim, ROPE=width - latent_dim, HEADS=block, KEYS=keys // 2,
+            ATOMIC=not deterministic, PRECISION=precision, STAGES=1,
+            num_warps=8 if block > 16 else 4,
+        )  # fmt: skip
+
+    if not deterministic:
+        launch(0, s, d_latent)
+        return d_query, d_latent
+    rows = max(1, PAIR_BYTES // (b * k * groups * width * 4))
+    for first in range(0, s, rows):
+        end = min(first + rows, s)
+        pairs = torch.empty((end - first, b, k, groups, width), device=query.device)
+        launch(first, end, pairs)
+        order, bounds = _pairs_of_each_key(topk_indices[:, first:end], starts[first:end], latent)
+        _add_pairs[(len(bounds) - 1,)](
+            pairs, order, bounds, d_latent, groups,
+            WIDTH=width, COLUMNS=triton.next_power_of_2(width),
+        )  # fmt: skip
+    return d_query, d_latent
+
+
+def _pairs_of_each_key(topk_indices: Tensor, starts: Tensor, latent: Tensor):
+    """Pairs [rows, b, k], flat, in the order of their keys, and where each key's begin."""
+    b = latent.shape[1]
+    batch = torch.arange(b, device=latent.device)[:, None, None]
+    keys = (topk_indices.long() + starts[:, None]) * b + batch
+    keys = torch.where(topk_indices < 0, latent.shape[0] * b, keys).transpose(0, 1).flatten()
+    keys, order = keys.sort(stable=True)
+    edges = torch.arange(latent.shape[0] * b + 1, device=latent.device)
+    return order, torch.searchsorted(keys, edges)

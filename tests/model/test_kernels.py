@@ -1,0 +1,155 @@
+"""The Triton kernels against the blocked torch code: in Triton's interpreter, and on a GPU if any."""
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from glm5_patch.model.blocks import Rows, document_starts, longest_document, visible_topk
+from glm5_patch.model.kernels import indexer as indexer_kernels
+from glm5_patch.model.kernels.absorbed import absorbed_attention
+from glm5_patch.model.sparse_attention import sparse_attention
+from glm5_patch.model.sparse_mla import MLADims, keys_and_values
+from tests.model.test_sparse_attention import random_topk
+from tests.tiny import relative
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = MLADims(latent=32, nope=24, rope=16, value=20)
+
+
+def layout(lengths):
+    bounds = [0, *itertools.accumulate(lengths)]
+    return Rows(document_starts(bounds).to(DEVICE), longest=longest_document(bounds))
+
+
+def chosen_keys(rows, b, k, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return random_topk(len(rows.starts), b, k, rows.starts.cpu(), generator).to(DEVICE)
+
+
+def inputs(s, b, heads, dims, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [
+        (s, b, heads, dims.nope + dims.rope),
+        (s, b, 1, dims.latent + dims.rope),
+        (dims.latent, heads * (dims.nope + dims.value)),
+    ]
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    return [tensor.to(DEVICE).requires_grad_() for tensor in tensors]
+
+
+def both(tensors, topk, rows, dims, upstream_seed=9):
+    """Output and gradients of the kernels, and of the blocked reference."""
+    found = []
+    for kind in (absorbed_attention, unabsorbed):
+        output = kind(*tensors, topk, rows, dims, 0.2)
+        upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(upstream_seed))
+        found.append((output, *torch.autograd.grad(output, tensors, upstream.to(DEVICE))))
+    return found
+
+
+def unabsorbed(query, latent, up, topk, rows, dims, scale):
+    return sparse_attention(query, *keys_and_values(latent, up, dims), topk, rows, scale)
+
+
+@pytest.mark.parametrize("heads", [8, 16, 32, 64, 72])
+@pytest.mark.parametrize("seed", range(2))
+def test_attention_for_each_count_of_heads(heads, seed):
+    rows, tensors = layout([24]), inputs(24, 1, heads, SMALL, seed)
+    topk = chosen_keys(rows, 1, 7, seed)
+    for ours, theirs in zip(*both(tensors, topk, rows, SMALL)):
+        assert relative(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("lengths", [[40], [1, 20, 0, 19]], ids=["bshd", "thd"])
+@pytest.mark.parametrize("k", [3, 20, 40])
+def test_attention_of_a_batch_of_documents(lengths, k):
+    b = 2 if len(lengths) == 1 else 1
+    rows, tensors = layout(lengths), inputs(40, b, 3, SMALL, seed=k)
+    topk = chosen_keys(rows, b, k, k)
+    for ours, theirs in zip(*both(tensors, topk, rows, SMALL)):
+        assert relative(ours, theirs) < 1e-5
+    for ours, theirs in zip(*both(tensors, None, rows, SMALL)):
+        assert relative(ours, theirs) < 1e-5
+
+
+def test_attention_of_some_of_the_queries():
+    """As on one rank of a context-parallel group."""
+    whole, tensors = layout([24, 16]), inputs(40, 1, 4, SMALL, seed=0)
+    topk = chosen_keys(whole, 1, 6, 0)
+    positions = torch.randperm(40, generator=torch.Generator().manual_seed(1))[:17].to(DEVICE)
+    rows = Rows(whole.starts[positions], positions, 40, whole.longest)
+    some = [tensors[0][positions], *tensors[1:]]
+    ours, theirs = both(some, topk[:, positions], rows, SMALL)
+    for a, e in zip(ours, theirs):
+        assert relative(a, e) < 1e-5
+
+
+def test_empty_places_and_a_query_without_keys():
+    rows, tensors = layout([20]), inputs(20, 1, 4, SMALL, seed=0)
+    topk = visible_topk(rows, 1)[..., :9].clone()
+    topk[0, 5, 2] = topk[0, 12, 0] = -1
+    topk[0, 7] = -1
+    for ours, theirs in zip(*both(tensors, topk, rows, SMALL)):
+        assert relative(ours, theirs) < 1e-5
+    assert absorbed_attention(*tensors, topk, rows, SMALL, 0.2)[7].abs().max() == 0
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_the_deterministic_backward_in_pieces(deterministic, monkeypatch):
+    from glm5_patch.model.kernels import sparse_mla
+
+    monkeypatch.setattr(sparse_mla, "PAIR_BYTES", 11 * 2 * 6 * 48 * 4)  # 11 queries at a time
+    rows, tensors = layout([40]), inputs(40, 2, 4, SMALL, seed=3)
+    topk = chosen_keys(rows, 2, 6, 3)
+    for ours, theirs in zip(*both(tensors, topk, rows, SMALL)):
+        assert relative(ours, theirs) < 1e-5
+
+
+def index_inputs(s, b, heads, dim, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (s, b, heads, dim), (s, b, dim), (s, b, heads)
+    return [torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes]
+
+
+def by_sorting(query, key, weights, rows, k, scale):
+    """The top-k as sets, from all scores at once; the lower position wins among equals."""
+    products = torch.einsum("sbhd,tbd->bsht", query, key).mul(scale).relu()
+    scores = torch.einsum("bsht,sbh->bst", products, weights)
+    at = torch.arange(len(key), device=DEVICE)
+    seen = (at <= (rows.starts + rows.local_positions)[:, None]) & (at >= rows.starts[:, None])
+    scores = scores.masked_fill(~seen, float("-inf"))
+    values, columns = scores.sort(dim=-1, descending=True, stable=True)
+    local = (columns - rows.starts[:, None]).masked_fill(values == float("-inf"), -1)
+    return local[..., :k].sort(-1)[0]
+
+
+@pytest.mark.parametrize("lengths", [[50], [1, 30, 0, 19]], ids=["bshd", "thd"])
+@pytest.mark.parametrize("heads, dim", [(4, 16), (32, 32)])
+@pytest.mark.parametrize("seed", range(3))
+def test_selection(lengths, heads, dim, seed, monkeypatch):
+    from glm5_patch.model import blocks
+
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 21 * 50 * 4)  # 21 queries at a time
+    b = 2 if len(lengths) == 1 else 1
+    rows, tensors = layout(lengths), index_inputs(50, b, heads, dim, seed)
+    ours = indexer_kernels.select(*tensors, rows, 9, dim**-0.5)
+    assert torch.equal(ours.sort(-1)[0], by_sorting(*tensors, rows, 9, dim**-0.5).int())
+
+
+def test_equal_scores_go_to_the_lower_positions():
+    """As where every head's product is negative: the scores of many keys are 0."""
+    query, key, weights = index_inputs(32, 1, 4, 16, seed=0)
+    key[::2] = -query.sum((0, 1, 2)).abs()  # no rule, but many zeros among the scores
+    rows = layout([32])
+    weights = weights.abs().mul((torch.arange(32, device=DEVICE) % 3 > 0)[:, None, None])  # whole rows of zeros
+    ours = indexer_kernels.select(query, key, weights, rows, 5, 0.25)
+    assert torch.equal(ours.sort(-1)[0], by_sorting(query, key, weights, rows, 5, 0.25).int())
