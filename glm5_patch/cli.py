@@ -94,23 +94,38 @@ def _status(options: argparse.Namespace) -> int:
             glm5_patch.require()
         except GLM5PatchError as error:
             problem = str(error)
-    rows = [row._asdict() for row in glm5_patch.status()]
+    kernels = _kernels(glm5_patch.status()["dsa_spec"])
     if options.json:
-        print(
-            json.dumps(
-                {"version": __version__, "active": loaded, "problem": problem, "patches": rows},
-                indent=2,
-            )
-        )
+        found = {
+            "version": __version__,
+            "active": loaded,
+            "problem": problem,
+            "kernels": kernels,
+            "patches": [row._asdict() for row in glm5_patch.status()],
+        }
+        print(json.dumps(found, indent=2))
     else:
         print(
             f"glm5-patch {__version__}: {'active' if loaded else 'NOT ACTIVE'} in a process "
             "that imports torch"
         )
         print(glm5_patch.status())
+        print(f"sparse attention in bf16: {kernels}")
         if problem:
             print(f"problem: {problem}", file=sys.stderr)
     return 1 if problem or not loaded else 0
+
+
+def _kernels(dsa_spec) -> str:
+    """What computes sparse attention in this installation, and why nothing faster does."""
+    import torch
+
+    from .model.kernels import computed_by
+
+    if dsa_spec.state != "applied":
+        return f"not the plugin's ({dsa_spec.state}: {dsa_spec.reason})"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return computed_by(device, torch.bfloat16)
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -56,6 +56,8 @@ class Report:
     version: str
     model: str
     checkpoint: str = ""
+    kernels: str = ""
+    """What computed the sparse attention."""
     losses: list[float] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     output: str | None = None
@@ -95,6 +97,7 @@ def run(options: argparse.Namespace) -> int:
             version=glm5_patch.__version__,
             model=f"{hf.num_hidden_layers} layers, {hf.schedule}, index_topk {hf.index_topk}",
             checkpoint=str(checkpoint.report),
+            kernels=_kernels(options),
         )
         console.print(f"checkpoint: {report.checkpoint}")
         output = Path(options.output) if options.output else Path(scratch) / "trained"
@@ -104,6 +107,15 @@ def run(options: argparse.Namespace) -> int:
     report.seconds = round(time.perf_counter() - started, 1)
     _print(report, options.json)
     return 0 if report.passed else 1
+
+
+def _kernels(options: argparse.Namespace) -> str:
+    """What computes the sparse attention of this run."""
+    from .model.kernels import computed_by
+
+    if glm5_patch.status()["dsa_spec"].state != "applied":
+        return "megatron-core's own"
+    return computed_by(torch.device(options.device), DTYPES[options.dtype])
 
 
 def _validate(options: argparse.Namespace) -> None:
@@ -136,7 +148,7 @@ def _random_checkpoint(options: argparse.Namespace, directory: Path) -> Path:
         n_routed_experts=8,
         num_experts_per_tok=2,
         q_lora_rank=64,
-        kv_lora_rank=48,
+        kv_lora_rank=64,
         qk_nope_head_dim=24,
         qk_rope_head_dim=16,
         v_head_dim=32,
@@ -372,6 +384,7 @@ def _print(report: Report, as_json: bool) -> None:
         table.add_row(check.name, check.measured, check.wanted, "ok" if check.passed else "FAILED")
     console = Console(highlight=False)
     console.print(table)
+    console.print(f"sparse attention: {report.kernels}")
     console.print(f"{'passed' if report.passed else 'FAILED'} in {report.seconds} s")
     if report.output:
         console.print(f"the trained checkpoint is in {report.output}")

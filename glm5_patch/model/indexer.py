@@ -118,7 +118,10 @@ class LightningIndexer(DSAIndexer):
         """
         s, b = inputs.query.shape[:2]
         k = min(self.index_topk, rows.keys)
-        if self._select_by_triton(inputs, rows):
+        widths = dict(
+            dsa_indexer_n_heads=self.index_n_heads, dsa_indexer_head_dim=self.index_head_dim
+        )
+        if use_triton(inputs.query, **widths):
             from .kernels.indexer import select
 
             return select(*inputs, rows, k, self.softmax_scale)
@@ -138,13 +141,6 @@ class LightningIndexer(DSAIndexer):
             local = columns - rows.starts[block, None]
             topk_indices[:, block] = local.masked_fill(values == float("-inf"), -1).int()
         return topk_indices
-
-    def _select_by_triton(self, inputs: IndexerInputs, rows: Rows) -> bool:
-        if not use_triton(inputs.query, self.index_n_heads, self.index_head_dim):
-            return False
-        from .kernels.indexer import LONGEST_ROW
-
-        return (rows.longest or rows.keys) <= LONGEST_ROW
 
     def forward(self, x, qr, mask=None, packed_seq_params=None) -> Tensor:
         """Top-k of each query; see ``select``. The mask is causal, and only that."""

@@ -56,7 +56,8 @@ def sparse_mla(
         [s, b, n * value], of the query's dtype. A query without any key gets zeros.
     """
     causal = topk_indices is None and rows.is_one_sequence
-    if not causal and use_triton(query, dims.latent, dims.rope):
+    widths = dict(kv_lora_rank=dims.latent, qk_pos_emb_head_dim=dims.rope)
+    if not causal and use_triton(query, **widths):
         from .kernels.absorbed import absorbed_attention  # imports triton
 
         return absorbed_attention(query, latent, up, topk_indices, rows, dims, softmax_scale)

@@ -1,4 +1,4 @@
-"""The Triton kernels against the blocked torch code: in Triton's interpreter, and on a GPU if any."""
+"""The Triton kernels against the blocked torch code, in Triton's interpreter or on a GPU."""
 
 import itertools
 
@@ -7,16 +7,20 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from glm5_patch.demo import forward
+from glm5_patch.errors import GLM5PatchError
 from glm5_patch.model.blocks import Rows, document_starts, longest_document, visible_topk
+from glm5_patch.model.kernels import computed_by, use_triton
 from glm5_patch.model.kernels import indexer as indexer_kernels
 from glm5_patch.model.kernels.absorbed import absorbed_attention
+from glm5_patch.model.parity import recorded
 from glm5_patch.model.sparse_attention import sparse_attention
 from glm5_patch.model.sparse_mla import MLADims, keys_and_values
 from tests.model.test_sparse_attention import random_topk
-from tests.tiny import relative
+from tests.tiny import loss_of, megatron_model, relative, saved, tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = MLADims(latent=32, nope=24, rope=16, value=20)
+SMALL = MLADims(latent=64, nope=24, rope=16, value=20)
 
 
 def layout(lengths):
@@ -107,7 +111,7 @@ def deterministic():
 def test_the_deterministic_backward_in_pieces(deterministic, monkeypatch):
     from glm5_patch.model.kernels import sparse_mla
 
-    monkeypatch.setattr(sparse_mla, "PAIR_BYTES", 11 * 2 * 6 * 48 * 4)  # 11 queries at a time
+    monkeypatch.setattr(sparse_mla, "PAIR_BYTES", 11 * 2 * 6 * 80 * 4)  # 11 queries at a time
     rows, tensors = layout([40]), inputs(40, 2, 4, SMALL, seed=3)
     topk = chosen_keys(rows, 2, 6, 3)
     for ours, theirs in zip(*both(tensors, topk, rows, SMALL)):
@@ -145,11 +149,83 @@ def test_selection(lengths, heads, dim, seed, monkeypatch):
     assert torch.equal(ours.sort(-1)[0], by_sorting(*tensors, rows, 9, dim**-0.5).int())
 
 
+def test_long_rows_are_selected_from_candidates(monkeypatch):
+    """Of a row that a sample describes, and of one that it does not."""
+    monkeypatch.setattr(indexer_kernels, "IN_REGISTERS", 64)
+    rows, k, s = layout([300]), 20, 300
+    query, key, weights = index_inputs(s, 1, 4, 16, seed=0)
+    usual = indexer_kernels.select(query, key, weights, rows, k, 0.25)
+    assert torch.equal(usual.sort(-1)[0], by_sorting(query, key, weights, rows, k, 0.25).int())
+    # All scores equal: too many candidates.
+    key[:] = key[0]
+    equal = indexer_kernels.select(query, key, weights, rows, k, 0.25)
+    assert torch.equal(equal.sort(-1)[0], by_sorting(query, key, weights, rows, k, 0.25).int())
+
+
 def test_equal_scores_go_to_the_lower_positions():
     """As where every head's product is negative: the scores of many keys are 0."""
     query, key, weights = index_inputs(32, 1, 4, 16, seed=0)
     key[::2] = -query.sum((0, 1, 2)).abs()  # no rule, but many zeros among the scores
     rows = layout([32])
-    weights = weights.abs().mul((torch.arange(32, device=DEVICE) % 3 > 0)[:, None, None])  # whole rows of zeros
+    weights = weights.abs().mul(
+        (torch.arange(32, device=DEVICE) % 3 > 0)[:, None, None]
+    )  # whole rows of zeros
     ours = indexer_kernels.select(query, key, weights, rows, 5, 0.25)
     assert torch.equal(ours.sort(-1)[0], by_sorting(query, key, weights, rows, 5, 0.25).int())
+
+
+@pytest.mark.parametrize("kernels", ["", "auto", "torch"])
+def test_torch_computes_on_the_cpu_unless_triton_is_asked_for(kernels, monkeypatch):
+    monkeypatch.setenv("GLM5_PATCH_KERNELS", kernels)
+    on_cpu = torch.zeros(1, dtype=torch.bfloat16)
+    assert not use_triton(on_cpu)
+    says = "GLM5_PATCH_KERNELS=torch" if kernels == "torch" else "the tensors are on cpu"
+    assert computed_by(on_cpu.device, on_cpu.dtype) == f"torch ({says})"
+
+
+def test_triton_that_can_not_is_no_silent_torch(monkeypatch):
+    monkeypatch.setenv("GLM5_PATCH_KERNELS", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert use_triton(torch.zeros(1), kv_lora_rank=512)
+    with pytest.raises(GLM5PatchError, match="kv_lora_rank=48 is no power of two of at least 64"):
+        use_triton(torch.zeros(1), kv_lora_rank=48)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(GLM5PatchError, match="=triton: the tensors are on cpu; unset it, or set"):
+        use_triton(torch.zeros(1))
+
+
+def test_unknown_kernels_are_named(monkeypatch):
+    monkeypatch.setenv("GLM5_PATCH_KERNELS", "cuda")
+    with pytest.raises(GLM5PatchError, match="=cuda is none of auto, triton, torch"):
+        use_triton(torch.zeros(1))
+
+
+@pytest.mark.parametrize("flavour", ["5.2", "5.1"])
+def test_a_model_on_the_kernels_equals_one_on_torch(
+    flavour, our_core, deterministic, tmp_path, monkeypatch
+):
+    """Whole model, selection included, forward and backward, under full recompute. Deterministic,
+    so that of equal scores both take the lower position."""
+    checkpoint = saved(tmp_path, flavour=flavour, kv_lora_rank=64, num_hidden_layers=4)
+    ids = tokens(1, 1, 24)
+    found = {}
+    for kernels in ("torch", "triton"):
+        monkeypatch.setenv("GLM5_PATCH_KERNELS", kernels)
+        model = megatron_model(
+            checkpoint,
+            recompute_granularity="full",
+            recompute_method="uniform",
+            recompute_num_layers=1,
+        ).train()
+        with recorded(model) as recording:
+            loss = loss_of(forward(model, ids), ids)
+        loss.backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found[kernels] = loss.item(), grads, recording.topk_indices
+    (loss, grads, topk), (expected, truth, chosen) = found["triton"], found["torch"]
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert {n: k.sort(-1)[0].tolist() for n, k in topk.items()} == {
+        n: k.sort(-1)[0].tolist() for n, k in chosen.items()
+    }
+    assert grads.keys() == truth.keys()
+    assert max(relative(grads[n], truth[n]) for n in grads) < 2e-5

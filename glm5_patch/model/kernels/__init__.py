@@ -12,41 +12,50 @@ from torch import Tensor
 from ... import env
 from ...errors import GLM5PatchError
 
+_NARROWEST = {"kv_lora_rank": 64, "qk_pos_emb_head_dim": 16, "dsa_indexer_head_dim": 16}
+"""Widths below these make products that tensor cores don't take."""
 
-def use_triton(like: Tensor, *powers_of_two: int) -> bool:
+
+def use_triton(like: Tensor, **widths: int) -> bool:
     """Whether Triton computes on tensors like this one, as ``GLM5_PATCH_KERNELS`` asks.
 
     Args:
         like: of the device and dtype in question.
-        powers_of_two: widths that the kernels index by.
+        widths: settings of the configuration that the kernels index by.
 
     Raises:
         GLM5PatchError: Triton was asked for and can't.
     """
-    asked = env.kernels()
-    if asked == "torch":
-        return False
-    reason = why_not_triton(like, *powers_of_two)
-    if reason is None:
-        return asked == "triton" or like.is_cuda
-    if asked == "triton":
+    reason = why_torch(like.device, like.dtype, **widths)
+    if reason is not None and env.kernels() == "triton":
         raise GLM5PatchError(f"{env.KERNELS}=triton: {reason}; unset it, or set it to torch")
-    return False
+    return reason is None
 
 
-def why_not_triton(like: Tensor, *powers_of_two: int) -> str | None:
-    """What keeps the Triton kernels from such tensors; None if nothing does."""
+def why_torch(device: torch.device, dtype: torch.dtype, **widths: int) -> str | None:
+    """Why the blocked torch code computes on such tensors; None where Triton does."""
+    asked = env.kernels()
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and asked == "triton"
+    if asked == "torch":
+        return f"{env.KERNELS}=torch"
     if not _triton_is_installed():
         return "triton is not installed"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not (like.is_cuda or interpreted):
-        return f"the tensors are on {like.device.type}"
-    if like.dtype not in (torch.bfloat16, torch.float16) and not interpreted:
-        return f"{str(like.dtype).removeprefix('torch.')} is computed in full precision by torch"
-    if like.is_cuda and torch.cuda.get_device_capability(like.device) < (8, 0):
+    if device.type != "cuda" and not interpreted:
+        return f"the tensors are on {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16) and not interpreted:
+        return f"{str(dtype).removeprefix('torch.')} is computed in full precision"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "the device is older than Ampere"
-    odd = [width for width in powers_of_two if width & (width - 1)]
-    return f"{odd[0]} is no power of two" if odd else None
+    for name, width in widths.items():
+        if width & (width - 1) or width < _NARROWEST.get(name, 1):
+            return f"{name}={width} is no power of two of at least {_NARROWEST.get(name, 1)}"
+    return None
+
+
+def computed_by(device: torch.device, dtype: torch.dtype) -> str:
+    """What computes sparse attention on such tensors, in words."""
+    reason = why_torch(device, dtype)
+    return "triton" if reason is None else f"torch ({reason})"
 
 
 @functools.cache

@@ -19,39 +19,84 @@ def absorbed_attention(
     itself, and what comes out of the latent is projected to values after."""
     if topk_indices is None:
         topk_indices = visible_topk(rows, query.shape[1])
-    q_nope, q_rope = query.split([dims.nope, dims.rope], dim=-1)
-    # [latent, n, nope], [latent, n, value]
-    up_key, up_value = up.unflatten(-1, (-1, dims.nope + dims.value)).split(
-        [dims.nope, dims.value], dim=-1
-    )
-    absorbed = torch.cat([torch.einsum("sbnd,lnd->sbnl", q_nope, up_key), q_rope], dim=-1)
-    out = _Attention.apply(absorbed, latent.squeeze(2), topk_indices, rows, dims.latent, scale)
-    return torch.einsum("sbnl,lnv->sbnv", out, up_value).flatten(2)
+    return _AbsorbedAttention.apply(query, latent, up, topk_indices, rows, dims, scale)
 
 
-class _Attention(torch.autograd.Function):
+class _AbsorbedAttention(torch.autograd.Function):
+    """Keeps what comes out of the latent; the absorbed queries, as large, are made again."""
+
     @staticmethod
-    def forward(ctx, query, latent, topk_indices, rows, latent_dim, scale):
-        query, latent, topk_indices = (t.contiguous() for t in (query, latent, topk_indices))
-        where = (topk_indices, rows.starts.int(), (rows.starts + rows.local_positions).int())
-        ctx.hopper = _hopper(query, latent_dim)
+    def forward(ctx, query, latent, up, topk_indices, rows, dims, scale):
+        s, b, heads, _ = query.shape
+        where = (
+            topk_indices.contiguous(),
+            rows.starts.int(),
+            (rows.starts + rows.local_positions).int(),
+        )
+        absorbed, latent = _absorb(query, up, dims), latent.contiguous()
+        ctx.hopper = _hopper(absorbed, dims.latent)
         kernels = ctx.hopper or sparse_mla
-        out, lse = kernels.forward(query, latent, *where, latent_dim, scale)
-        ctx.save_for_backward(query, latent, *where, out, lse)
-        ctx.scale = scale
-        return out
+        out, lse = kernels.forward(absorbed, latent, *where, dims.latent, scale)
+        output = query.new_empty((s, b, heads, dims.value))
+        torch.bmm(_by_head(out), _up_value(up, dims), out=_by_head(output))
+        ctx.save_for_backward(query, latent, up, *where, out, lse)
+        ctx.dims, ctx.scale = dims, scale
+        return output.flatten(2)
 
     @staticmethod
-    def backward(ctx, d_out):
-        *inputs, out, lse = ctx.saved_tensors
-        d_out = d_out.contiguous()
+    def backward(ctx, d_output):
+        query, latent, up, *where, out, lse = ctx.saved_tensors
+        dims = ctx.dims
+        d_output = _by_head(d_output.unflatten(2, (-1, dims.value)))
+        up_key, up_value = _up_key(up, dims), _up_value(up, dims)
+        d_out = out.new_empty(out.shape)
+        torch.bmm(d_output, up_value.transpose(1, 2), out=_by_head(d_out))
+        absorbed = _absorb(query, up, dims)
         tail = (d_out, lse, sparse_mla.row_terms(out, d_out), ctx.scale)
         deterministic = torch.are_deterministic_algorithms_enabled()
         if ctx.hopper and not deterministic:
-            d_query, d_latent = ctx.hopper.backward(*inputs, *tail)
+            d_absorbed, d_latent = ctx.hopper.backward(absorbed, latent, *where, *tail)
         else:
-            d_query, d_latent = sparse_mla.backward(*inputs, *tail, deterministic)
-        return d_query, d_latent.to(inputs[1].dtype), None, None, None, None
+            d_absorbed, d_latent = sparse_mla.backward(
+                absorbed, latent, *where, *tail, deterministic
+            )
+        d_query = query.new_empty(query.shape)
+        d_key_side = _by_head(d_absorbed[..., : dims.latent])
+        torch.bmm(d_key_side, up_key.transpose(1, 2), out=_by_head(d_query[..., : dims.nope]))
+        d_query[..., dims.nope :] = d_absorbed[..., dims.latent :]
+        d_up = None
+        if ctx.needs_input_grad[2]:  # not where it is frozen, under an adapter elsewhere
+            d_up = up.new_empty((dims.latent, query.shape[2], dims.nope + dims.value))
+            q_nope = _by_head(query[..., : dims.nope])
+            d_up[..., : dims.nope] = torch.bmm(d_key_side.transpose(1, 2), q_nope).transpose(0, 1)
+            d_value_side = torch.bmm(_by_head(out).transpose(1, 2), d_output)
+            d_up[..., dims.nope :] = d_value_side.transpose(0, 1)
+            d_up = d_up.flatten(1)
+        return d_query, d_latent.to(latent.dtype), d_up, None, None, None, None
+
+
+def _by_head(tensor: Tensor) -> Tensor:
+    """[s, b, n, d] -> a view [n, s * b, d]."""
+    return tensor.flatten(0, 1).transpose(0, 1)
+
+
+def _up_key(up: Tensor, dims) -> Tensor:
+    """[latent, n * (nope + value)] -> a view [n, nope, latent]."""
+    return up.unflatten(-1, (-1, dims.nope + dims.value))[..., : dims.nope].permute(1, 2, 0)
+
+
+def _up_value(up: Tensor, dims) -> Tensor:
+    """[latent, n * (nope + value)] -> a view [n, latent, value]."""
+    return up.unflatten(-1, (-1, dims.nope + dims.value))[..., dims.nope :].transpose(0, 1)
+
+
+def _absorb(query: Tensor, up: Tensor, dims) -> Tensor:
+    """[s, b, n, nope + rope] -> [s, b, n, latent + rope]."""
+    absorbed = query.new_empty((*query.shape[:3], dims.latent + dims.rope))
+    nope, latent = query[..., : dims.nope], absorbed[..., : dims.latent]
+    torch.bmm(_by_head(nope), _up_key(up, dims), out=_by_head(latent))
+    absorbed[..., dims.latent :] = query[..., dims.nope :]
+    return absorbed
 
 
 def _hopper(query: Tensor, latent_dim: int):
@@ -68,7 +113,7 @@ def _hopper_module():
     except (ImportError, AttributeError, TypeError) as error:
         warnings.warn(
             f"glm5-patch: this Triton's Gluon is unknown ({error}); sparse attention takes the "
-            "plain Triton kernels, about 3 times slower in the backward pass",
+            "plain Triton kernels, about half as fast",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..blocks import Rows, query_blocks
 
-LONGEST_ROW = 65536
-"""Keys of a document that a program can hold in registers to select from."""
+IN_REGISTERS = 8192
+"""Scores of a row that a program holds in registers to select from; of longer rows, candidates."""
 
 
 @triton.jit
@@ -52,37 +52,193 @@ def _scores(
 
 
 @triton.jit
-def _topk(SCORES, STARTS, POSITIONS, TOPK, first_row, num_keys, k, LENGTH: tl.constexpr):
-    """The places of the k largest of a row's visible scores; the lower wins among equals.
+def _ordered(bits):
+    """Between the bits of a float and an integer that orders as the float does; its own inverse."""
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
-    Bisects the k-th largest value over the bits of the scores, ordered as integers.
+
+@triton.jit
+def _between(low, high, count_low, count_high, k):
+    """A value strictly between two others that about k scores reach, by linear interpolation."""
+    low_value = _ordered(low).to(tl.float32, bitcast=True)
+    high_value = _ordered(high).to(tl.float32, bitcast=True)
+    share = (count_low - k) / (count_low - count_high)
+    guess = _ordered((low_value + (high_value - low_value) * share).to(tl.int32, bitcast=True))
+    return tl.minimum(tl.maximum(guess, low + 1), high - 1)
+
+
+@triton.jit
+def _next(low, high, count_low, count_high, k, step):
+    """Where to count next: by interpolation, and every third step halfway, which bounds them."""
+    if step % 3 == 2:
+        middle = (low & high) + ((low ^ high) >> 1)
+    else:
+        middle = _between(low, high, count_low, count_high, k)
+    return middle
+
+
+@triton.jit
+def _kth_largest(value, inside, count, k, slack):
+    """A value that at least k of ``count`` reach, and how many do: the largest such, or the first
+    found that at most k + slack reach."""
+    low = tl.min(tl.where(inside, value, 2147483647), 0)
+    value = tl.where(inside, value, -2147483648)
+    high = tl.max(value, 0) + 1
+    count_low, count_high = count, 0
+    step = 0
+    while low + 1 < high:
+        middle = _next(low, high, count_low, count_high, k, step)
+        reached = tl.sum((value >= middle).to(tl.int32), 0)
+        if reached >= k:
+            low, count_low = middle, reached
+            if reached <= k + slack:
+                high = middle + 1
+        else:
+            high, count_high = middle, reached
+        step += 1
+    return low, count_low
+
+
+@triton.jit
+def _kth_largest_of_line(line, count, k, BLOCK: tl.constexpr):
+    """As ``_kth_largest`` without slack, reading the scores again for every step."""
+    low, high = 2147483647, -2147483648
+    for first in range(0, count, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        value = _value(line, place, place < count)
+        low = tl.minimum(low, tl.min(tl.where(place < count, value, 2147483647), 0))
+        high = tl.maximum(high, tl.max(tl.where(place < count, value, -2147483648), 0))
+    high += 1
+    count_low, count_high = count, 0
+    step = 0
+    while low + 1 < high:
+        middle = _next(low, high, count_low, count_high, k, step)
+        reached = 0
+        for first in range(0, count, BLOCK):
+            place = first + tl.arange(0, BLOCK)
+            value = _value(line, place, place < count)
+            reached += tl.sum(((value >= middle) & (place < count)).to(tl.int32), 0)
+        if reached >= k:
+            low, count_low = middle, reached
+            if reached == k:
+                high = middle + 1
+        else:
+            high, count_high = middle, reached
+        step += 1
+    return low, count_low
+
+
+@triton.jit
+def _value(line, place, inside):
+    return _ordered(tl.load(line + place, mask=inside, other=0).to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _count_above(line, count, kth, BLOCK: tl.constexpr):
+    above = 0
+    for first in range(0, count, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        value = _value(line, place, place < count)
+        above += tl.sum(((value > kth) & (place < count)).to(tl.int32), 0)
+    return above
+
+
+@triton.jit
+def _write_chosen(
+    line, names, out, count, kth, reached, k, NAMED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The places, or their names, of what reaches the k-th largest, ascending; of its equals only
+    the first, if there are too many."""
+    spare = k
+    if reached > k:
+        spare = k - _count_above(line, count, kth, BLOCK)
+    written, equals = 0, 0
+    for first in range(0, count, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        value = _value(line, place, place < count)
+        chosen = (value >= kth) & (place < count)
+        if reached > k:
+            equal = chosen & (value == kth)
+            order = equals + tl.cumsum(equal.to(tl.int32), 0)
+            equals += tl.sum(equal.to(tl.int32), 0)
+            chosen = chosen & ((value > kth) | (order <= spare))
+        number = written + tl.cumsum(chosen.to(tl.int32), 0) - 1
+        if NAMED:
+            place = tl.load(names + place, mask=chosen, other=0)
+        tl.store(out + number, place, mask=chosen)
+        written += tl.sum(chosen.to(tl.int32), 0)
+
+
+@triton.jit
+def _candidates(
+    SCORES, STARTS, POSITIONS, VALUES, NAMES, COUNTS, first_row, num_keys, k,
+    SAMPLE: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The scores, and their places, above a bar that a sample says somewhat more than k reach.
+
+    COUNTS gets how many, or -1 where the sample misled: fewer than k, or more than there is room.
     """
     row = tl.program_id(0)
     start = tl.load(STARTS + first_row + row)
     visible = tl.load(POSITIONS + first_row + row) - start + 1
+    line = SCORES + row.to(tl.int64) * num_keys + start
+    bar = -2147483648
+    if visible > CAPACITY:
+        number = tl.arange(0, SAMPLE)
+        stride = visible // SAMPLE
+        value = _value(line, number * stride + number * 7919 % stride, number >= 0)
+        expected = k * SAMPLE / visible
+        wanted = (expected + 5 * tl.sqrt(expected)).to(tl.int32) + 1  # 5 standard deviations
+        bar, _ = _kth_largest(value, number >= 0, SAMPLE, tl.minimum(wanted, SAMPLE), wanted // 16)
+    values = VALUES + row.to(tl.int64) * CAPACITY
+    names = NAMES + row.to(tl.int64) * CAPACITY
+    written = 0
+    if visible > k:
+        for first in range(0, visible, BLOCK):
+            place = first + tl.arange(0, BLOCK)
+            score = tl.load(line + place, mask=place < visible, other=0)
+            chosen = (_ordered(score.to(tl.int32, bitcast=True)) >= bar) & (place < visible)
+            number = written + tl.cumsum(chosen.to(tl.int32), 0) - 1
+            chosen_fit = chosen & (number < CAPACITY)
+            tl.store(values + number, score, mask=chosen_fit)
+            tl.store(names + number, place, mask=chosen_fit)
+            written += tl.sum(chosen.to(tl.int32), 0)
+    found = (written >= k) & (written <= CAPACITY)
+    tl.store(COUNTS + row, tl.where(found, written, -1))
+
+
+@triton.jit
+def _topk(
+    SCORES, STARTS, POSITIONS, VALUES, NAMES, COUNTS, TOPK, first_row, num_keys, k,
+    LENGTH: tl.constexpr, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """The places of the k largest of a row's visible scores, ascending; the lower wins among
+    equals. LENGTH scores are kept in registers: the whole row's, or the candidates'."""
+    row = tl.program_id(0)
+    start = tl.load(STARTS + first_row + row)
+    visible = tl.load(POSITIONS + first_row + row) - start + 1
     out = TOPK + row.to(tl.int64) * k
+    line = SCORES + row.to(tl.int64) * num_keys + start
     place = tl.arange(0, LENGTH)
     if visible <= k:
-        tl.store(out + place, tl.where(place < visible, place, -1), mask=place < k)
+        for first in range(0, k, BLOCK):
+            number = first + tl.arange(0, BLOCK)
+            tl.store(out + number, tl.where(number < visible, number, -1), mask=number < k)
+    elif CANDIDATES:
+        count = tl.load(COUNTS + row)
+        values = VALUES + row.to(tl.int64) * LENGTH
+        if count >= 0:
+            value = _value(values, place, place < count)
+            kth, reached = _kth_largest(value, place < count, count, k, 0)
+            names = NAMES + row.to(tl.int64) * LENGTH
+            _write_chosen(values, names, out, count, kth, reached, k, True, BLOCK)
+        else:
+            kth, reached = _kth_largest_of_line(line, visible, k, BLOCK)
+            _write_chosen(line, line, out, visible, kth, reached, k, False, BLOCK)
     else:
-        inside = place < visible
-        scores = tl.load(SCORES + row.to(tl.int64) * num_keys + start + place, mask=inside, other=0)
-        bits = scores.to(tl.int32, bitcast=True)
-        bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-        low = tl.min(tl.where(inside, bits, 2147483647), 0)
-        bits = tl.where(inside, bits, -2147483648)
-        high = tl.max(bits, 0)
-        while low < high:  # the largest value that at least k scores reach
-            middle = (low & high) + ((low ^ high) >> 1) + ((low ^ high) & 1)
-            reached = tl.sum((bits >= middle).to(tl.int32), 0)
-            low = tl.where(reached >= k, middle, low)
-            high = tl.where(reached == k, middle, tl.where(reached > k, high, middle - 1))
-        above = (bits > low).to(tl.int32)
-        equal = ((bits == low) & inside).to(tl.int32)
-        order = tl.cumsum(above, 0)
-        number = tl.where(above > 0, order - 1, tl.sum(above, 0) + tl.cumsum(equal, 0) - 1)
-        chosen = ((above + equal) > 0) & (number < k)
-        tl.store(out + number, place, mask=chosen)
+        value = _value(line, place, place < visible)
+        kth, reached = _kth_largest(value, place < visible, visible, k, 0)
+        _write_chosen(line, line, out, visible, kth, reached, k, False, BLOCK)
 
 
 def scores(
@@ -116,8 +272,8 @@ def scores(
     _scores[(triton.cdiv(rows, queries), 4)](
         query, key, weights, starts, positions, out,
         block.start, block.stop, batch, b, len(key), scale,
-        HEADS=heads, DIM=dim, QUERIES=queries, KEYS=128 if half else 32,
-        PRECISION="tf32" if half else "ieee", STAGES=3, num_warps=8,
+        HEADS=heads, DIM=dim, QUERIES=queries, KEYS=64 if half else 32,
+        PRECISION="tf32" if half else "ieee", STAGES=3, num_warps=4,
     )  # fmt: skip
 
 
@@ -127,14 +283,26 @@ def topk(
     """The top-k of each row of ``scores``, [block, t], as places counted from the document's start.
 
     Args:
-        longest: no query of the block sees more keys; at most ``LONGEST_ROW``.
-        out: int32 [block, k], contiguous; -1 where fewer keys are visible.
+        longest: no query of the block sees more keys.
+        out: int32 [block, k], contiguous; ascending, then -1 where fewer keys are visible.
     """
     rows, k = out.shape
-    length = triton.next_power_of_2(max(longest, k))
+    length = triton.next_power_of_2(longest)
+    in_registers = length <= max(IN_REGISTERS, 2 * k)
+    values = names = counts = out  # not looked at
+    if not in_registers:
+        length = triton.next_power_of_2(2 * k)
+        values = torch.empty((rows, length), device=out.device)
+        names = torch.empty((rows, length), dtype=torch.int32, device=out.device)
+        counts = torch.empty(rows, dtype=torch.int32, device=out.device)
+        _candidates[(rows,)](
+            scores, starts, positions, values, names, counts, block.start, scores.shape[1], k,
+            SAMPLE=length, CAPACITY=length, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
     _topk[(rows,)](
-        scores, starts, positions, out, block.start, scores.shape[1], k,
-        LENGTH=length, num_warps=min(32, max(4, length // 2048)),
+        scores, starts, positions, values, names, counts, out, block.start, scores.shape[1], k,
+        LENGTH=length, BLOCK=min(length, 1024), CANDIDATES=not in_registers,
+        num_warps=min(16, max(4, length // 2048)),
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 A program works on one query and up to 64 of its heads. All heads share the query's keys, and a key
 is its own value (the latent without the rotary part), so one gathered tile serves both products.
-Everything is transposed, keys first: tensor cores want 64 rows, and 16 heads would not fill them.
+The latent comes in pieces of its columns, so that no product has all of them in registers.
 """
 
 from __future__ import annotations
@@ -23,9 +23,30 @@ def _load_columns(base, offsets, first, WIDTH: tl.constexpr, mask):
 
 
 @triton.jit
+def _gather_columns(base, offsets, first, WIDTH: tl.constexpr):
+    columns = first + tl.arange(0, WIDTH)
+    return tl.load(base + offsets[:, None] + columns[None, :])
+
+
+@triton.jit
+def _store_columns(base, offsets, first, WIDTH: tl.constexpr, tile, mask):
+    columns = first + tl.arange(0, WIDTH)
+    place = base + offsets[:, None] + columns[None, :]
+    tl.store(place, tile.to(base.dtype.element_ty), mask=mask[:, None])
+
+
+@triton.jit
 def _visible(STARTS, POSITIONS, row):
     start = tl.load(STARTS + row)
     return start, tl.load(POSITIONS + row) - start + 1
+
+
+@triton.jit
+def _tile_of_keys(TOPK, first, count, start, batch, b, KEYS: tl.constexpr, WIDTH: tl.constexpr):
+    """Offsets of the latents that a tile of the top-k names, and which of its places name one."""
+    place = first + tl.arange(0, KEYS)
+    local = tl.load(TOPK + place, mask=place < count, other=-1)
+    return (tl.maximum(local, 0) + start).to(tl.int64) * batch * WIDTH + b * WIDTH, local >= 0
 
 
 @triton.jit
@@ -36,45 +57,44 @@ def _forward(
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = LATENT + ROPE
+    HALF: tl.constexpr = LATENT // 2
     row = rows - 1 - tl.program_id(0) // batch  # the queries with most keys first
     b = tl.program_id(0) % batch
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     query = (row * batch + b).to(tl.int64) * heads + head
     own = head < heads
-    q_latent = tl.trans(_load_columns(Q, query * WIDTH, 0, LATENT, own))
-    q_rope = tl.trans(_load_columns(Q, query * WIDTH, LATENT, ROPE, own))
+    q_0 = _load_columns(Q, query * WIDTH, 0, HALF, own)
+    q_1 = _load_columns(Q, query * WIDTH, HALF, HALF, own)
+    q_rope = _load_columns(Q, query * WIDTH, LATENT, ROPE, own)
     start, visible = _visible(STARTS, POSITIONS, row)
     count = tl.minimum(visible, k)
-    chosen = TOPK + (b.to(tl.int64) * rows + row) * k
+    TOPK += (b.to(tl.int64) * rows + row) * k
     largest = tl.full([HEADS], -1e30, tl.float32)
     total = tl.zeros([HEADS], tl.float32)
-    out = tl.zeros([LATENT, HEADS], tl.float32)
+    out_0 = tl.zeros([HEADS, HALF], tl.float32)
+    out_1 = tl.zeros([HEADS, HALF], tl.float32)
     for first in tl.range(0, count, KEYS, num_stages=STAGES):
-        place = first + tl.arange(0, KEYS)
-        local = tl.load(chosen + place, mask=place < count, other=-1)
-        valid = local >= 0
-        key = ((local + start) * batch + b).to(tl.int64) * WIDTH
-        latent = _load_columns(KV, key, 0, LATENT, valid)
-        rope = _load_columns(KV, key, LATENT, ROPE, valid)
-        logits = tl.dot(latent, q_latent, input_precision=PRECISION)
-        logits = tl.dot(rope, q_rope, logits, input_precision=PRECISION) * scale_log2
-        logits = tl.where(valid[:, None], logits, -1e30)
-        larger = tl.maximum(largest, tl.max(logits, 0))
+        key, valid = _tile_of_keys(TOPK, first, count, start, batch, b, KEYS, WIDTH)
+        latent_0 = _gather_columns(KV, key, 0, HALF)
+        latent_1 = _gather_columns(KV, key, HALF, HALF)
+        rope = _gather_columns(KV, key, LATENT, ROPE)
+        logits = tl.dot(q_0, tl.trans(latent_0), input_precision=PRECISION)
+        logits = tl.dot(q_1, tl.trans(latent_1), logits, input_precision=PRECISION)
+        logits = tl.dot(q_rope, tl.trans(rope), logits, input_precision=PRECISION) * scale_log2
+        logits = tl.where(valid[None, :], logits, -1e30)
+        larger = tl.maximum(largest, tl.max(logits, 1))
         # A tile without a valid key would otherwise count exp2(-1e30 + 1e30).
-        probs = tl.where(valid[:, None], tl.exp2(logits - larger[None, :]), 0.0)
+        probs = tl.where(valid[None, :], tl.exp2(logits - larger[:, None]), 0.0)
         shrink = tl.exp2(largest - larger)
-        total = total * shrink + tl.sum(probs, 0)
-        out = out * shrink[None, :]
-        out = tl.dot(tl.trans(latent), probs.to(latent.dtype), out, input_precision=PRECISION)
+        total = total * shrink + tl.sum(probs, 1)
+        probs = probs.to(latent_0.dtype)
+        out_0 = tl.dot(probs, latent_0, out_0 * shrink[:, None], input_precision=PRECISION)
+        out_1 = tl.dot(probs, latent_1, out_1 * shrink[:, None], input_precision=PRECISION)
         largest = larger
-    out = out / tl.where(total > 0, total, 1.0)[None, :]
-    columns = tl.arange(0, LATENT)
-    tl.store(
-        OUT + query[None, :] * LATENT + columns[:, None],
-        out.to(OUT.dtype.element_ty),
-        mask=own[None, :],
-    )
-    tl.store(LSE + query, largest + tl.log2(tl.where(total > 0, total, 1.0)), mask=own)
+    total = tl.where(total > 0, total, 1.0)
+    _store_columns(OUT, query * LATENT, 0, HALF, out_0 / total[:, None], own)
+    _store_columns(OUT, query * LATENT, HALF, HALF, out_1 / total[:, None], own)
+    tl.store(LSE + query, largest + tl.log2(total), mask=own)
 
 
 @triton.jit
@@ -88,12 +108,23 @@ def _delta(OUT, D_OUT, DELTA, LATENT: tl.constexpr, ROWS: tl.constexpr, rows):
 
 
 @triton.jit
-def _add_rows(D_KV, offsets, first, WIDTH: tl.constexpr, tile, mask, ATOMIC: tl.constexpr):
-    place = D_KV + offsets[:, None] + (first + tl.arange(0, WIDTH))[None, :]
+def _add_to_keys(
+    D_KV, target, first, WIDTH: tl.constexpr, d_logits, q, probs, d_out, valid,
+    ATOMIC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What a query adds to the gradient of its keys, in some columns of the latent."""
+    part = tl.dot(d_logits, q, input_precision=PRECISION)
+    part = tl.dot(probs, d_out, part, input_precision=PRECISION)
+    _add_rows(D_KV, target, first, WIDTH, part, valid, ATOMIC)
+
+
+@triton.jit
+def _add_rows(D_KV, target, first, WIDTH: tl.constexpr, tile, valid, ATOMIC: tl.constexpr):
+    place = D_KV + target[:, None] + (first + tl.arange(0, WIDTH))[None, :]
     if ATOMIC:
-        tl.atomic_add(place, tile, mask=mask[:, None], sem="relaxed")
+        tl.atomic_add(place, tile, mask=valid[:, None], sem="relaxed")
     else:
-        tl.store(place, tile, mask=mask[:, None])
+        tl.store(place, tile, mask=valid[:, None])
 
 
 @triton.jit
@@ -106,65 +137,80 @@ def _backward(
     """Gradients of one query, and what it adds to those of its keys: to ``D_KV`` [t, b, WIDTH] by
     atomics, or to its own rows of [rows of this launch, b, k, head groups, WIDTH]."""
     WIDTH: tl.constexpr = LATENT + ROPE
-    HALF: tl.constexpr = LATENT // 2
+    PART: tl.constexpr = LATENT // 4
     row = end_row - 1 - tl.program_id(0) // batch
     b = tl.program_id(0) % batch
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     query = (row * batch + b).to(tl.int64) * heads + head
     own = head < heads
-    q_0 = _load_columns(Q, query * WIDTH, 0, HALF, own)
-    q_1 = _load_columns(Q, query * WIDTH, HALF, HALF, own)
+    q_0 = _load_columns(Q, query * WIDTH, 0, PART, own)
+    q_1 = _load_columns(Q, query * WIDTH, PART, PART, own)
+    q_2 = _load_columns(Q, query * WIDTH, 2 * PART, PART, own)
+    q_3 = _load_columns(Q, query * WIDTH, 3 * PART, PART, own)
     q_rope = _load_columns(Q, query * WIDTH, LATENT, ROPE, own)
-    d_out_0 = _load_columns(D_OUT, query * LATENT, 0, HALF, own)
-    d_out_1 = _load_columns(D_OUT, query * LATENT, HALF, HALF, own)
+    d_out_0 = _load_columns(D_OUT, query * LATENT, 0, PART, own)
+    d_out_1 = _load_columns(D_OUT, query * LATENT, PART, PART, own)
+    d_out_2 = _load_columns(D_OUT, query * LATENT, 2 * PART, PART, own)
+    d_out_3 = _load_columns(D_OUT, query * LATENT, 3 * PART, PART, own)
     lse = tl.load(LSE + query, mask=own, other=0.0)
     delta = tl.load(DELTA + query, mask=own, other=0.0)
     start, visible = _visible(STARTS, POSITIONS, row)
     count = tl.minimum(visible, k)
-    chosen = TOPK + (b.to(tl.int64) * rows + row) * k
-    d_q_0 = tl.zeros([HALF, HEADS], tl.float32)
-    d_q_1 = tl.zeros([HALF, HEADS], tl.float32)
-    d_q_rope = tl.zeros([ROPE, HEADS], tl.float32)
+    TOPK += (b.to(tl.int64) * rows + row) * k
+    d_q_0 = tl.zeros([HEADS, PART], tl.float32)
+    d_q_1 = tl.zeros([HEADS, PART], tl.float32)
+    d_q_2 = tl.zeros([HEADS, PART], tl.float32)
+    d_q_3 = tl.zeros([HEADS, PART], tl.float32)
+    d_q_rope = tl.zeros([HEADS, ROPE], tl.float32)
     for first in tl.range(0, count, KEYS, num_stages=STAGES):
-        place = first + tl.arange(0, KEYS)
-        local = tl.load(chosen + place, mask=place < count, other=-1)
-        valid = local >= 0
-        key = ((local + start) * batch + b).to(tl.int64) * WIDTH
-        latent_0 = _load_columns(KV, key, 0, HALF, valid)
-        latent_1 = _load_columns(KV, key, HALF, HALF, valid)
-        rope = _load_columns(KV, key, LATENT, ROPE, valid)
-        logits = tl.dot(latent_0, tl.trans(q_0), input_precision=PRECISION)
-        logits = tl.dot(latent_1, tl.trans(q_1), logits, input_precision=PRECISION)
-        logits = tl.dot(rope, tl.trans(q_rope), logits, input_precision=PRECISION)
-        d_probs = tl.dot(latent_0, tl.trans(d_out_0), input_precision=PRECISION)
-        d_probs = tl.dot(latent_1, tl.trans(d_out_1), d_probs, input_precision=PRECISION)
-        probs = tl.exp2(logits * scale_log2 - lse[None, :])
-        probs = tl.where(valid[:, None], probs, 0.0)
-        d_logits = (probs * (d_probs - delta[None, :]) * scale).to(latent_0.dtype)
+        key, valid = _tile_of_keys(TOPK, first, count, start, batch, b, KEYS, WIDTH)
+        latent_0 = _gather_columns(KV, key, 0, PART)
+        latent_1 = _gather_columns(KV, key, PART, PART)
+        latent_2 = _gather_columns(KV, key, 2 * PART, PART)
+        latent_3 = _gather_columns(KV, key, 3 * PART, PART)
+        rope = _gather_columns(KV, key, LATENT, ROPE)
+        logits = tl.dot(q_0, tl.trans(latent_0), input_precision=PRECISION)
+        logits = tl.dot(q_1, tl.trans(latent_1), logits, input_precision=PRECISION)
+        logits = tl.dot(q_2, tl.trans(latent_2), logits, input_precision=PRECISION)
+        logits = tl.dot(q_3, tl.trans(latent_3), logits, input_precision=PRECISION)
+        logits = tl.dot(q_rope, tl.trans(rope), logits, input_precision=PRECISION)
+        d_probs = tl.dot(d_out_0, tl.trans(latent_0), input_precision=PRECISION)
+        d_probs = tl.dot(d_out_1, tl.trans(latent_1), d_probs, input_precision=PRECISION)
+        d_probs = tl.dot(d_out_2, tl.trans(latent_2), d_probs, input_precision=PRECISION)
+        d_probs = tl.dot(d_out_3, tl.trans(latent_3), d_probs, input_precision=PRECISION)
+        probs = tl.exp2(logits * scale_log2 - lse[:, None])
+        probs = tl.where(valid[None, :], probs, 0.0)
+        d_logits = (probs * (d_probs - delta[:, None]) * scale).to(latent_0.dtype)
         probs = probs.to(latent_0.dtype)
-        d_q_0 = tl.dot(tl.trans(latent_0), d_logits, d_q_0, input_precision=PRECISION)
-        d_q_1 = tl.dot(tl.trans(latent_1), d_logits, d_q_1, input_precision=PRECISION)
-        d_q_rope = tl.dot(tl.trans(rope), d_logits, d_q_rope, input_precision=PRECISION)
+        d_q_0 = tl.dot(d_logits, latent_0, d_q_0, input_precision=PRECISION)
+        d_q_1 = tl.dot(d_logits, latent_1, d_q_1, input_precision=PRECISION)
+        d_q_2 = tl.dot(d_logits, latent_2, d_q_2, input_precision=PRECISION)
+        d_q_3 = tl.dot(d_logits, latent_3, d_q_3, input_precision=PRECISION)
+        d_q_rope = tl.dot(d_logits, rope, d_q_rope, input_precision=PRECISION)
         if ATOMIC:
             target = key
         else:
-            pair = ((row - first_row) * batch + b).to(tl.int64) * k + place
+            pair = ((row - first_row) * batch + b).to(tl.int64) * k + first + tl.arange(0, KEYS)
             target = (pair * tl.num_programs(1) + tl.program_id(1)) * WIDTH
-        part = tl.dot(d_logits, q_0, input_precision=PRECISION)
-        part = tl.dot(probs, d_out_0, part, input_precision=PRECISION)
-        _add_rows(D_KV, target, 0, HALF, part, valid, ATOMIC)
-        part = tl.dot(d_logits, q_1, input_precision=PRECISION)
-        part = tl.dot(probs, d_out_1, part, input_precision=PRECISION)
-        _add_rows(D_KV, target, HALF, HALF, part, valid, ATOMIC)
+        d_logits = tl.trans(d_logits)
+        probs = tl.trans(probs)
+        _add_to_keys(D_KV, target, 0, PART, d_logits, q_0, probs, d_out_0, valid, ATOMIC, PRECISION)
+        _add_to_keys(
+            D_KV, target, PART, PART, d_logits, q_1, probs, d_out_1, valid, ATOMIC, PRECISION
+        )
+        _add_to_keys(
+            D_KV, target, 2 * PART, PART, d_logits, q_2, probs, d_out_2, valid, ATOMIC, PRECISION
+        )
+        _add_to_keys(
+            D_KV, target, 3 * PART, PART, d_logits, q_3, probs, d_out_3, valid, ATOMIC, PRECISION
+        )
         part = tl.dot(d_logits, q_rope, input_precision=PRECISION)
         _add_rows(D_KV, target, LATENT, ROPE, part, valid, ATOMIC)
-    half = tl.arange(0, HALF)
-    d_q = D_Q + query[None, :] * WIDTH
-    dtype = D_Q.dtype.element_ty
-    tl.store(d_q + half[:, None], d_q_0.to(dtype), mask=own[None, :])
-    tl.store(d_q + HALF + half[:, None], d_q_1.to(dtype), mask=own[None, :])
-    columns = LATENT + tl.arange(0, ROPE)
-    tl.store(d_q + columns[:, None], d_q_rope.to(dtype), mask=own[None, :])
+    _store_columns(D_Q, query * WIDTH, 0, PART, d_q_0, own)
+    _store_columns(D_Q, query * WIDTH, PART, PART, d_q_1, own)
+    _store_columns(D_Q, query * WIDTH, 2 * PART, PART, d_q_2, own)
+    _store_columns(D_Q, query * WIDTH, 3 * PART, PART, d_q_3, own)
+    _store_columns(D_Q, query * WIDTH, LATENT, ROPE, d_q_rope, own)
 
 
 @triton.jit
@@ -188,10 +234,12 @@ PAIR_BYTES = 512 << 20
 """Upper bound of what the deterministic backward keeps of (query, key) pairs at a time."""
 
 
-def _blocks(dtype: torch.dtype, heads: int) -> tuple[int, int, str]:
-    """Heads and keys of a program, and the precision of its products."""
-    block = min(64, max(16, triton.next_power_of_2(heads)))
-    return block, 64 if dtype.itemsize == 2 else 16, "tf32" if dtype.itemsize == 2 else "ieee"
+def _heads_of_a_program(heads: int, at_most: int) -> int:
+    return min(at_most, max(16, triton.next_power_of_2(heads)))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "tf32" if dtype.itemsize == 2 else "ieee"
 
 
 def forward(
@@ -221,12 +269,12 @@ def forward(
     s, b, heads, width = query.shape
     out = torch.empty((s, b, heads, latent_dim), dtype=query.dtype, device=query.device)
     lse = torch.empty((s, b, heads), dtype=torch.float32, device=query.device)
-    block, keys, precision = _blocks(query.dtype, heads)
+    block = _heads_of_a_program(heads, 64)
     _forward[(s * b, triton.cdiv(heads, block))](
         query, latent, topk_indices, starts, positions, out, lse,
         s, b, heads, topk_indices.shape[-1], softmax_scale * LOG2_E,
-        LATENT=latent_dim, ROPE=width - latent_dim, HEADS=block, KEYS=keys,
-        PRECISION=precision, STAGES=2, num_warps=8 if block > 16 else 4,
+        LATENT=latent_dim, ROPE=width - latent_dim, HEADS=block, KEYS=64,
+        PRECISION=_precision(query.dtype), STAGES=2, num_warps=8 if block > 32 else 4,
     )  # fmt: skip
     return out, lse
 
@@ -265,7 +313,7 @@ def backward(
     s, b, heads, width = query.shape
     k = topk_indices.shape[-1]
     latent_dim = d_out.shape[-1]
-    block, keys, precision = _blocks(query.dtype, heads)
+    block = _heads_of_a_program(heads, 32)
     groups = triton.cdiv(heads, block)
     d_query = torch.empty_like(query)
     d_latent = torch.zeros(latent.shape, dtype=torch.float32, device=latent.device)
@@ -274,9 +322,8 @@ def backward(
         _backward[((end - first) * b, groups)](
             query, latent, topk_indices, starts, positions, d_out, lse, delta, d_query, target,
             first, end, s, b, heads, k, softmax_scale, softmax_scale * LOG2_E,
-            LATENT=latent_dim, ROPE=width - latent_dim, HEADS=block, KEYS=keys // 2,
-            ATOMIC=not deterministic, PRECISION=precision, STAGES=1,
-            num_warps=8 if block > 16 else 4,
+            LATENT=latent_dim, ROPE=width - latent_dim, HEADS=block, KEYS=32,
+            ATOMIC=not deterministic, PRECISION=_precision(query.dtype), STAGES=2, num_warps=4,
         )  # fmt: skip
 
     if not deterministic:

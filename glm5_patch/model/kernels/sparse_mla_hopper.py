@@ -23,38 +23,33 @@ from .sparse_mla import LOG2_E
 HEADS, LATENT, ROPE = 64, 512, 64
 WIDTH = LATENT + ROPE
 _KEYS = 64
-_PART = 128
-"""Columns of a key's gradient that are computed, and added to memory, at a time."""
 
 _N = gl.constexpr(HEADS)
 _L = gl.constexpr(LATENT)
 _R = gl.constexpr(ROPE)
 _W = gl.constexpr(WIDTH)
 _K = gl.constexpr(_KEYS)
-_P = gl.constexpr(_PART)
 
 # 8 warps: 4 x 16 rows of an accumulator, and 2 halves of its columns.
 _LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, _KEYS // 2, 16]))
 _WIDE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, LATENT // 2, 16]))
-_PARTS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, _PART // 2, 16]))
 _ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
 _SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 
 
 def _fours(columns: int) -> gl.DistributedLinearLayout:
-    """Of an accumulator [64, columns] whose columns ``_in_fours`` has renamed: a thread's four
-    values of a row and 16 columns are neighbours, for one 16-byte atomic."""
-    further = [[0, 1 << bit] for bit in range(4, columns.bit_length() - 2)]
+    """Of an accumulator [64, columns] whose columns ``_in_fours`` has renamed: four values of a
+    thread are neighbours, for one 16-byte atomic, and eight threads add to one line of 128."""
+    further = [[0, 1 << bit] for bit in range(5, columns.bit_length() - 2)]
     return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [8, 0], *further],
-        lane_bases=[[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
+        reg_bases=[[0, 1], [0, 2], [1, 0], [8, 0], *further],
+        lane_bases=[[0, 4], [0, 8], [0, 16], [2, 0], [4, 0]],
         warp_bases=[[16, 0], [32, 0], [0, columns // 2]],
         block_bases=[],
         shape=[64, columns],
     )
 
 
-_PARTS_IN_FOURS = gl.constexpr(_fours(_PART))
 _ROPE_IN_FOURS = gl.constexpr(_fours(ROPE))
 
 
@@ -163,7 +158,7 @@ def _add_to_keys(
     inside = first + gl.arange(0, _K, layout=by_key) < count
     place = column + gl.arange(0, columns, layout=gl.SliceLayout(0, layout))
     gl.atomic_add(
-        D_KV + key.to(gl.int64)[:, None] * _W + place[None, :],
+        D_KV + key[:, None] * _W + place[None, :],
         tile,
         mask=inside[:, None],
         sem="relaxed",
@@ -174,7 +169,9 @@ def _add_to_keys(
 def _backward(
     Q, KV, TOPK, STARTS, POSITIONS, D_OUT, LSE, DELTA, D_Q, D_KV,
     rows, batch, groups, k, scale, scale_log2,
+    PART: gl.constexpr, ACCUMULATOR: gl.constexpr, IN_FOURS: gl.constexpr,
 ):  # fmt: skip
+    """The gradient of the keys is computed, and added to memory, in PART columns at a time."""
     dtype: gl.constexpr = Q.dtype.element_ty
     by_row: gl.constexpr = gl.SliceLayout(1, _ROWS)
     by_column: gl.constexpr = gl.SliceLayout(0, _ROWS)
@@ -209,7 +206,7 @@ def _backward(
     lse = gl.load(LSE + own)
     delta = gl.load(DELTA + own)
     zeros = gl.full([_N, _K], 0.0, gl.float32, layout=_LOGITS)
-    part_zeros = gl.full([_K, _P], 0.0, gl.float32, layout=_PARTS)
+    zeros_of_part = gl.full([_K, PART], 0.0, gl.float32, layout=ACCUMULATOR)
     d_q_latent = warpgroup_mma_init(gl.full([_N, _L], 0.0, gl.float32, layout=_WIDE))
     d_q_rope = warpgroup_mma_init(gl.full([_N, _R], 0.0, gl.float32, layout=_LOGITS))
     for tile in range(0, tiles):
@@ -247,21 +244,24 @@ def _backward(
         _add_to_keys(
             D_KV, TOPK, tile * _K, count, start, batch, b, part, _L, _R, _ROPE_IN_FOURS
         )  # fmt: skip
-        for number in gl.static_range(_L // _P):
-            first: gl.constexpr = number * _P
+        for number in gl.static_range(_L // PART):
             part = warpgroup_mma(
                 d_logits_shared.permute((1, 0)),
-                q_latent.slice(first, _P, dim=1),
-                part_zeros,
+                q_latent.slice(number * PART, PART, dim=1),
+                zeros_of_part,
                 use_acc=False,
                 is_async=True,
             )
             part = warpgroup_mma(
-                probs_shared.permute((1, 0)), d_out.slice(first, _P, dim=1), part, is_async=True
+                probs_shared.permute((1, 0)),
+                d_out.slice(number * PART, PART, dim=1),
+                part,
+                is_async=True,
             )
             part = warpgroup_mma_wait(num_outstanding=0, deps=[part])
             _add_to_keys(
-                D_KV, TOPK, tile * _K, count, start, batch, b, part, first, _P, _PARTS_IN_FOURS
+                D_KV, TOPK, tile * _K, count, start, batch, b,
+                part, number * PART, PART, IN_FOURS,
             )  # fmt: skip
         gl.thread_barrier()
     latent_done, rope_done = warpgroup_mma_wait(num_outstanding=0, deps=[d_q_latent, d_q_rope])
@@ -306,9 +306,12 @@ def backward(
     d_query = torch.empty_like(query)
     d_latent = torch.zeros(latent.shape, dtype=torch.float32, device=latent.device)
     groups = heads // HEADS
+    part = 64
     _backward[(s * b, groups)](
         query, latent, topk_indices, starts, positions, d_out, lse, delta, d_query, d_latent,
-        s, b, groups, topk_indices.shape[-1], softmax_scale, softmax_scale * LOG2_E, num_warps=8,
+        s, b, groups, topk_indices.shape[-1], softmax_scale, softmax_scale * LOG2_E,
+        PART=part, IN_FOURS=_fours(part),
+        ACCUMULATOR=gl.NVMMADistributedLayout([3, 0], [4, 2], [16, part // 2, 16]), num_warps=8,
     )  # fmt: skip
     # Back from columns in fours, see _in_fours.
     fours = d_latent.unflatten(-1, (WIDTH // 16, 4, 2, 2))

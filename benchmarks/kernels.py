@@ -1,0 +1,499 @@
+"""Sparse attention and selection of GLM-5's shape on one GPU: the plugin beside its peers.
+
+    python benchmarks/kernels.py [--lengths 8192 16384] [--heads 64 16] [--output DIR]
+
+Every kernel is checked before it is timed: attention against fp64 on some rows and its gradients
+against dense fp32, the top-k by its values. Then all run in this process on the same tensors: bf16,
+batch 1, latent 512 + rotary 64, heads of 192 + 64 and values of 256, top-k 2048 of random causal
+keys in ascending order, index heads 32 of 128. Peers are torch, and what the installed
+megatron-core has: up to 0.18 its unfused attention, from 0.19 on, with TileLang, its fused one. A
+figure is the median of 30 runs or 250 ms, by CUDA events; memory is the peak above what the inputs
+take, so the results count. TF counts valid pairs of query and key. Writes kernels.json and
+kernels.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from glm5_patch.model.blocks import Rows
+from glm5_patch.model.kernels import absorbed, indexer, sparse_mla
+from glm5_patch.model.sparse_attention import sparse_attention
+from glm5_patch.model.sparse_mla import MLADims, keys_and_values
+
+DIMS = MLADims(latent=512, nope=192, rope=64, value=256)
+SCALE = (DIMS.nope + DIMS.rope) ** -0.5
+TOPK, INDEX_HEADS, INDEX_DIM = 2048, 32, 128
+FORWARD = 2 * (2 * DIMS.latent + DIMS.rope)  # FLOP of a pair and head, absorbed
+BACKWARD = 2 * (5 * DIMS.latent + 3 * DIMS.rope)
+DSA = "megatron.core.transformer.experimental_attention_variant"
+
+
+class Figure(NamedTuple):
+    """One measurement."""
+
+    what: str
+    who: str
+    length: int
+    heads: int
+    ms: float | None
+    """None: out of memory."""
+    teraflops: float | None
+    gib: float | None
+
+
+class Batch(NamedTuple):
+    """Inputs of one length and number of heads."""
+
+    query: Tensor
+    latent: Tensor
+    up: Tensor
+    topk: Tensor
+    rows: Rows
+    upstream: Tensor
+
+    @property
+    def where(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Top-k, starts and positions, as the kernels take them."""
+        return self.topk, self.rows.starts.int(), self.rows.local_positions.int()
+
+    @property
+    def pairs(self) -> int:
+        return pairs(len(self.query), TOPK) * self.query.shape[2]
+
+
+def pairs(length: int, k: int) -> int:
+    """Of a query and a key that it attends to, over a causal sequence."""
+    short = min(length, k)
+    return short * (short + 1) // 2 + (length - short) * k
+
+
+def random_topk(length: int, generator) -> Tensor:
+    """Distinct random causal keys, one of each of TOPK equal parts; all of them in short rows."""
+    topk = torch.empty((1, length, TOPK), dtype=torch.int32, device="cuda")
+    part = torch.arange(TOPK, device="cuda", dtype=torch.float64)
+    for begin in range(0, length, 4096):
+        row = torch.arange(begin, min(begin + 4096, length), device="cuda")[:, None]
+        low, high = (part * (row + 1) / TOPK).floor(), ((part + 1) * (row + 1) / TOPK).floor()
+        draw = torch.rand(low.shape, generator=generator, device="cuda", dtype=torch.float64)
+        chosen = low + (draw * (high - low)).floor()
+        everything = torch.where(part <= row, part, -1)
+        topk[0, begin : begin + 4096] = torch.where(row < TOPK, everything, chosen).int()
+    return topk
+
+
+def random_batch(length: int, heads: int, seed: int = 0) -> Batch:
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cuda").mul_(scale).bfloat16()
+
+    up = draw(DIMS.latent, heads * (DIMS.nope + DIMS.value), scale=DIMS.latent**-0.5)
+    return Batch(
+        draw(length, 1, heads, DIMS.nope + DIMS.rope),
+        draw(length, 1, 1, DIMS.latent + DIMS.rope),
+        up,
+        random_topk(length, generator),
+        Rows(torch.zeros(length, dtype=torch.int64, device="cuda"), longest=length),
+        draw(length, 1, heads * DIMS.value),
+    )
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    for _ in range(2):
+        run()
+    times: list[float] = []
+    while len(times) < 30 and (len(times) < 3 or sum(times) < 250):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def measure(what, who, length, heads, run, flop: float | None = None) -> Figure:
+    torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        run()
+        gib = (torch.cuda.max_memory_allocated() - before) / 2**30
+        ms = milliseconds(run)
+    except torch.OutOfMemoryError:
+        figure = Figure(what, who, length, heads, None, None, None)
+    else:
+        figure = Figure(what, who, length, heads, ms, flop and flop / ms / 1e9, gib)
+    cells = ["out of memory"] if figure.ms is None else [f"{figure.ms:.2f} ms", f"{gib:.2f} GiB"]
+    if figure.teraflops:
+        cells.insert(1, f"{figure.teraflops:.0f} TF")
+    print(f"{what:24} {who:22} {length:6} {heads:3} heads  " + "  ".join(cells), flush=True)
+    return figure
+
+
+def host(name: str):
+    """A module of the installed megatron-core, or None."""
+    try:
+        return importlib.import_module(f"{DSA}.{name}")
+    except Exception as error:
+        print(f"no peer {name}: {type(error).__name__}: {error}", file=sys.stderr)
+        return None
+
+
+class Peers:
+    """What this process can compare with."""
+
+    def __init__(self) -> None:
+        self.release = f"megatron-core {importlib.metadata.version('megatron-core')}"
+        dsa = host("dsa")
+        self.unfused = getattr(dsa, "unfused_dsa_fn", None)
+        self.index_scores = getattr(getattr(dsa, "DSAIndexer", None), "_compute_index_scores", None)
+        fused = host("ops.sparse_mla") if self.unfused is None else None
+        self.sparse_mla = getattr(fused, "SparseMLA", None)
+        forward = host("ops.tilelang_indexer_fwd") if self.sparse_mla else None
+        self.fused_scores = getattr(forward, "indexer_fwd_interface", None)
+
+
+def kernels_of(heads: int, length: int, peers: Peers):
+    """The kernels alone, on absorbed queries: forward, and backward."""
+    batch = random_batch(length, heads)
+    query = absorbed._absorb(batch.query, batch.up, DIMS)
+    latent, where = batch.latent.squeeze(2), batch.where
+    ours = absorbed._hopper(query, DIMS.latent) or sparse_mla
+    name = "plugin (Gluon)" if ours is not sparse_mla else "plugin (Triton)"
+    forward, backward = FORWARD * batch.pairs, BACKWARD * batch.pairs
+
+    def run():
+        return ours.forward(query, latent, *where, DIMS.latent, SCALE)
+
+    yield measure("kernel, forward", name, length, heads, run, forward)
+    out, lse = run()
+    d_out = torch.randn_like(out)
+    yield measure(
+        "row terms", "plugin (Triton)", length, heads, lambda: sparse_mla.row_terms(out, d_out)
+    )
+    delta = sparse_mla.row_terms(out, d_out)
+    rest = (d_out, lse, delta, SCALE)
+    last = () if ours is not sparse_mla else (False,)
+    yield measure(
+        "kernel, backward",
+        name,
+        length,
+        heads,
+        lambda: ours.backward(query, latent, *where, *rest, *last),
+        backward,
+    )
+    if heads == 64 and length <= 16384:
+        yield measure(
+            "kernel, backward",
+            "plugin, deterministic",
+            length,
+            heads,
+            lambda: sparse_mla.backward(query, latent, *where, *rest, True),
+            backward,
+        )
+    if peers.sparse_mla is not None:
+        q = query.transpose(0, 1).contiguous().requires_grad_()
+        kv = batch.latent.transpose(0, 1).contiguous().requires_grad_()
+        if heads < 16:
+            q = torch.nn.functional.pad(q.detach(), (0, 0, 0, 16 - heads)).requires_grad_()
+        indices = batch.topk.unsqueeze(2)
+        who = f"{peers.release} TileLang"
+
+        def theirs():
+            return peers.sparse_mla.apply(q, kv, indices, SCALE)[0]
+
+        with torch.no_grad():
+            yield measure("kernel, forward", who, length, heads, theirs, forward)
+        result = theirs()
+        grad = torch.randn_like(result)
+        yield measure(
+            "kernel, backward",
+            who,
+            length,
+            heads,
+            lambda: torch.autograd.grad(result, (q, kv), grad, retain_graph=True),
+            backward,
+        )
+
+
+def core_of(heads: int, length: int, peers: Peers):
+    """From queries, latent and up-projection to the output: what a layer's core does."""
+    batch = random_batch(length, heads)
+    inputs = [t.clone().requires_grad_() for t in (batch.query, batch.latent, batch.up)]
+
+    def fused():
+        return absorbed.absorbed_attention(*inputs, batch.topk, batch.rows, DIMS, SCALE)
+
+    def blocked():
+        key, value = keys_and_values(*inputs[1:], DIMS)
+        return sparse_attention(inputs[0], key, value, batch.topk, batch.rows, SCALE)
+
+    indices = batch.topk.long().clamp_min(0)
+
+    def unfused():
+        key, value = keys_and_values(*inputs[1:], DIMS)
+        return peers.unfused(inputs[0], key, value, indices, SCALE)
+
+    runs = {"plugin (Triton)": fused}
+    if length <= 8192:
+        runs["plugin (torch)"] = blocked
+    if peers.unfused is not None:
+        runs[peers.release] = unfused
+    for who, run in runs.items():
+        with torch.no_grad():
+            yield measure("core, forward", who, length, heads, run)
+        yield measure(
+            "core, forward + backward",
+            who,
+            length,
+            heads,
+            lambda run=run: torch.autograd.grad(run(), inputs, batch.upstream),
+        )
+
+
+def selection_of(length: int, peers: Peers):
+    """Index scores, top-k, and both."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cuda")
+
+    query = draw(length, 1, INDEX_HEADS, INDEX_DIM).bfloat16()
+    key, weights = draw(length, 1, INDEX_DIM).bfloat16(), draw(length, 1, INDEX_HEADS)
+    rows = Rows(torch.zeros(length, dtype=torch.int64, device="cuda"), longest=length)
+    starts, positions = rows.starts.int(), rows.local_positions.int()
+    flop = 2 * INDEX_HEADS * INDEX_DIM * pairs(length, length)
+    scale = INDEX_DIM**-0.5
+    height = min(length, (256 << 20) // (4 * length))
+    scores = torch.zeros((height, length), device="cuda")
+    found = torch.empty((height, TOPK), dtype=torch.int32, device="cuda")
+    blocks = [slice(at, min(at + height, length)) for at in range(0, length, height)]
+
+    def score(block: slice) -> None:
+        indexer.scores(query, key, weights, starts, positions, block, 0, scale, scores)
+
+    def ours() -> None:
+        for block in blocks:
+            indexer.topk(scores, starts, positions, block, block.stop, found)
+
+    def all_scores() -> None:
+        for block in blocks:
+            score(block)
+
+    yield measure("index scores", "plugin (Triton)", length, INDEX_HEADS, all_scores, flop)
+    score(blocks[-1])
+    yield measure("top-k", "plugin (Triton)", length, INDEX_HEADS, ours)
+    yield measure(
+        "top-k",
+        "torch.topk, unsorted",
+        length,
+        INDEX_HEADS,
+        lambda: [scores.topk(TOPK, sorted=False) for _ in blocks],
+    )
+    yield measure(
+        "selection",
+        "plugin (Triton)",
+        length,
+        INDEX_HEADS,
+        lambda: indexer.select(query, key, weights, rows, TOPK, scale),
+    )
+    if peers.index_scores is not None:
+        unfused = SimpleNamespace(index_n_heads=INDEX_HEADS, index_topk=TOPK)
+        mask = torch.full((length, length), float("-inf"), device="cuda").triu_(1)
+        run = lambda: (peers.index_scores(unfused, query, weights, key) + mask).topk(TOPK)[1]
+        yield measure("selection", peers.release, length, INDEX_HEADS, run)
+    if peers.fused_scores is not None:
+        q, k, w = query.squeeze(1), key.squeeze(1), weights.squeeze(1)
+        who = f"{peers.release} TileLang"
+        run = lambda: [
+            peers.fused_scores(
+                q[block], k, w[block], starts[block], positions[block] + 1, clean_logits=True
+            )
+            for block in blocks
+        ]
+        yield measure("index scores", who, length, INDEX_HEADS, run, flop)
+
+
+def dense_of(length: int):
+    """Dense causal attention of the unabsorbed shape, for scale."""
+    shape = (1, 64, length, DIMS.nope + DIMS.rope)
+    q, k, v = (torch.randn(shape, device="cuda").bfloat16().requires_grad_() for _ in range(3))
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def run():
+        return attend(q, k, v, is_causal=True)
+
+    with torch.no_grad():
+        yield measure("core, forward", "torch SDPA, dense", length, 64, run)
+    grad = torch.randn(shape, device="cuda").bfloat16()
+    yield measure(
+        "core, forward + backward",
+        "torch SDPA, dense",
+        length,
+        64,
+        lambda: torch.autograd.grad(run(), (q, k, v), grad),
+    )
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+
+
+def check(heads: int, length: int = 3072) -> list[str]:
+    """What is wrong with the kernels at this number of heads; nothing if all is right."""
+    problems: list[str] = []
+
+    def bound(what: str, error: float, most: float) -> None:
+        print(f"check {heads:3} heads: {what:28} {error:.1e} (at most {most:.0e})", flush=True)
+        if not error <= most:
+            problems.append(f"{heads} heads: {what} is off by {error:.1e}")
+
+    batch = random_batch(length, heads, seed=heads)
+    query = absorbed._absorb(batch.query, batch.up, DIMS)
+    latent, where = batch.latent.squeeze(2), batch.where
+    some = torch.arange(0, length, 97, device="cuda")
+    expected = []
+    for row in some.tolist():
+        keys = batch.topk[0, row][batch.topk[0, row] >= 0].long()
+        kv = latent[keys, 0].double()
+        probs = (query[row, 0].double() @ kv.T * SCALE).softmax(-1)
+        expected.append(probs @ kv[:, : DIMS.latent])
+    hopper = absorbed._hopper(query, DIMS.latent)
+    for name, kernels in (("Triton", sparse_mla), ("Gluon", hopper)):
+        if kernels is not None:
+            _fill_with_nan(2 * query.numel())
+            out, _ = kernels.forward(query, latent, *where, DIMS.latent, SCALE)
+            bound(f"{name} forward", relative(out[some, 0], torch.stack(expected)), 2e-3)
+    inputs = [t.clone().requires_grad_() for t in (batch.query, batch.latent, batch.up)]
+    reference = [t.float().detach().requires_grad_() for t in inputs]
+    truth = sparse_attention(
+        reference[0], *keys_and_values(*reference[1:], DIMS), batch.topk, batch.rows, SCALE
+    )
+    expected = torch.autograd.grad(truth, reference, batch.upstream.float())
+    for kind in ("as they come", "deterministic"):
+        torch.use_deterministic_algorithms(kind == "deterministic")
+        _fill_with_nan(2 * query.numel())
+        output = absorbed.absorbed_attention(*inputs, batch.topk, batch.rows, DIMS, SCALE)
+        found = torch.autograd.grad(output, inputs, batch.upstream, retain_graph=True)
+        for name, ours, theirs in zip(("query", "latent", "up"), found, expected):
+            bound(f"gradient of {name}, {kind}", relative(ours, theirs), 1e-2)
+        if kind == "deterministic":
+            again = torch.autograd.grad(output, inputs, batch.upstream)
+            if not all(torch.equal(a, b) for a, b in zip(found, again)):
+                problems.append(f"{heads} heads: the deterministic gradients are not repeatable")
+    torch.use_deterministic_algorithms(False)
+    return problems
+
+
+def check_selection(length: int) -> list[str]:
+    """Compare the scores of the chosen keys, sorted, with those of torch's choice."""
+    generator = torch.Generator("cuda").manual_seed(length)
+    query = torch.randn(length, 1, INDEX_HEADS, INDEX_DIM, generator=generator, device="cuda")
+    key = torch.randn(length, 1, INDEX_DIM, generator=generator, device="cuda")
+    weights = torch.randn(length, 1, INDEX_HEADS, generator=generator, device="cuda")
+    query, key = query.bfloat16(), key.bfloat16()
+    rows = Rows(torch.zeros(length, dtype=torch.int64, device="cuda"), longest=length)
+    scale = INDEX_DIM**-0.5
+    ours = indexer.select(query, key, weights, rows, TOPK, scale)[0]
+    worst = 0.0
+    for row in range(0, length, max(1, length // 40)):
+        products = (query[row, 0].double() @ key[: row + 1, 0].double().T * scale).relu()
+        scores = weights[row, 0].double() @ products
+        chosen = ours[row][ours[row] >= 0].long()
+        best = scores.topk(min(TOPK, row + 1))[0]
+        if len(chosen.unique()) != len(best):
+            return [f"row {row} of {length} has {len(chosen.unique())} keys, not {len(best)}"]
+        worst = max(worst, relative(scores[chosen].sort(descending=True)[0], best))
+    print(f"check top-k at {length}: scores of the chosen keys off by {worst:.1e}", flush=True)
+    return [] if worst <= 1e-5 else [f"the top-k at {length} is off by {worst:.1e}"]
+
+
+def _fill_with_nan(numel: int) -> None:
+    """So that memory which a kernel forgets to write shows."""
+    torch.full((numel,), float("nan"), device="cuda")
+
+
+def plot(figures: list[Figure], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = ("core, forward + backward", "selection")
+    fig, axes = pyplot.subplots(2, len(shown), figsize=(11, 8), sharex=True, squeeze=False)
+    for column, what in enumerate(shown):
+        own = [f for f in figures if f.what == what and f.heads in (64, INDEX_HEADS) and f.ms]
+        for who in dict.fromkeys(f.who for f in own):
+            line = sorted((f for f in own if f.who == who), key=lambda f: f.length)
+            lengths = [f.length for f in line]
+            axes[0][column].plot(lengths, [f.ms for f in line], "o-", label=who)
+            axes[1][column].plot(lengths, [f.gib for f in line], "o-", label=who)
+        axes[0][column].set(title=what, ylabel="ms", xscale="log", yscale="log")
+        axes[1][column].set(xlabel="tokens", ylabel="GiB", xscale="log", yscale="log")
+        axes[0][column].legend()
+    fig.tight_layout()
+    temporary = path.with_name("." + path.name)
+    fig.savefig(temporary, dpi=110)
+    temporary.replace(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
+    parser.add_argument("--heads", type=int, nargs="+", default=[64, 16, 8])
+    parser.add_argument("--output", type=Path, default=Path("."), metavar="DIR")
+    parser.add_argument("--check", action="store_true", help="check, and time nothing")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("benchmarks/kernels.py needs a CUDA device", file=sys.stderr)
+        return 2
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # for the deterministic mode
+    torch.backends.cuda.matmul.allow_tf32 = False
+    problems = [p for heads in options.heads for p in check(heads)]
+    problems += [p for length in options.lengths for p in check_selection(length)]
+    for problem in problems:
+        print(f"wrong: {problem}", file=sys.stderr)
+    if problems or options.check:
+        return int(bool(problems))
+    peers, figures = Peers(), []
+    for length in options.lengths:
+        figures += selection_of(length, peers)
+        figures += dense_of(length) if length <= 16384 else []
+        for heads in options.heads:
+            figures += kernels_of(heads, length, peers)
+            if heads == 64:
+                figures += core_of(heads, length, peers)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path, temporary = options.output / "kernels.json", options.output / ".kernels.json"
+    found = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton"),
+        "megatron-core": peers.release,
+        "figures": [figure._asdict() for figure in figures],
+    }
+    temporary.write_text(json.dumps(found, indent=1) + "\n")
+    temporary.replace(path)
+    plot(figures, options.output / "kernels.png")
+    print(f"wrote {path} and {path.with_suffix('.png')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
