@@ -20,7 +20,7 @@ class LocalNorm:
         if config.layernorm_zero_centered_gamma:
             raise ValueError("layernorm_zero_centered_gamma: torch's norms do not know it")
         norm_class = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
-        norm = norm_class[config.normalization](hidden_size, eps=eps)
+        norm = norm_class[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
