@@ -30,8 +30,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from glm5_patch.model.blocks import Rows
-from glm5_patch.model.kernels import absorbed, indexer, sparse_mla
+from glm5_patch.model.blocks import Rows, selected_keys
+from glm5_patch.model.kernels import absorbed, indexer, indexer_loss, sparse_mla
 from glm5_patch.model.sparse_attention import sparse_attention
 from glm5_patch.model.sparse_mla import MLADims, keys_and_values
 
@@ -160,7 +160,8 @@ class Peers:
 
     def __init__(self) -> None:
         self.release = f"megatron-core {importlib.metadata.version('megatron-core')}"
-        self.unfused = self.index_scores = self.sparse_mla = self.fused_scores = None
+        self.unfused = self.index_scores = self.indexer_loss = None
+        self.sparse_mla = self.fused_scores = None
         if importlib.util.find_spec(f"{DSA}.dsa_kernels"):
             self.sparse_mla = getattr(host("ops.sparse_mla"), "SparseMLA", None)
             forward = host("ops.tilelang_indexer_fwd")
@@ -168,14 +169,15 @@ class Peers:
         else:
             self.unfused = host("dsa").unfused_dsa_fn
             self.index_scores = host("dsa").DSAIndexer._compute_index_scores
+            self.indexer_loss = host("dsa").compute_dsa_indexer_loss
 
 
 def kernels_of(heads: int, length: int, peers: Peers):
     """The kernels alone, on absorbed queries: forward, and backward."""
     batch = random_batch(length, heads)
-    query = absorbed._absorb(batch.query, batch.up, DIMS)
+    query = absorbed.absorb(batch.query, batch.up, DIMS)
     latent, where = batch.latent.squeeze(2), batch.where
-    ours = absorbed._hopper(query, DIMS.latent) or sparse_mla
+    ours = absorbed.hopper_kernels(query, DIMS.latent) or sparse_mla
     name = "plugin (Gluon)" if ours is not sparse_mla else "plugin (Triton)"
     forward, backward = FORWARD * batch.pairs, BACKWARD * batch.pairs
 
@@ -331,6 +333,45 @@ def selection_of(length: int, peers: Peers):
         yield measure("index scores", who, length, INDEX_HEADS, run, flop)
 
 
+def loss_of(length: int, peers: Peers):
+    """The indexer's loss over the selected keys, forward and backward, with 64 heads' target."""
+    batch = random_batch(length, heads=64)
+    generator = torch.Generator("cuda").manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cuda")
+
+    inputs = [
+        draw(length, 1, INDEX_HEADS, INDEX_DIM).bfloat16().requires_grad_(),
+        draw(length, 1, INDEX_DIM).bfloat16().requires_grad_(),
+        draw(length, 1, INDEX_HEADS).requires_grad_(),
+    ]
+    scale = INDEX_DIM**-0.5
+    attention = (batch.query, batch.latent, batch.up, batch.topk, batch.rows, DIMS, SCALE)
+
+    def ours():
+        target = indexer_loss.attention_target(*attention)
+        loss = indexer_loss.sparse_indexer_loss(
+            inputs, target, batch.topk, batch.rows, scale, 1 / length
+        )
+        return torch.autograd.grad(loss, inputs)
+
+    yield measure("indexer loss", "plugin (Triton)", length, INDEX_HEADS, ours)
+    if peers.indexer_loss is not None:
+        key, _ = keys_and_values(batch.latent, batch.up, DIMS)
+        unfused = SimpleNamespace(index_n_heads=INDEX_HEADS, index_topk=TOPK)
+        mask = torch.full((length, length), float("-inf"), device="cuda").triu_(1)
+        topk = batch.topk.long().clamp_min(0)
+        group = SimpleNamespace(tp=SimpleNamespace(size=lambda: 1))
+
+        def theirs():
+            scores = peers.index_scores(unfused, inputs[0], inputs[2], inputs[1]) + mask
+            loss = peers.indexer_loss(scores, topk, batch.query, key, SCALE, 1.0, True, group)
+            return torch.autograd.grad(loss, inputs)
+
+        yield measure("indexer loss", peers.release, length, INDEX_HEADS, theirs)
+
+
 def dense_of(length: int):
     """Dense causal attention of the unabsorbed shape, for scale."""
     shape = (1, 64, length, DIMS.nope + DIMS.rope)
@@ -366,7 +407,7 @@ def check(heads: int, length: int = 3072) -> list[str]:
             problems.append(f"{heads} heads: {what} is off by {error:.1e}")
 
     batch = random_batch(length, heads, seed=heads)
-    query = absorbed._absorb(batch.query, batch.up, DIMS)
+    query = absorbed.absorb(batch.query, batch.up, DIMS)
     latent, where = batch.latent.squeeze(2), batch.where
     some = torch.arange(0, length, 97, device="cuda")
     expected = []
@@ -375,7 +416,7 @@ def check(heads: int, length: int = 3072) -> list[str]:
         kv = latent[keys, 0].double()
         probs = (query[row, 0].double() @ kv.T * SCALE).softmax(-1)
         expected.append(probs @ kv[:, : DIMS.latent])
-    hopper = absorbed._hopper(query, DIMS.latent)
+    hopper = absorbed.hopper_kernels(query, DIMS.latent)
     for name, kernels in (("Triton", sparse_mla), ("Gluon", hopper)):
         if kernels is not None:
             _fill_with_nan(2 * query.numel())
@@ -425,6 +466,43 @@ def check_selection(length: int) -> list[str]:
     return [] if worst <= 1e-5 else [f"the top-k at {length} is off by {worst:.1e}"]
 
 
+def check_loss(length: int = 3072) -> list[str]:
+    """The loss and its gradients against their definition in fp32."""
+    batch = random_batch(length, heads=16, seed=5)
+    generator = torch.Generator("cuda").manual_seed(2)
+    shapes = (length, 1, INDEX_HEADS, INDEX_DIM), (length, 1, INDEX_DIM), (length, 1, INDEX_HEADS)
+    drawn = [torch.randn(shape, generator=generator, device="cuda") for shape in shapes]
+    inputs = [drawn[0].bfloat16(), drawn[1].bfloat16(), drawn[2]]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    scale = INDEX_DIM**-0.5
+    attention = (batch.query, batch.latent, batch.up, batch.topk, batch.rows, DIMS, SCALE)
+    target = indexer_loss.attention_target(*attention)
+    loss = indexer_loss.sparse_indexer_loss(inputs, target, batch.topk, batch.rows, scale, 1.0)
+    found = (loss, *torch.autograd.grad(loss, inputs))
+
+    reference = [tensor.float().detach().requires_grad_() for tensor in inputs]
+    mask = selected_keys(slice(0, length), batch.rows, batch.topk)[0]
+    key, _ = keys_and_values(batch.latent.float(), batch.up.float(), DIMS)
+    truth = torch.zeros((length, length), device="cuda")
+    for head in range(16):
+        logits = batch.query[:, 0, head].float() @ key[:, 0, head].T * SCALE
+        truth += logits.masked_fill(~mask, float("-inf")).softmax(-1) / 16
+    scores = torch.zeros((length, length), device="cuda")
+    for head in range(INDEX_HEADS):
+        products = (reference[0][:, 0, head] @ reference[1][:, 0].T * scale).relu()
+        scores = scores + reference[2][:, 0, head, None] * products
+    log_predicted = scores.masked_fill(~mask, float("-inf")).log_softmax(-1)
+    terms = truth * (truth.clamp_min(1e-10).log() - log_predicted.masked_fill(~mask, 0.0))
+    expected = (terms.sum(), *torch.autograd.grad(terms.sum(), reference))
+    problems = []
+    for name, ours, theirs in zip(("loss", "query", "key", "weights"), found, expected):
+        error = relative(ours, theirs)
+        print(f"check indexer loss: {name:8} {error:.1e} (at most 1e-02)", flush=True)
+        if not error <= 1e-2:
+            problems.append(f"indexer loss: {name} is off by {error:.1e}")
+    return problems
+
+
 def _fill_with_nan(numel: int) -> None:
     """So that memory which a kernel forgets to write shows."""
     torch.full((numel,), float("nan"), device="cuda")
@@ -436,8 +514,8 @@ def plot(figures: list[Figure], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = ("core, forward + backward", "selection")
-    fig, axes = pyplot.subplots(2, len(shown), figsize=(11, 8), sharex=True, squeeze=False)
+    shown = ("core, forward + backward", "selection", "indexer loss")
+    fig, axes = pyplot.subplots(2, len(shown), figsize=(15, 8), sharex=True, squeeze=False)
     for column, what in enumerate(shown):
         own = [f for f in figures if f.what == what and f.heads in (64, INDEX_HEADS) and f.ms]
         for who in dict.fromkeys(f.who for f in own):
@@ -467,6 +545,7 @@ def main() -> int:
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # for the deterministic mode
     torch.backends.cuda.matmul.allow_tf32 = False
     problems = [p for heads in options.heads for p in check(heads)]
+    problems += check_loss()
     problems += [p for length in options.lengths for p in check_selection(length)]
     for problem in problems:
         print(f"wrong: {problem}", file=sys.stderr)
@@ -475,6 +554,7 @@ def main() -> int:
     peers, figures = Peers(), []
     for length in options.lengths:
         figures += selection_of(length, peers)
+        figures += loss_of(length, peers)
         figures += dense_of(length) if length <= 16384 else []
         for heads in options.heads:
             figures += kernels_of(heads, length, peers)

@@ -19,7 +19,7 @@ from .blocks import visible_topk
 from .indexer_loss import indexer_loss
 from .layout import Layout
 from .schedule import IndexSchedule
-from .sparse_mla import MLADims, keys_and_values, sparse_mla
+from .sparse_mla import MLADims, sparse_mla
 from .topk_carrier import current_carrier, require_carrier
 
 
@@ -157,14 +157,15 @@ class CrossLayerDSAttention(MegatronModule):
         return topk_indices, inputs
 
     def _attach_loss(self, output, inputs, query, key, value, topk_indices, layout) -> Tensor:
-        keys, _ = keys_and_values(key.detach(), value.detach(), self.dims)
         loss = indexer_loss(
             self.indexer,
             inputs,
-            query.detach(),
-            keys,
+            query,
+            key,
+            value,
             topk_indices,
             layout.rows,
+            self.dims,
             softmax_scale=self.softmax_scale,
             coefficient=self._loss_coefficient,
             sparse=self.config.dsa_indexer_use_sparse_loss,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .blocks import Rows, selected_keys, visible_keys
+from .blocks import Rows, selected_keys, visible_keys, visible_topk
 from .indexer import IndexerInputs, LightningIndexer
+from .kernels import use_triton
 from .sparse_attention import block_logits, heads_first
+from .sparse_mla import MLADims, keys_and_values
 
 _EPS = 1e-10
 
@@ -16,9 +18,11 @@ def indexer_loss(
     indexer: LightningIndexer,
     inputs: IndexerInputs,
     query: Tensor,
-    key: Tensor,
-    topk_indices: Tensor,
+    latent: Tensor,
+    up: Tensor,
+    topk_indices: Tensor | None,
     rows: Rows,
+    dims: MLADims,
     *,
     softmax_scale: float,
     coefficient: float,
@@ -33,10 +37,7 @@ def indexer_loss(
     Args:
         indexer: whose parameters the loss trains.
         inputs: the indexer's projections, with their graph.
-        query: [s, b, n, d] of this rank's heads.
-        key: [t, b, n, d].
-        topk_indices: int32 [b, s, k].
-        rows: where the queries stand among the keys.
+        query, latent, up, topk_indices, rows, dims: as of ``sparse_mla``.
         softmax_scale: of the attention.
         coefficient: ``dsa_indexer_loss_coeff``.
         sparse: both distributions over the selected keys only, not over all visible ones.
@@ -44,9 +45,30 @@ def indexer_loss(
     """
     s, b = query.shape[:2]
     scale = coefficient if per_token else coefficient / (s * b)
+    query, latent, up = query.detach(), latent.detach(), up.detach()
+    if sparse and _fits_triton(indexer, query, dims):
+        from .kernels.indexer_loss import attention_target, sparse_indexer_loss  # imports triton
+
+        if topk_indices is None:
+            topk_indices = visible_topk(rows, b).contiguous()
+        target = attention_target(query, latent, up, topk_indices, rows, dims, softmax_scale)
+        _sum_over_ranks(target, indexer)
+        return sparse_indexer_loss(inputs, target, topk_indices, rows, indexer.softmax_scale, scale)
+    key, _ = keys_and_values(latent, up, dims)
     return _IndexerLoss.apply(
         indexer, *inputs, query, key, topk_indices, rows, softmax_scale, scale, sparse
     )
+
+
+def _fits_triton(indexer: LightningIndexer, query: Tensor, dims: MLADims) -> bool:
+    heads = query.shape[2]
+    return use_triton(
+        query,
+        kv_lora_rank=dims.latent,
+        qk_pos_emb_head_dim=dims.rope,
+        dsa_indexer_head_dim=indexer.index_head_dim,
+        dsa_indexer_n_heads=indexer.index_n_heads,
+    ) and (heads <= 64 and indexer.index_n_heads >= 16)
 
 
 class _IndexerLoss(torch.autograd.Function):
@@ -98,10 +120,15 @@ class _IndexerLoss(torch.autograd.Function):
 def _target(q: Tensor, k: Tensor, valid: Tensor, softmax_scale: float, indexer) -> Tensor:
     """Attention probabilities of a block, averaged over all heads: [b, rows, end]."""
     target = block_logits(q, k, valid, softmax_scale).softmax(-1).sum(1)
+    _sum_over_ranks(target, indexer)
+    return target / target.sum(-1, keepdim=True).clamp_min(_EPS)
+
+
+def _sum_over_ranks(target: Tensor, indexer: LightningIndexer) -> None:
+    """Add up, in place, what the heads of each tensor-parallel rank attend to."""
     tp_group = indexer.pg_collection.tp
     if tp_group.size() > 1:
         torch.distributed.all_reduce(target, group=tp_group)
-    return target / target.sum(-1, keepdim=True).clamp_min(_EPS)
 
 
 def _kl(target: Tensor, scores: Tensor, valid: Tensor) -> Tensor:

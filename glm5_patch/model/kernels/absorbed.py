@@ -33,8 +33,9 @@ class _AbsorbedAttention(torch.autograd.Function):
             rows.starts.int(),
             (rows.starts + rows.local_positions).int(),
         )
-        absorbed, latent = _absorb(query, up, dims), latent.contiguous()
-        ctx.hopper = _hopper(absorbed, dims.latent)
+        # [t, b, 1, latent + rope] -> [t, b, latent + rope]
+        absorbed, latent = absorb(query, up, dims), latent.squeeze(2).contiguous()
+        ctx.hopper = hopper_kernels(absorbed, dims.latent)
         kernels = ctx.hopper or sparse_mla
         out, lse = kernels.forward(absorbed, latent, *where, dims.latent, scale)
         output = query.new_empty((s, b, heads, dims.value))
@@ -51,7 +52,7 @@ class _AbsorbedAttention(torch.autograd.Function):
         up_key, up_value = _up_key(up, dims), _up_value(up, dims)
         d_out = out.new_empty(out.shape)
         torch.bmm(d_output, up_value.transpose(1, 2), out=_by_head(d_out))
-        absorbed = _absorb(query, up, dims)
+        absorbed = absorb(query, up, dims)
         tail = (d_out, lse, sparse_mla.row_terms(out, d_out), ctx.scale)
         deterministic = torch.are_deterministic_algorithms_enabled()
         if ctx.hopper and not deterministic:
@@ -72,7 +73,7 @@ class _AbsorbedAttention(torch.autograd.Function):
             d_value_side = torch.bmm(_by_head(out).transpose(1, 2), d_output)
             d_up[..., dims.nope :] = d_value_side.transpose(0, 1)
             d_up = d_up.flatten(1)
-        return d_query, d_latent.to(latent.dtype), d_up, None, None, None, None
+        return d_query, d_latent.to(latent.dtype).unsqueeze(2), d_up, None, None, None, None
 
 
 def _by_head(tensor: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ def _up_value(up: Tensor, dims) -> Tensor:
     return up.unflatten(-1, (-1, dims.nope + dims.value))[..., dims.nope :].transpose(0, 1)
 
 
-def _absorb(query: Tensor, up: Tensor, dims) -> Tensor:
+def absorb(query: Tensor, up: Tensor, dims) -> Tensor:
     """[s, b, n, nope + rope] -> [s, b, n, latent + rope]."""
     absorbed = query.new_empty((*query.shape[:3], dims.latent + dims.rope))
     nope, latent = query[..., : dims.nope], absorbed[..., : dims.latent]
@@ -99,7 +100,7 @@ def _absorb(query: Tensor, up: Tensor, dims) -> Tensor:
     return absorbed
 
 
-def _hopper(query: Tensor, latent_dim: int):
+def hopper_kernels(query: Tensor, latent_dim: int):
     """The kernels in explicit layouts, where they fit."""
     hopper = _hopper_module() if query.is_cuda else None
     return hopper if hopper and hopper.why_not(query, latent_dim) is None else None

@@ -16,33 +16,33 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _load_columns(base, offsets, first, WIDTH: tl.constexpr, mask):
+def load_columns(base, offsets, first, WIDTH: tl.constexpr, mask):
     """[rows, WIDTH] from column ``first`` on of the rows at ``offsets``; zeros where masked."""
     columns = first + tl.arange(0, WIDTH)
     return tl.load(base + offsets[:, None] + columns[None, :], mask=mask[:, None], other=0.0)
 
 
 @triton.jit
-def _gather_columns(base, offsets, first, WIDTH: tl.constexpr):
+def gather_columns(base, offsets, first, WIDTH: tl.constexpr):
     columns = first + tl.arange(0, WIDTH)
     return tl.load(base + offsets[:, None] + columns[None, :])
 
 
 @triton.jit
-def _store_columns(base, offsets, first, WIDTH: tl.constexpr, tile, mask):
+def store_columns(base, offsets, first, WIDTH: tl.constexpr, tile, mask):
     columns = first + tl.arange(0, WIDTH)
     place = base + offsets[:, None] + columns[None, :]
     tl.store(place, tile.to(base.dtype.element_ty), mask=mask[:, None])
 
 
 @triton.jit
-def _visible(STARTS, POSITIONS, row):
+def load_span(STARTS, POSITIONS, row):
     start = tl.load(STARTS + row)
     return start, tl.load(POSITIONS + row) - start + 1
 
 
 @triton.jit
-def _tile_of_keys(TOPK, first, count, start, batch, b, KEYS: tl.constexpr, WIDTH: tl.constexpr):
+def tile_of_keys(TOPK, first, count, start, batch, b, KEYS: tl.constexpr, WIDTH: tl.constexpr):
     """Offsets of the latents that a tile of the top-k names, and which of its places name one."""
     place = first + tl.arange(0, KEYS)
     local = tl.load(TOPK + place, mask=place < count, other=-1)
@@ -63,10 +63,10 @@ def _forward(
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     query = (row * batch + b).to(tl.int64) * heads + head
     own = head < heads
-    q_0 = _load_columns(Q, query * WIDTH, 0, HALF, own)
-    q_1 = _load_columns(Q, query * WIDTH, HALF, HALF, own)
-    q_rope = _load_columns(Q, query * WIDTH, LATENT, ROPE, own)
-    start, visible = _visible(STARTS, POSITIONS, row)
+    q_0 = load_columns(Q, query * WIDTH, 0, HALF, own)
+    q_1 = load_columns(Q, query * WIDTH, HALF, HALF, own)
+    q_rope = load_columns(Q, query * WIDTH, LATENT, ROPE, own)
+    start, visible = load_span(STARTS, POSITIONS, row)
     count = tl.minimum(visible, k)
     TOPK += (b.to(tl.int64) * rows + row) * k
     largest = tl.full([HEADS], -1e30, tl.float32)
@@ -74,10 +74,10 @@ def _forward(
     out_0 = tl.zeros([HEADS, HALF], tl.float32)
     out_1 = tl.zeros([HEADS, HALF], tl.float32)
     for first in tl.range(0, count, KEYS, num_stages=STAGES):
-        key, valid = _tile_of_keys(TOPK, first, count, start, batch, b, KEYS, WIDTH)
-        latent_0 = _gather_columns(KV, key, 0, HALF)
-        latent_1 = _gather_columns(KV, key, HALF, HALF)
-        rope = _gather_columns(KV, key, LATENT, ROPE)
+        key, valid = tile_of_keys(TOPK, first, count, start, batch, b, KEYS, WIDTH)
+        latent_0 = gather_columns(KV, key, 0, HALF)
+        latent_1 = gather_columns(KV, key, HALF, HALF)
+        rope = gather_columns(KV, key, LATENT, ROPE)
         logits = tl.dot(q_0, tl.trans(latent_0), input_precision=PRECISION)
         logits = tl.dot(q_1, tl.trans(latent_1), logits, input_precision=PRECISION)
         logits = tl.dot(q_rope, tl.trans(rope), logits, input_precision=PRECISION) * scale_log2
@@ -92,8 +92,8 @@ def _forward(
         out_1 = tl.dot(probs, latent_1, out_1 * shrink[:, None], input_precision=PRECISION)
         largest = larger
     total = tl.where(total > 0, total, 1.0)
-    _store_columns(OUT, query * LATENT, 0, HALF, out_0 / total[:, None], own)
-    _store_columns(OUT, query * LATENT, HALF, HALF, out_1 / total[:, None], own)
+    store_columns(OUT, query * LATENT, 0, HALF, out_0 / total[:, None], own)
+    store_columns(OUT, query * LATENT, HALF, HALF, out_1 / total[:, None], own)
     tl.store(LSE + query, largest + tl.log2(total), mask=own)
 
 
@@ -102,8 +102,8 @@ def _delta(OUT, D_OUT, DELTA, LATENT: tl.constexpr, ROWS: tl.constexpr, rows):
     """Row term of the softmax's backward: out . d_out, one number a query and head."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offsets = row.to(tl.int64) * LATENT
-    out = _load_columns(OUT, offsets, 0, LATENT, row < rows).to(tl.float32)
-    d_out = _load_columns(D_OUT, offsets, 0, LATENT, row < rows).to(tl.float32)
+    out = load_columns(OUT, offsets, 0, LATENT, row < rows).to(tl.float32)
+    d_out = load_columns(D_OUT, offsets, 0, LATENT, row < rows).to(tl.float32)
     tl.store(DELTA + row, tl.sum(out * d_out, 1), mask=row < rows)
 
 
@@ -115,11 +115,11 @@ def _add_to_keys(
     """What a query adds to the gradient of its keys, in some columns of the latent."""
     part = tl.dot(d_logits, q, input_precision=PRECISION)
     part = tl.dot(probs, d_out, part, input_precision=PRECISION)
-    _add_rows(D_KV, target, first, WIDTH, part, valid, ATOMIC)
+    add_rows(D_KV, target, first, WIDTH, part, valid, ATOMIC)
 
 
 @triton.jit
-def _add_rows(D_KV, target, first, WIDTH: tl.constexpr, tile, valid, ATOMIC: tl.constexpr):
+def add_rows(D_KV, target, first, WIDTH: tl.constexpr, tile, valid, ATOMIC: tl.constexpr):
     place = D_KV + target[:, None] + (first + tl.arange(0, WIDTH))[None, :]
     if ATOMIC:
         tl.atomic_add(place, tile, mask=valid[:, None], sem="relaxed")
@@ -143,18 +143,18 @@ def _backward(
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     query = (row * batch + b).to(tl.int64) * heads + head
     own = head < heads
-    q_0 = _load_columns(Q, query * WIDTH, 0, PART, own)
-    q_1 = _load_columns(Q, query * WIDTH, PART, PART, own)
-    q_2 = _load_columns(Q, query * WIDTH, 2 * PART, PART, own)
-    q_3 = _load_columns(Q, query * WIDTH, 3 * PART, PART, own)
-    q_rope = _load_columns(Q, query * WIDTH, LATENT, ROPE, own)
-    d_out_0 = _load_columns(D_OUT, query * LATENT, 0, PART, own)
-    d_out_1 = _load_columns(D_OUT, query * LATENT, PART, PART, own)
-    d_out_2 = _load_columns(D_OUT, query * LATENT, 2 * PART, PART, own)
-    d_out_3 = _load_columns(D_OUT, query * LATENT, 3 * PART, PART, own)
+    q_0 = load_columns(Q, query * WIDTH, 0, PART, own)
+    q_1 = load_columns(Q, query * WIDTH, PART, PART, own)
+    q_2 = load_columns(Q, query * WIDTH, 2 * PART, PART, own)
+    q_3 = load_columns(Q, query * WIDTH, 3 * PART, PART, own)
+    q_rope = load_columns(Q, query * WIDTH, LATENT, ROPE, own)
+    d_out_0 = load_columns(D_OUT, query * LATENT, 0, PART, own)
+    d_out_1 = load_columns(D_OUT, query * LATENT, PART, PART, own)
+    d_out_2 = load_columns(D_OUT, query * LATENT, 2 * PART, PART, own)
+    d_out_3 = load_columns(D_OUT, query * LATENT, 3 * PART, PART, own)
     lse = tl.load(LSE + query, mask=own, other=0.0)
     delta = tl.load(DELTA + query, mask=own, other=0.0)
-    start, visible = _visible(STARTS, POSITIONS, row)
+    start, visible = load_span(STARTS, POSITIONS, row)
     count = tl.minimum(visible, k)
     TOPK += (b.to(tl.int64) * rows + row) * k
     d_q_0 = tl.zeros([HEADS, PART], tl.float32)
@@ -163,12 +163,12 @@ def _backward(
     d_q_3 = tl.zeros([HEADS, PART], tl.float32)
     d_q_rope = tl.zeros([HEADS, ROPE], tl.float32)
     for first in tl.range(0, count, KEYS, num_stages=STAGES):
-        key, valid = _tile_of_keys(TOPK, first, count, start, batch, b, KEYS, WIDTH)
-        latent_0 = _gather_columns(KV, key, 0, PART)
-        latent_1 = _gather_columns(KV, key, PART, PART)
-        latent_2 = _gather_columns(KV, key, 2 * PART, PART)
-        latent_3 = _gather_columns(KV, key, 3 * PART, PART)
-        rope = _gather_columns(KV, key, LATENT, ROPE)
+        key, valid = tile_of_keys(TOPK, first, count, start, batch, b, KEYS, WIDTH)
+        latent_0 = gather_columns(KV, key, 0, PART)
+        latent_1 = gather_columns(KV, key, PART, PART)
+        latent_2 = gather_columns(KV, key, 2 * PART, PART)
+        latent_3 = gather_columns(KV, key, 3 * PART, PART)
+        rope = gather_columns(KV, key, LATENT, ROPE)
         logits = tl.dot(q_0, tl.trans(latent_0), input_precision=PRECISION)
         logits = tl.dot(q_1, tl.trans(latent_1), logits, input_precision=PRECISION)
         logits = tl.dot(q_2, tl.trans(latent_2), logits, input_precision=PRECISION)
@@ -205,12 +205,12 @@ def _backward(
             D_KV, target, 3 * PART, PART, d_logits, q_3, probs, d_out_3, valid, ATOMIC, PRECISION
         )
         part = tl.dot(d_logits, q_rope, input_precision=PRECISION)
-        _add_rows(D_KV, target, LATENT, ROPE, part, valid, ATOMIC)
-    _store_columns(D_Q, query * WIDTH, 0, PART, d_q_0, own)
-    _store_columns(D_Q, query * WIDTH, PART, PART, d_q_1, own)
-    _store_columns(D_Q, query * WIDTH, 2 * PART, PART, d_q_2, own)
-    _store_columns(D_Q, query * WIDTH, 3 * PART, PART, d_q_3, own)
-    _store_columns(D_Q, query * WIDTH, LATENT, ROPE, d_q_rope, own)
+        add_rows(D_KV, target, LATENT, ROPE, part, valid, ATOMIC)
+    store_columns(D_Q, query * WIDTH, 0, PART, d_q_0, own)
+    store_columns(D_Q, query * WIDTH, PART, PART, d_q_1, own)
+    store_columns(D_Q, query * WIDTH, 2 * PART, PART, d_q_2, own)
+    store_columns(D_Q, query * WIDTH, 3 * PART, PART, d_q_3, own)
+    store_columns(D_Q, query * WIDTH, LATENT, ROPE, d_q_rope, own)
 
 
 @triton.jit
@@ -234,11 +234,11 @@ PAIR_BYTES = 512 << 20
 """Upper bound of what the deterministic backward keeps of (query, key) pairs at a time."""
 
 
-def _heads_of_a_program(heads: int, at_most: int) -> int:
+def heads_of_a_program(heads: int, at_most: int) -> int:
     return min(at_most, max(16, triton.next_power_of_2(heads)))
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype.itemsize == 2 else "ieee"
 
 
@@ -269,12 +269,12 @@ def forward(
     s, b, heads, width = query.shape
     out = torch.empty((s, b, heads, latent_dim), dtype=query.dtype, device=query.device)
     lse = torch.empty((s, b, heads), dtype=torch.float32, device=query.device)
-    block = _heads_of_a_program(heads, 64)
+    block = heads_of_a_program(heads, 64)
     _forward[(s * b, triton.cdiv(heads, block))](
         query, latent, topk_indices, starts, positions, out, lse,
         s, b, heads, topk_indices.shape[-1], softmax_scale * LOG2_E,
         LATENT=latent_dim, ROPE=width - latent_dim, HEADS=block, KEYS=64,
-        PRECISION=_precision(query.dtype), STAGES=2, num_warps=8 if block > 32 else 4,
+        PRECISION=precision(query.dtype), STAGES=2, num_warps=8 if block > 32 else 4,
     )  # fmt: skip
     return out, lse
 
@@ -313,7 +313,7 @@ def backward(
     s, b, heads, width = query.shape
     k = topk_indices.shape[-1]
     latent_dim = d_out.shape[-1]
-    block = _heads_of_a_program(heads, 32)
+    block = heads_of_a_program(heads, 32)
     groups = triton.cdiv(heads, block)
     d_query = torch.empty_like(query)
     d_latent = torch.zeros(latent.shape, dtype=torch.float32, device=latent.device)
@@ -323,31 +323,47 @@ def backward(
             query, latent, topk_indices, starts, positions, d_out, lse, delta, d_query, target,
             first, end, s, b, heads, k, softmax_scale, softmax_scale * LOG2_E,
             LATENT=latent_dim, ROPE=width - latent_dim, HEADS=block, KEYS=32,
-            ATOMIC=not deterministic, PRECISION=_precision(query.dtype), STAGES=2, num_warps=4,
+            ATOMIC=not deterministic, PRECISION=precision(query.dtype), STAGES=2, num_warps=4,
         )  # fmt: skip
 
-    if not deterministic:
+    if deterministic:
+        add_in_order(launch, topk_indices, starts, d_latent, groups)
+    else:
         launch(0, s, d_latent)
-        return d_query, d_latent
-    rows = max(1, PAIR_BYTES // (b * k * groups * width * 4))
-    for first in range(0, s, rows):
-        end = min(first + rows, s)
-        pairs = torch.empty((end - first, b, k, groups, width), device=query.device)
-        launch(first, end, pairs)
-        order, bounds = _pairs_of_each_key(topk_indices[:, first:end], starts[first:end], latent)
-        _add_pairs[(len(bounds) - 1,)](
-            pairs, order, bounds, d_latent, groups,
-            WIDTH=width, COLUMNS=triton.next_power_of_2(width),
-        )  # fmt: skip
     return d_query, d_latent
 
 
-def _pairs_of_each_key(topk_indices: Tensor, starts: Tensor, latent: Tensor):
+def add_in_order(launch, topk_indices: Tensor, starts: Tensor, d_keys: Tensor, groups: int) -> None:
+    """Add to the gradients of keys what their queries contribute, in the order of the queries.
+
+    Args:
+        launch: computes the queries [first, end), given first, end, and where their contributions
+            go, fp32 [end - first, b, k, groups, width].
+        topk_indices: int32 [b, s, k].
+        starts: int32 [s].
+        d_keys: fp32 [t, b, width], added to.
+        groups: contributions that a query makes to each of its keys.
+    """
+    s, k = topk_indices.shape[1:]
+    keys, b, width = d_keys.shape
+    rows = max(1, PAIR_BYTES // (b * k * groups * width * 4))
+    for first in range(0, s, rows):
+        end = min(first + rows, s)
+        pairs = torch.empty((end - first, b, k, groups, width), device=d_keys.device)
+        launch(first, end, pairs)
+        order, bounds = _pairs_of_each_key(topk_indices[:, first:end], starts[first:end], keys)
+        _add_pairs[(keys * b,)](
+            pairs, order, bounds, d_keys, groups,
+            WIDTH=width, COLUMNS=triton.next_power_of_2(width),
+        )  # fmt: skip
+
+
+def _pairs_of_each_key(topk_indices: Tensor, starts: Tensor, keys: int):
     """Pairs [rows, b, k], flat, in the order of their keys, and where each key's begin."""
-    b = latent.shape[1]
-    batch = torch.arange(b, device=latent.device)[:, None, None]
-    keys = (topk_indices.long() + starts[:, None]) * b + batch
-    keys = torch.where(topk_indices < 0, latent.shape[0] * b, keys).transpose(0, 1).flatten()
-    keys, order = keys.sort(stable=True)
-    edges = torch.arange(latent.shape[0] * b + 1, device=latent.device)
-    return order, torch.searchsorted(keys, edges)
+    b = len(topk_indices)
+    batch = torch.arange(b, device=starts.device)[:, None, None]
+    key = (topk_indices.long() + starts[:, None]) * b + batch
+    key = torch.where(topk_indices < 0, keys * b, key).transpose(0, 1).flatten()
+    key, order = key.sort(stable=True)
+    edges = torch.arange(keys * b + 1, device=starts.device)
+    return order, torch.searchsorted(key, edges)
