@@ -9,7 +9,7 @@ keys in ascending order, index heads 32 of 128. Peers are torch, and what the in
 megatron-core has: up to 0.18 its unfused attention, from 0.19 on, with TileLang, its fused one. A
 figure is the median of 30 runs or 250 ms, by CUDA events; memory is the peak above what the inputs
 take, so the results count. TF counts valid pairs of query and key. Writes kernels.json and
-kernels.png.
+kernels.png, and prints kernels.json as a table with --table.
 """
 
 from __future__ import annotations
@@ -434,7 +434,7 @@ def check(heads: int, length: int = 3072) -> list[str]:
         output = absorbed.absorbed_attention(*inputs, batch.topk, batch.rows, DIMS, SCALE)
         found = torch.autograd.grad(output, inputs, batch.upstream, retain_graph=True)
         for name, ours, theirs in zip(("query", "latent", "up"), found, expected):
-            bound(f"gradient of {name}, {kind}", relative(ours, theirs), 1e-2)
+            bound(f"gradient of {name}, {kind}", relative(ours, theirs), 5e-3)
         if kind == "deterministic":
             again = torch.autograd.grad(output, inputs, batch.upstream)
             if not all(torch.equal(a, b) for a, b in zip(found, again)):
@@ -497,8 +497,8 @@ def check_loss(length: int = 3072) -> list[str]:
     problems = []
     for name, ours, theirs in zip(("loss", "query", "key", "weights"), found, expected):
         error = relative(ours, theirs)
-        print(f"check indexer loss: {name:8} {error:.1e} (at most 1e-02)", flush=True)
-        if not error <= 1e-2:
+        print(f"check indexer loss: {name:8} {error:.1e} (at most 5e-03)", flush=True)
+        if not error <= 5e-3:
             problems.append(f"indexer loss: {name} is off by {error:.1e}")
     return problems
 
@@ -532,13 +532,42 @@ def plot(figures: list[Figure], path: Path) -> None:
     temporary.replace(path)
 
 
+def table(found: dict) -> str:
+    """The figures as Markdown: a column for each length."""
+    figures = [Figure(**figure) for figure in found["figures"]]
+    lengths = sorted({figure.length for figure in figures})
+    lines = [
+        "| | who | heads | " + " | ".join(f"{length // 1024}k" for length in lengths) + " |",
+        "|---|---|---|" + "---|" * len(lengths),
+    ]
+    cells: dict[tuple, dict[int, str]] = {}
+    for figure in figures:
+        row = cells.setdefault((figure.what, figure.who, figure.heads), {})
+        row[figure.length] = _cell(figure)
+    for (what, who, heads), row in sorted(cells.items(), key=lambda item: item[0][0]):
+        shown = " | ".join(row.get(length, "") for length in lengths)
+        lines.append(f"| {what} | {who} | {heads} | {shown} |")
+    return "\n".join(lines)
+
+
+def _cell(figure: Figure) -> str:
+    if figure.ms is None:
+        return "out of memory"
+    teraflops = f" ({figure.teraflops:.0f} TF)" if figure.teraflops else ""
+    return f"{figure.ms:.2f} ms{teraflops}, {figure.gib:.2f} GiB"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
     parser.add_argument("--heads", type=int, nargs="+", default=[64, 16, 8])
     parser.add_argument("--output", type=Path, default=Path("."), metavar="DIR")
     parser.add_argument("--check", action="store_true", help="check, and time nothing")
+    parser.add_argument("--table", type=Path, metavar="JSON", help="print an earlier run's table")
     options = parser.parse_args()
+    if options.table:
+        print(table(json.loads(options.table.read_text())))
+        return 0
     if not torch.cuda.is_available():
         print("benchmarks/kernels.py needs a CUDA device", file=sys.stderr)
         return 2
