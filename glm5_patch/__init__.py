@@ -3,6 +3,8 @@
 Installing this package is enough: torch loads it through the ``torch.backends`` entry point and
 each patch fills in what the host at hand lacks. These functions are for looking, asserting and
 switching by hand; importing this module imports nothing but the standard library.
+
+PYTEST_DONT_REWRITE: nothing here asserts, and torch may import it before pytest does.
 """
 
 from __future__ import annotations

@@ -14,6 +14,17 @@ from collections.abc import Sequence
 from . import __version__
 from .errors import GLM5PatchError
 
+_DISTRIBUTIONS = (
+    "torch",
+    "triton",
+    "transformer-engine",
+    "megatron-core",
+    "megatron-bridge",
+    "transformers",
+    "wrapt",
+)
+_SWITCHES = ("GLM5_PATCH", "TORCH_DEVICE_BACKEND_AUTOLOAD", "CUDA_VISIBLE_DEVICES")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
@@ -32,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="glm5-patch", description="GLM-5 on the megatron-core you already have."
     )
     parser.add_argument("--version", action="version", version=f"glm5-patch {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
     status = commands.add_parser(
         "status", help="import the installed hosts and say what became of each patch"
@@ -40,21 +51,33 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="print JSON")
     status.set_defaults(run=_status)
 
+    doctor = commands.add_parser(
+        "doctor", help="look for what keeps the plugin from working here, with remedies"
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_doctor)
+
+    explain = commands.add_parser("explain", help="what one patch, or each, is for")
+    explain.add_argument("id", nargs="?", help="of a patch (all)")
+    explain.add_argument("--json", action="store_true", help="print JSON")
+    explain.set_defaults(run=_explain)
+
+    env = commands.add_parser("env", help="versions and switches, to paste into a report")
+    env.add_argument("--json", action="store_true", help="print JSON")
+    env.set_defaults(run=_env)
+
+    verify = commands.add_parser(
+        "verify", help="compare a small model with Hugging Face on this very installation"
+    )
+    _add_model_options(verify)
+    verify.set_defaults(run=_demo, steps=0, output=None)
+
     demo = commands.add_parser(
         "demo", help="build, load, compare with Hugging Face, train, save: on a small model"
     )
-    demo.add_argument("--flavour", choices=("5.2", "5.1"), default="5.2")
-    demo.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    demo.add_argument(
-        "--impl", choices=("local", "transformer_engine"), default="local", help="module backend"
-    )
-    demo.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    demo.add_argument("--checkpoint", metavar="DIR", help="a small checkpoint of your own")
+    _add_model_options(demo)
     demo.add_argument("--steps", type=_positive, default=20, help="training steps (20)")
-    demo.add_argument("--seq-length", type=_positive, help="tokens (by index_topk)")
-    demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--output", metavar="DIR", help="keep the trained checkpoint here")
-    demo.add_argument("--json", action="store_true", help="print JSON")
     demo.set_defaults(run=_demo)
 
     plan = commands.add_parser("plan", help="valid pipeline splits of a checkpoint, best first")
@@ -71,6 +94,19 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.set_defaults(run=_plan)
     return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--flavour", choices=("5.2", "5.1"), default="5.2")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--impl", choices=("local", "transformer_engine"), default="local", help="module backend"
+    )
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--checkpoint", metavar="DIR", help="a small checkpoint of your own")
+    parser.add_argument("--seq-length", type=_positive, help="tokens (by index_topk)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _positive(text: str) -> int:
@@ -128,6 +164,64 @@ def _kernels(dsa_spec) -> str:
     return computed_by(device, torch.bfloat16)
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import run
+
+    return run(options)
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from .patches import PATCHES
+
+    chosen = [patch for patch in PATCHES if options.id in (None, patch.id)]
+    if not chosen:
+        raise GLM5PatchError(
+            f"no patch is called {options.id!r}; there are {', '.join(p.id for p in PATCHES)}"
+        )
+    rows = [
+        {
+            "id": patch.id,
+            "seam": patch.seam,
+            "without it": patch.why,
+            "upstream": patch.upstream,
+            "goes when": patch.remove_when,
+        }
+        for patch in chosen
+    ]
+    if options.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        blocks = (
+            "\n".join([row["id"], *(f"  {k}: {v}" for k, v in row.items() if k != "id")])
+            for row in rows
+        )
+        print("\n\n".join(blocks))
+    return 0
+
+
+def _env(options: argparse.Namespace) -> int:
+    import importlib.metadata
+    import platform
+
+    found = {"glm5-patch": __version__, "python": platform.python_version()}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    found["platform"] = platform.platform()
+    switches = {k: v for k, v in sorted(os.environ.items()) if k.startswith(_SWITCHES)}
+    if options.json:
+        print(json.dumps({"versions": found, "environment": switches}, indent=2))
+    else:
+        width = max(map(len, found))
+        print("\n".join(f"{name:{width}}  {value}" for name, value in found.items()))
+        print(
+            "\n".join(f"{name}={value}" for name, value in switches.items()) or "no switch is set"
+        )
+    return 0
+
+
 def _demo(options: argparse.Namespace) -> int:
     # Before torch: cuBLAS reads it once. A parity check in TF32 would be no check.
     os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
@@ -135,7 +229,7 @@ def _demo(options: argparse.Namespace) -> int:
         from .demo import run
     except ImportError as error:
         raise GLM5PatchError(
-            f"the demo needs {error.name}: pip install 'glm5-patch[demo]'"
+            f"{options.command} needs {error.name}: pip install 'glm5-patch[demo]'"
         ) from error
     return run(options)
 

@@ -217,6 +217,8 @@ def _main_job(options, checkpoint: HFCheckpoint, output: Path, report: Report, c
     )
     _compare(checkpoint.directory, model, ids[0, :, :-1], report, "loaded")
     _check_recompute(model, ids, report)
+    if not options.steps:  # verify
+        return
     _train(model, ids, options.steps, report, console)
     save(model, hf, output, checkpoint)
     console.print("transformers: reading the trained checkpoint back")

@@ -59,7 +59,7 @@ def require(ids: Iterable[str] = ()) -> None:
         raise ValueError(f"no patch is called {sorted(unknown)}; there are {list(by_id)}")
     enable()
     wanted = [by_id[i] for i in ids] or list(PATCHES)
-    present = [patch for patch in wanted if _import_host(patch.module)]
+    present = [patch for patch in wanted if import_host(patch.module)]
     if not present:
         raise GLM5PatchError(
             "no host of glm5-patch is installed here: install megatron-core or transformers"
@@ -78,7 +78,7 @@ def raise_unless_in_place(patches: Iterable[Patch], config: Any = None) -> None:
     for patch in patches:
         if config is not None and not patch.guards(config):
             continue
-        cause = _why_not_in_place(patch)
+        cause = why_not_in_place(patch)
         if cause:
             raise GLM5PatchError(
                 f"patch {patch.id!r} is not in place on {patch.seam}: {cause}. "
@@ -86,7 +86,8 @@ def raise_unless_in_place(patches: Iterable[Patch], config: Any = None) -> None:
             )
 
 
-def _why_not_in_place(patch: Patch) -> str | None:
+def why_not_in_place(patch: Patch) -> str | None:
+    """What is wrong with a patch that its imported host needs; None if nothing is."""
     module = sys.modules.get(patch.module)
     if module is None or _half_imported(module) or patch.id not in LEDGER:
         return None  # a host that is not imported builds nothing
@@ -111,7 +112,7 @@ def _report_unknown_ids(switches: Switches, known: set[str]) -> None:
         warnings.warn(f"glm5-patch: {message}", RuntimeWarning, stacklevel=3)
 
 
-def _import_host(name: str) -> bool:
+def import_host(name: str) -> bool:
     """Import a host module if its distribution is there; a broken host raises its own error."""
     try:
         if importlib.util.find_spec(name) is None:

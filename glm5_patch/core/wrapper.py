@@ -113,6 +113,15 @@ class Seams:
                 return f"{owner.__qualname__}.{name}"
         return None
 
+    def missed_aliases(self) -> Iterator[tuple[str, str]]:
+        """Modules, and their names, that still hold a function which was replaced elsewhere."""
+        for owner, name, _, original in self._changes:
+            if isinstance(owner, dict) or original is _MISSING:
+                continue
+            for module, alias in aliases(original):
+                if inspect.isroutine(original) and (module, alias) != (owner, name):
+                    yield module.__name__, alias
+
     def undo(self) -> None:
         """Put the identical originals back, last change first."""
         while self._changes:

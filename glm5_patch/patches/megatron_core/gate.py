@@ -25,6 +25,9 @@ def _init(wrapped, instance, args, kwargs):
     config = argument(wrapped, args, kwargs, "config")
     if is_dsa(config):
         check_gate(config)
+        from ...announce import announce  # here: `import torch` need not pay for it
+
+        announce(config)
     return wrapped(*args, **kwargs)
 
 
