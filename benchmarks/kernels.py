@@ -177,7 +177,7 @@ def kernels_of(heads: int, length: int, peers: Peers):
     batch = random_batch(length, heads)
     query = absorbed.absorb(batch.query, batch.up, DIMS)
     latent, where = batch.latent.squeeze(2), batch.where
-    ours = absorbed.hopper_kernels(query, DIMS.latent) or sparse_mla
+    ours = absorbed.hopper_kernels(query, latent, DIMS.latent) or sparse_mla
     name = "plugin (Gluon)" if ours is not sparse_mla else "plugin (Triton)"
     forward, backward = FORWARD * batch.pairs, BACKWARD * batch.pairs
 
@@ -416,7 +416,7 @@ def check(heads: int, length: int = 3072) -> list[str]:
         kv = latent[keys, 0].double()
         probs = (query[row, 0].double() @ kv.T * SCALE).softmax(-1)
         expected.append(probs @ kv[:, : DIMS.latent])
-    hopper = absorbed.hopper_kernels(query, DIMS.latent)
+    hopper = absorbed.hopper_kernels(query, latent, DIMS.latent)
     for name, kernels in (("Triton", sparse_mla), ("Gluon", hopper)):
         if kernels is not None:
             _fill_with_nan(2 * query.numel())

@@ -7,7 +7,7 @@ Four dense layers (hidden size 6144, 64 heads, latent 512, index_topk 2048; the 
 three such and 75 MoE ones) with a small vocabulary, bf16, batch 1, random weights, modules of the
 local backend, full recompute. "forward" is without gradients; "step" is a forward and backward of
 one microbatch under full recompute. A figure is the median of 5 runs, divided by the layers; memory
-is the peak of the process, weights and gradients of 3.3 GiB included. Writes layer.json.
+is the peak of the process, weights and gradients included. Writes layer.json.
 """
 
 from __future__ import annotations

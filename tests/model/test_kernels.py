@@ -174,6 +174,25 @@ def test_equal_scores_go_to_the_lower_positions():
     assert torch.equal(ours.sort(-1)[0], by_sorting(query, key, weights, rows, 5, 0.25).int())
 
 
+@pytest.mark.parametrize("in_registers", [8192, 64])
+def test_scores_that_are_not_numbers_stay_in_their_row(in_registers, monkeypatch):
+    """As when training diverges: the CUDA NaN, 0x7fffffff, is the largest integer there is."""
+    monkeypatch.setattr(indexer_kernels, "IN_REGISTERS", in_registers)
+    scores = torch.randn(100, 100, generator=torch.Generator().manual_seed(0))
+    scores[60:70, ::3] = float("inf")
+    scores.view(torch.int32)[70:80, ::2] = 0x7FFFFFFF
+    scores.view(torch.int32)[90:95] = scores.view(torch.int32)[95:, ::2] = 0x7FFFFFFF
+    rows, k = layout([100]), 20
+    guarded = torch.full((120, k), -7, dtype=torch.int32, device=DEVICE)
+    where = rows.starts.int(), rows.local_positions.int(), slice(0, 100), 100
+    indexer_kernels.topk(scores.to(DEVICE), *where, guarded[:100])
+    assert (guarded[100:] == -7).all()
+    for row, chosen in enumerate(guarded[:100].tolist()):
+        chosen = [key for key in chosen if key >= 0]
+        assert len(set(chosen)) == len(chosen) == min(k, row + 1)
+        assert max(chosen) <= row
+
+
 @pytest.mark.parametrize("kernels", ["", "auto", "torch"])
 def test_torch_computes_on_the_cpu_unless_triton_is_asked_for(kernels, monkeypatch):
     monkeypatch.setenv("GLM5_PATCH_KERNELS", kernels)

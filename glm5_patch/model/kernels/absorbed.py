@@ -35,7 +35,7 @@ class _AbsorbedAttention(torch.autograd.Function):
         )
         # [t, b, 1, latent + rope] -> [t, b, latent + rope]
         absorbed, latent = absorb(query, up, dims), latent.squeeze(2).contiguous()
-        ctx.hopper = hopper_kernels(absorbed, dims.latent)
+        ctx.hopper = hopper_kernels(absorbed, latent, dims.latent)
         kernels = ctx.hopper or sparse_mla
         out, lse = kernels.forward(absorbed, latent, *where, dims.latent, scale)
         output = query.new_empty((s, b, heads, dims.value))
@@ -100,10 +100,10 @@ def absorb(query: Tensor, up: Tensor, dims) -> Tensor:
     return absorbed
 
 
-def hopper_kernels(query: Tensor, latent_dim: int):
-    """The kernels in explicit layouts, where they fit."""
+def hopper_kernels(query: Tensor, latent: Tensor, latent_dim: int):
+    """The kernels in explicit layouts, where they fit; None elsewhere."""
     hopper = _hopper_module() if query.is_cuda else None
-    return hopper if hopper and hopper.why_not(query, latent_dim) is None else None
+    return hopper if hopper and hopper.why_not(query, latent, latent_dim) is None else None
 
 
 @functools.cache

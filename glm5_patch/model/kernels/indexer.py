@@ -58,6 +58,12 @@ def _ordered(bits):
 
 
 @triton.jit
+def _rank(score):
+    """An integer that orders as the score does; below the largest one, which a NaN may be."""
+    return tl.minimum(_ordered(score.to(tl.int32, bitcast=True)), 2147483646)
+
+
+@triton.jit
 def _between(low, high, count_low, count_high, k):
     """A value strictly between two others that about k scores reach, by linear interpolation."""
     low_value = _ordered(low).to(tl.float32, bitcast=True)
@@ -130,7 +136,7 @@ def _kth_largest_of_line(line, count, k, BLOCK: tl.constexpr):
 
 @triton.jit
 def _value(line, place, inside):
-    return _ordered(tl.load(line + place, mask=inside, other=0).to(tl.int32, bitcast=True))
+    return _rank(tl.load(line + place, mask=inside, other=0))
 
 
 @triton.jit
@@ -165,7 +171,7 @@ def _write_chosen(
         number = written + tl.cumsum(chosen.to(tl.int32), 0) - 1
         if NAMED:
             place = tl.load(names + place, mask=chosen, other=0)
-        tl.store(out + number, place, mask=chosen)
+        tl.store(out + number, place, mask=chosen & (number < k))
         written += tl.sum(chosen.to(tl.int32), 0)
 
 
@@ -197,7 +203,7 @@ def _candidates(
         for first in range(0, visible, BLOCK):
             place = first + tl.arange(0, BLOCK)
             score = tl.load(line + place, mask=place < visible, other=0)
-            chosen = (_ordered(score.to(tl.int32, bitcast=True)) >= bar) & (place < visible)
+            chosen = (_rank(score) >= bar) & (place < visible)
             number = written + tl.cumsum(chosen.to(tl.int32), 0) - 1
             chosen_fit = chosen & (number < CAPACITY)
             tl.store(values + number, score, mask=chosen_fit)

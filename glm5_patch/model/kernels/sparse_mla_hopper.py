@@ -274,14 +274,16 @@ def _backward(
     gl.store(d_q + _L + rope_column[None, :], q_rope.load(_ROWS))
 
 
-def why_not(query: Tensor, latent_dim: int) -> str | None:
-    """Why these kernels can't take these queries, [s, b, n, latent + rope]."""
+def why_not(query: Tensor, latent: Tensor, latent_dim: int) -> str | None:
+    """Why these kernels can't take such queries and latents, as of ``forward``."""
     capability = torch.cuda.get_device_capability(query.device)
     if capability[0] != 9:
         return f"compute capability {capability[0]}.{capability[1]} is not Hopper's"
     heads, width = query.shape[2:]
     if (heads % HEADS, latent_dim, width) != (0, LATENT, WIDTH):
         return f"{heads} heads of {latent_dim} + {width - latent_dim} are not GLM-5's shape"
+    if latent.numel() >= 2**31:
+        return "the latents are more numbers than 32 bits count"
     return None
 
 

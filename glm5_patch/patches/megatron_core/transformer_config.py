@@ -48,7 +48,7 @@ def _fold_aliases(config) -> None:
 
 
 def _validate(config, only_zigzag: bool) -> None:
-    from ...model.config_fields import CONTEXT_PARALLEL_ORDERS
+    from ...model.config_fields import CONTEXT_PARALLEL_ORDERS, ZIGZAG
     from ...model.schedule import IndexSchedule
 
     IndexSchedule.from_megatron(config)
@@ -57,9 +57,9 @@ def _validate(config, only_zigzag: bool) -> None:
         raise GLM5PatchError(
             f"dsa_context_parallel_order={order!r} is none of {', '.join(CONTEXT_PARALLEL_ORDERS)}"
         )
-    if order == "zigzag" or config.context_parallel_size == 1:
+    if order == ZIGZAG or config.context_parallel_size == 1:
         return
-    zigzag = 'cut the batch in zigzag order and set dsa_context_parallel_order="zigzag"'
+    zigzag = f"cut the batch in zigzag order and set dsa_context_parallel_order={ZIGZAG!r}"
     if only_zigzag:
         raise GLM5PatchError(
             f"dsa_context_parallel_order={order!r}: this megatron-core's own sparse attention "
