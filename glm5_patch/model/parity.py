@@ -236,3 +236,24 @@ def kept_share(ours: Tensor, theirs: Tensor) -> float:
         columns = topk_indices.long() % size  # -1 goes to the spare last column
         masks.append(mask.scatter_(-1, columns, True)[..., :-1])
     return (masks[0] & masks[1]).sum().item() / max(1, masks[1].sum().item())
+
+
+def topk_overlap(now: dict[int, Tensor], before: dict[int, Tensor]) -> dict[int, float]:
+    """Layer number -> the share of its earlier keys that it selects again; a figure for logs.
+
+    Args:
+        now: ``Recording.topk_indices`` of a forward.
+        before: of an earlier forward of the same tokens, or of a reference's.
+
+    Raises:
+        ValueError: the two are of other layers or other tokens.
+    """
+    if now.keys() != before.keys():
+        raise ValueError(f"layers {sorted(now)} and {sorted(before)} are not the same")
+    for number, topk_indices in now.items():
+        if topk_indices.shape[:2] != before[number].shape[:2]:
+            shapes = tuple(topk_indices.shape[:2]), tuple(before[number].shape[:2])
+            raise ValueError(
+                f"layer {number}: a batch of {shapes[0]} tokens and one of {shapes[1]}"
+            )
+    return {number: kept_share(now[number], before[number]) for number in now}
