@@ -27,6 +27,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import record
 import torch
 from torch import Tensor
 
@@ -69,7 +70,7 @@ class Batch(NamedTuple):
     @property
     def where(self) -> tuple[Tensor, Tensor, Tensor]:
         """Top-k, starts and positions, as the kernels take them."""
-        return self.topk, self.rows.starts.int(), self.rows.local_positions.int()
+        return self.topk, *self.rows.spans()
 
     @property
     def pairs(self) -> int:
@@ -280,7 +281,7 @@ def selection_of(length: int, peers: Peers):
     query = draw(length, 1, INDEX_HEADS, INDEX_DIM).bfloat16()
     key, weights = draw(length, 1, INDEX_DIM).bfloat16(), draw(length, 1, INDEX_HEADS)
     rows = Rows(torch.zeros(length, dtype=torch.int64, device="cuda"), longest=length)
-    starts, positions = rows.starts.int(), rows.local_positions.int()
+    starts, positions = rows.spans()
     flop = 2 * INDEX_HEADS * INDEX_DIM * pairs(length, length)
     scale = INDEX_DIM**-0.5
     height = min(length, (256 << 20) // (4 * length))
@@ -590,16 +591,8 @@ def main() -> int:
             if heads == 64:
                 figures += core_of(heads, length, peers)
     options.output.mkdir(parents=True, exist_ok=True)
-    path, temporary = options.output / "kernels.json", options.output / ".kernels.json"
-    found = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton"),
-        "megatron-core": peers.release,
-        "figures": [figure._asdict() for figure in figures],
-    }
-    temporary.write_text(json.dumps(found, indent=1) + "\n")
-    temporary.replace(path)
+    path = options.output / "kernels.json"
+    record.write(path, figures=[figure._asdict() for figure in figures])
     plot(figures, options.output / "kernels.png")
     print(f"wrote {path} and {path.with_suffix('.png')}")
     return 0

@@ -13,14 +13,13 @@ is the peak of the process, weights and gradients included. Writes layer.json.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
 import os
 import statistics
 import sys
 import time
 from pathlib import Path
 
+import record
 import torch
 
 import glm5_patch
@@ -116,15 +115,8 @@ def main() -> int:
                     )
             del model
     options.output.mkdir(parents=True, exist_ok=True)
-    path, temporary = options.output / "layer.json", options.output / ".layer.json"
-    found = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "megatron-core": importlib.metadata.version("megatron-core"),
-        "rows": rows,
-    }
-    temporary.write_text(json.dumps(found, indent=1) + "\n")
-    temporary.replace(path)
+    path = options.output / "layer.json"
+    record.write(path, rows=rows)
     print(f"wrote {path}")
     return 0
 

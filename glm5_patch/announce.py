@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .env import logger
+
+if TYPE_CHECKING:
+    import torch
 
 _announced = False
 
@@ -32,31 +34,31 @@ def announce(config: Any) -> None:
 
 def describe(config: Any) -> str:
     """Versions, patches, index schedule and kernels of a model."""
-    import torch
-
+    from .core.host import installed_version
     from .core.ledger import LEDGER, State
-    from .model.kernels import computed_by
     from .model.schedule import IndexSchedule
 
     states = [entry.state for entry in LEDGER]
-    if LEDGER["dsa_spec"].state is State.APPLIED:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        attention = computed_by(device, config.params_dtype)
-    else:
-        attention = "megatron-core's own"
+    core = installed_version("megatron-core") or "from a folder on the path"
+    attention = sparse_attention_by(config.params_dtype) or "megatron-core's own"
     return (
-        f"glm5-patch {__version__}: a GLM-5 on megatron-core {_core()}; "
+        f"glm5-patch {__version__}: a GLM-5 on megatron-core {core}; "
         f"{states.count(State.APPLIED)} patches applied, "
         f"{states.count(State.NOT_NEEDED)} not needed; {IndexSchedule.from_megatron(config)}; "
         f"sparse attention by {attention}"
     )
 
 
-def _core() -> str:
-    try:
-        return importlib.metadata.version("megatron-core")
-    except importlib.metadata.PackageNotFoundError:
-        return "from a folder on the path"
+def sparse_attention_by(dtype: torch.dtype) -> str | None:
+    """What computes this plugin's sparse attention here; None where it computes none."""
+    import torch
+
+    from .core.ledger import LEDGER, State
+    from .model.kernels import computed_by
+
+    if "dsa_spec" not in LEDGER or LEDGER["dsa_spec"].state is not State.APPLIED:
+        return None
+    return computed_by(torch.device("cuda" if torch.cuda.is_available() else "cpu"), dtype)
 
 
 def _rank() -> int:

@@ -119,8 +119,10 @@ def _positive(text: str) -> int:
 def _status(options: argparse.Namespace) -> int:
     import glm5_patch
 
+    from .announce import sparse_attention_by
+
     try:
-        import torch  # noqa: F401  the way in for every real process
+        import torch  # the way in for every real process
     except ImportError:
         raise GLM5PatchError("torch is not installed here, so nothing loads the plugin") from None
     loaded = any(row.state.value != "disabled" for row in glm5_patch.status())
@@ -130,7 +132,9 @@ def _status(options: argparse.Namespace) -> int:
             glm5_patch.require()
         except GLM5PatchError as error:
             problem = str(error)
-    kernels = _kernels(glm5_patch.status()["dsa_spec"])
+    dsa_spec = glm5_patch.status()["dsa_spec"]
+    kernels = sparse_attention_by(torch.bfloat16)
+    kernels = kernels or f"not the plugin's ({dsa_spec.state}: {dsa_spec.reason})"
     if options.json:
         found = {
             "version": __version__,
@@ -150,18 +154,6 @@ def _status(options: argparse.Namespace) -> int:
         if problem:
             print(f"problem: {problem}", file=sys.stderr)
     return 1 if problem or not loaded else 0
-
-
-def _kernels(dsa_spec) -> str:
-    """What computes sparse attention in this installation, and why nothing faster does."""
-    import torch
-
-    from .model.kernels import computed_by
-
-    if dsa_spec.state != "applied":
-        return f"not the plugin's ({dsa_spec.state}: {dsa_spec.reason})"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return computed_by(device, torch.bfloat16)
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -200,15 +192,12 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _env(options: argparse.Namespace) -> int:
-    import importlib.metadata
     import platform
 
+    from .core.host import installed_version
+
     found = {"glm5-patch": __version__, "python": platform.python_version()}
-    for name in _DISTRIBUTIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
+    found |= {name: installed_version(name) or "not installed" for name in _DISTRIBUTIONS}
     found["platform"] = platform.platform()
     switches = {k: v for k, v in sorted(os.environ.items()) if k.startswith(_SWITCHES)}
     if options.json:

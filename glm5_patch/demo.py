@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy
 
 import glm5_patch
 
+from .announce import sparse_attention_by
 from .cpu_host import single_process
 from .errors import CheckpointError, GLM5PatchError
 from .model.checkpoint import HFCheckpoint, save
@@ -97,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
             version=glm5_patch.__version__,
             model=f"{hf.num_hidden_layers} layers, {hf.schedule}, index_topk {hf.index_topk}",
             checkpoint=str(checkpoint.report),
-            kernels=_kernels(options),
+            kernels=sparse_attention_by(DTYPES[options.dtype]) or "megatron-core's own",
         )
         console.print(f"checkpoint: {report.checkpoint}")
         output = Path(options.output) if options.output else Path(scratch) / "trained"
@@ -107,15 +108,6 @@ def run(options: argparse.Namespace) -> int:
     report.seconds = round(time.perf_counter() - started, 1)
     _print(report, options.json)
     return 0 if report.passed else 1
-
-
-def _kernels(options: argparse.Namespace) -> str:
-    """What computes the sparse attention of this run."""
-    from .model.kernels import computed_by
-
-    if glm5_patch.status()["dsa_spec"].state != "applied":
-        return "megatron-core's own"
-    return computed_by(torch.device(options.device), DTYPES[options.dtype])
 
 
 def _validate(options: argparse.Namespace) -> None:

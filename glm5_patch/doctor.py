@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlparse
 
+from .core.host import installed_version
 from .env import DISABLE, ENABLED, Switches
 from .errors import GLM5PatchError
 
@@ -190,7 +191,4 @@ def _version(host: str, found: bool) -> str:
     if not found:
         return "not installed"
     distribution = {"megatron": "megatron-core"}.get(host, host)
-    try:
-        return f"{distribution} {importlib.metadata.version(distribution)}"
-    except importlib.metadata.PackageNotFoundError:
-        return f"{distribution}, from a folder on the path"
+    return f"{distribution} {installed_version(distribution) or 'from a folder on the path'}"

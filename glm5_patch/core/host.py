@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import inspect
 import warnings
 from types import ModuleType, SimpleNamespace
 from typing import Any
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version of an installed distribution; None where there is none, or a folder alone."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def is_dsa(config: Any) -> bool:

@@ -44,12 +44,25 @@ class Rows(NamedTuple):
         return len(self.starts) if self.num_keys is None else self.num_keys
 
     @property
+    def most_keys(self) -> int:
+        """No query sees more keys."""
+        return self.keys if self.longest is None else self.longest
+
+    @property
+    def places(self) -> Tensor:
+        """int64 [s]: the key at which each query stands."""
+        if self.positions is None:
+            return torch.arange(len(self.starts), device=self.starts.device)
+        return self.positions
+
+    @property
     def local_positions(self) -> Tensor:
         """int64 [s]: each query's position in its document."""
-        positions = self.positions
-        if positions is None:
-            positions = torch.arange(len(self.starts), device=self.starts.device)
-        return positions - self.starts
+        return self.places - self.starts
+
+    def spans(self) -> tuple[Tensor, Tensor]:
+        """``starts`` and ``places`` in int32: the first and the last key that each query sees."""
+        return self.starts.int(), self.places.int()
 
     @property
     def is_one_sequence(self) -> bool:
@@ -58,7 +71,7 @@ class Rows(NamedTuple):
 
     def all_fit(self, index_topk: int) -> bool:
         """Whether a top-k of that size holds every key that any query sees."""
-        return (self.keys if self.longest is None else self.longest) <= index_topk
+        return self.most_keys <= index_topk
 
     def end(self, block: slice) -> int:
         """No query of the block sees a key from here on."""
@@ -139,7 +152,6 @@ def selected_keys(block: slice, rows: Rows, topk_indices: Tensor | None) -> Tens
 
 def visible_topk(rows: Rows, batch: int) -> Tensor:
     """Every visible key of each query in the form of a top-k, int32 [b, s, longest document]."""
-    size = rows.keys if rows.longest is None else rows.longest
-    local = torch.arange(size, dtype=torch.int32, device=rows.starts.device)
+    local = torch.arange(rows.most_keys, dtype=torch.int32, device=rows.starts.device)
     last = rows.local_positions[:, None]
     return torch.where(local <= last, local, -1).expand(batch, -1, -1)

@@ -32,14 +32,18 @@ def report():
 """
 
 
+def environment(**env):
+    """This process's variables without this package's switches, and others."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("GLM5_PATCH")} | env
+
+
 def python(code, *options, **env):
     """Run code in a fresh interpreter without this package's switches."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("GLM5_PATCH")}
     return subprocess.run(
         [sys.executable, "-W", "ignore", *options, "-c", textwrap.dedent(code)],
         capture_output=True,
         text=True,
-        env={**environment, **env},
+        env=environment(**env),
     )
 
 

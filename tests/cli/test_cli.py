@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from glm5_patch.patches import PATCHES
+from tests.activation.fresh import environment
 
 ROOT = Path(__file__).parents[2]
 BREAK_HOST = """
@@ -32,13 +33,12 @@ sys.meta_path.insert(0, Break())
 
 
 def command(*arguments, python=sys.executable, cwd=ROOT, **env):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("GLM5_PATCH")}
     return subprocess.run(
         [python, "-W", "ignore", "-m", "glm5_patch", *arguments],
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={**environment, **env},
+        env=environment(**env),
     )
 
 

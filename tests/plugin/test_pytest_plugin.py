@@ -114,7 +114,7 @@ def test_the_ini_file_sets_the_default_and_the_option_beats_it(run, pytester):
     result.stderr.fnmatch_lines(["*glm5_patch='loud' is none of auto, off, strict*"])
 
 
-def test_strict_raises_where_a_patch_fails(run):
+def test_strict_sets_the_switch_for_the_run_and_what_it_starts(run):
     tests = """
 import os
 import re

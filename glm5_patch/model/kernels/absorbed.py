@@ -28,11 +28,7 @@ class _AbsorbedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, latent, up, topk_indices, rows, dims, scale):
         s, b, heads, _ = query.shape
-        where = (
-            topk_indices.contiguous(),
-            rows.starts.int(),
-            (rows.starts + rows.local_positions).int(),
-        )
+        where = (topk_indices.contiguous(), *rows.spans())
         # [t, b, 1, latent + rope] -> [t, b, latent + rope]
         absorbed, latent = absorb(query, up, dims), latent.squeeze(2).contiguous()
         ctx.hopper = hopper_kernels(absorbed, latent, dims.latent)

@@ -84,6 +84,18 @@ def _next(low, high, count_low, count_high, k, step):
 
 
 @triton.jit
+def _narrowed(low, high, count_low, count_high, middle, reached, k, slack):
+    """What is left of the search once ``reached`` scores are known to reach ``middle``."""
+    if reached >= k:
+        low, count_low = middle, reached
+        if reached <= k + slack:
+            high = middle + 1
+    else:
+        high, count_high = middle, reached
+    return low, high, count_low, count_high
+
+
+@triton.jit
 def _kth_largest(value, inside, count, k, slack):
     """A value that at least k of ``count`` reach, and how many do: the largest such, or the first
     found that at most k + slack reach."""
@@ -95,12 +107,9 @@ def _kth_largest(value, inside, count, k, slack):
     while low + 1 < high:
         middle = _next(low, high, count_low, count_high, k, step)
         reached = tl.sum((value >= middle).to(tl.int32), 0)
-        if reached >= k:
-            low, count_low = middle, reached
-            if reached <= k + slack:
-                high = middle + 1
-        else:
-            high, count_high = middle, reached
+        low, high, count_low, count_high = _narrowed(
+            low, high, count_low, count_high, middle, reached, k, slack
+        )
         step += 1
     return low, count_low
 
@@ -124,12 +133,9 @@ def _kth_largest_of_line(line, count, k, BLOCK: tl.constexpr):
             place = first + tl.arange(0, BLOCK)
             value = _value(line, place, place < count)
             reached += tl.sum(((value >= middle) & (place < count)).to(tl.int32), 0)
-        if reached >= k:
-            low, count_low = middle, reached
-            if reached == k:
-                high = middle + 1
-        else:
-            high, count_high = middle, reached
+        low, high, count_low, count_high = _narrowed(
+            low, high, count_low, count_high, middle, reached, k, 0
+        )
         step += 1
     return low, count_low
 
@@ -324,11 +330,10 @@ def select(query: Tensor, key: Tensor, weights: Tensor, rows: Rows, k: int, scal
     """
     s, b = query.shape[:2]
     query, key, weights = (tensor.contiguous() for tensor in (query, key, weights))
-    starts = rows.starts.int()
-    positions = (rows.starts + rows.local_positions).int()
+    starts, positions = rows.spans()
     topk_indices = torch.empty((b, s, k), dtype=torch.int32, device=query.device)
     for block in query_blocks(s, rows.keys * 4):
-        longest = min(rows.longest or rows.keys, rows.end(block))
+        longest = min(rows.most_keys, rows.end(block))
         out = torch.empty((block.stop - block.start, rows.keys), device=query.device)
         for batch in range(b):
             scores(query, key, weights, starts, positions, block, batch, scale, out)

@@ -33,7 +33,7 @@ _EPS = 1e-10
 
 @triton.jit
 def _logits(
-    Q, KV, q_0, q_1, q_rope, key, scale_log2,
+    KV, q_0, q_1, q_rope, key, scale_log2,
     LATENT: tl.constexpr, ROPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = LATENT // 2
@@ -70,7 +70,7 @@ def _target(
     total = tl.zeros([HEADS], tl.float32)
     for first in range(0, count, KEYS):
         key, valid = tile_of_keys(TOPK + line, first, count, start, batch, b, KEYS, WIDTH)
-        logits = _logits(Q, KV, q_0, q_1, q_rope, key, scale_log2, LATENT, ROPE, PRECISION)
+        logits = _logits(KV, q_0, q_1, q_rope, key, scale_log2, LATENT, ROPE, PRECISION)
         logits = tl.where(valid[None, :], logits, -1e30)
         larger = tl.maximum(largest, tl.max(logits, 1))
         probs = tl.where(valid[None, :], tl.exp2(logits - larger[:, None]), 0.0)
@@ -79,7 +79,7 @@ def _target(
     lse = largest + tl.log2(tl.where(total > 0, total, 1.0))
     for first in range(0, count, KEYS):
         key, valid = tile_of_keys(TOPK + line, first, count, start, batch, b, KEYS, WIDTH)
-        logits = _logits(Q, KV, q_0, q_1, q_rope, key, scale_log2, LATENT, ROPE, PRECISION)
+        logits = _logits(KV, q_0, q_1, q_rope, key, scale_log2, LATENT, ROPE, PRECISION)
         probs = tl.exp2(logits - lse[:, None])
         probs = tl.where(valid[None, :] & own[:, None], probs, 0.0)
         place = first + tl.arange(0, KEYS)
@@ -172,13 +172,11 @@ def attention_target(
     query: Tensor, latent: Tensor, up: Tensor, topk_indices: Tensor, rows: Rows, dims, scale: float
 ) -> Tensor:
     """As ``target``, of queries that are not absorbed; args as of ``model.sparse_mla``."""
-    positions = (rows.starts + rows.local_positions).int()
     return target(
         absorb(query, up, dims),
         latent.squeeze(2).contiguous(),
         topk_indices,
-        rows.starts.int(),
-        positions,
+        *rows.spans(),
         dims.latent,
         scale,
     )
@@ -206,7 +204,7 @@ class _SparseIndexerLoss(torch.autograd.Function):
         s, b, heads, dim = query.shape
         k = topk_indices.shape[-1]
         query, key, weights = (tensor.contiguous() for tensor in (query, key, weights))
-        starts, positions = rows.starts.int(), (rows.starts + rows.local_positions).int()
+        starts, positions = rows.spans()
         scores = torch.empty(target.shape, dtype=torch.float32, device=query.device)
         loss = torch.empty((b, s), dtype=torch.float32, device=query.device)
         d_query, d_key, d_weights = (

@@ -36,6 +36,16 @@ def store_columns(base, offsets, first, WIDTH: tl.constexpr, tile, mask):
 
 
 @triton.jit
+def query_of_program(end_row, batch, heads, HEADS: tl.constexpr):
+    """Row and batch of this program, the places of its heads in [s, b, n], and which there are.
+    The last rows come first: they have most keys."""
+    row = end_row - 1 - tl.program_id(0) // batch
+    b = tl.program_id(0) % batch
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    return row, b, (row * batch + b).to(tl.int64) * heads + head, head < heads
+
+
+@triton.jit
 def load_span(STARTS, POSITIONS, row):
     start = tl.load(STARTS + row)
     return start, tl.load(POSITIONS + row) - start + 1
@@ -58,11 +68,7 @@ def _forward(
 ):  # fmt: skip
     WIDTH: tl.constexpr = LATENT + ROPE
     HALF: tl.constexpr = LATENT // 2
-    row = rows - 1 - tl.program_id(0) // batch  # the queries with most keys first
-    b = tl.program_id(0) % batch
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    query = (row * batch + b).to(tl.int64) * heads + head
-    own = head < heads
+    row, b, query, own = query_of_program(rows, batch, heads, HEADS)
     q_0 = load_columns(Q, query * WIDTH, 0, HALF, own)
     q_1 = load_columns(Q, query * WIDTH, HALF, HALF, own)
     q_rope = load_columns(Q, query * WIDTH, LATENT, ROPE, own)
@@ -138,11 +144,7 @@ def _backward(
     atomics, or to its own rows of [rows of this launch, b, k, head groups, WIDTH]."""
     WIDTH: tl.constexpr = LATENT + ROPE
     PART: tl.constexpr = LATENT // 4
-    row = end_row - 1 - tl.program_id(0) // batch
-    b = tl.program_id(0) % batch
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    query = (row * batch + b).to(tl.int64) * heads + head
-    own = head < heads
+    row, b, query, own = query_of_program(end_row, batch, heads, HEADS)
     q_0 = load_columns(Q, query * WIDTH, 0, PART, own)
     q_1 = load_columns(Q, query * WIDTH, PART, PART, own)
     q_2 = load_columns(Q, query * WIDTH, 2 * PART, PART, own)

@@ -54,6 +54,18 @@ _ROPE_IN_FOURS = gl.constexpr(_fours(ROPE))
 
 
 @gluon.jit
+def _query_of_program(TOPK, STARTS, POSITIONS, rows, batch, groups, k):
+    """Batch of this program, the place of its first head in [s, b, n], where its document starts,
+    how many keys it has and which. The last rows come first: they have most keys."""
+    row = rows - 1 - gl.program_id(0) // batch
+    b = gl.program_id(0) % batch
+    query = ((row * batch + b) * groups + gl.program_id(1)).to(gl.int64) * _N
+    start = gl.load(STARTS + row)
+    count = gl.minimum(gl.load(POSITIONS + row) - start + 1, k)
+    return b, query, start, count, TOPK + (b.to(gl.int64) * rows + row) * k
+
+
+@gluon.jit
 def _gather(KV, key, latent, rope):
     """Start copying rows of the latent, by key, to shared memory."""
     columns: gl.constexpr = gl.SliceLayout(0, _ROWS)
@@ -82,12 +94,9 @@ def _forward(
     by_row: gl.constexpr = gl.SliceLayout(1, _ROWS)
     by_column: gl.constexpr = gl.SliceLayout(0, _ROWS)
     by_head: gl.constexpr = gl.SliceLayout(1, _LOGITS)
-    row = rows - 1 - gl.program_id(0) // batch  # the queries with most keys first
-    b = gl.program_id(0) % batch
-    query = ((row * batch + b) * groups + gl.program_id(1)).to(gl.int64) * _N
-    start = gl.load(STARTS + row)
-    count = gl.minimum(gl.load(POSITIONS + row) - start + 1, k)
-    TOPK += (b.to(gl.int64) * rows + row) * k
+    b, query, start, count, TOPK = _query_of_program(
+        TOPK, STARTS, POSITIONS, rows, batch, groups, k
+    )
     tiles = (count + _K - 1) // _K
 
     q_latent = gl.allocate_shared_memory(dtype, [_N, _L], _SHARED)
@@ -176,12 +185,9 @@ def _backward(
     by_row: gl.constexpr = gl.SliceLayout(1, _ROWS)
     by_column: gl.constexpr = gl.SliceLayout(0, _ROWS)
     by_head: gl.constexpr = gl.SliceLayout(1, _LOGITS)
-    row = rows - 1 - gl.program_id(0) // batch
-    b = gl.program_id(0) % batch
-    query = ((row * batch + b) * groups + gl.program_id(1)).to(gl.int64) * _N
-    start = gl.load(STARTS + row)
-    count = gl.minimum(gl.load(POSITIONS + row) - start + 1, k)
-    TOPK += (b.to(gl.int64) * rows + row) * k
+    b, query, start, count, TOPK = _query_of_program(
+        TOPK, STARTS, POSITIONS, rows, batch, groups, k
+    )
     tiles = (count + _K - 1) // _K
 
     q_latent = gl.allocate_shared_memory(dtype, [_N, _L], _SHARED)

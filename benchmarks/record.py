@@ -1,0 +1,22 @@
+"""What the GPU benchmarks keep of a run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+
+import torch
+
+
+def write(path: Path, **found) -> None:
+    """Write JSON, and what it was measured on and with, under a temporary name first."""
+    machine = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton"),
+        "megatron-core": importlib.metadata.version("megatron-core"),
+    }
+    temporary = path.with_name("." + path.name)
+    temporary.write_text(json.dumps({**machine, **found}, indent=1) + "\n")
+    temporary.replace(path)
