@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .blocks import Rows, selected_keys, visible_keys, visible_topk
 from .indexer import IndexerInputs, LightningIndexer
-from .kernels import use_triton
+from .kernels import LOSS_HEADS, use_triton
 from .sparse_attention import block_logits, heads_first
 from .sparse_mla import MLADims, keys_and_values
 
@@ -68,7 +68,7 @@ def _fits_triton(indexer: LightningIndexer, query: Tensor, dims: MLADims) -> boo
         qk_pos_emb_head_dim=dims.rope,
         dsa_indexer_head_dim=indexer.index_head_dim,
         dsa_indexer_n_heads=indexer.index_n_heads,
-    ) and (heads <= 64 and indexer.index_n_heads >= 16)
+    ) and (heads <= LOSS_HEADS and indexer.index_n_heads >= 16)
 
 
 class _IndexerLoss(torch.autograd.Function):

@@ -16,6 +16,11 @@ _NARROWEST = {"kv_lora_rank": 64, "qk_pos_emb_head_dim": 16, "dsa_indexer_head_d
 """Widths below these make products that tensor cores don't take."""
 
 
+LOSS_HEADS = 64
+"""Attention heads of a rank whose probabilities the fused indexer loss can sum; more would be
+several programs, whose sums would have to meet."""
+
+
 def use_triton(like: Tensor, **widths: int) -> bool:
     """Whether Triton computes on tensors like this one, as ``GLM5_PATCH_KERNELS`` asks.
 

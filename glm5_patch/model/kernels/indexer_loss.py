@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..blocks import Rows
+from . import LOSS_HEADS
 from .absorbed import absorb
 from .sparse_mla import (
     LOG2_E,
@@ -24,9 +25,6 @@ from .sparse_mla import (
     precision,
     tile_of_keys,
 )
-
-MOST_HEADS = 64
-"""Of this rank; more would be several programs, whose sums of probabilities would have to meet."""
 
 _EPS = 1e-10
 
@@ -158,7 +156,7 @@ def target(
     """
     s, b, heads, width = query.shape
     out = torch.zeros(topk_indices.shape, dtype=torch.float32, device=query.device)
-    block = heads_of_a_program(heads, MOST_HEADS)
+    block = heads_of_a_program(heads, LOSS_HEADS)
     _target[(s * b,)](
         query, latent, topk_indices, starts, positions, out,
         s, b, heads, topk_indices.shape[-1], scale * LOG2_E,
