@@ -40,7 +40,9 @@ def describe(config: Any) -> str:
 
     states = [entry.state for entry in LEDGER]
     core = installed_version("megatron-core") or "from a folder on the path"
-    attention = sparse_attention_by(config.params_dtype) or "megatron-core's own"
+    attention = sparse_attention_by(
+        config.params_dtype, getattr(config, "dsa_kernel_backend", "none")
+    )
     return (
         f"glm5-patch {__version__}: a GLM-5 on megatron-core {core}; "
         f"{states.count(State.APPLIED)} patches applied, "
@@ -49,16 +51,29 @@ def describe(config: Any) -> str:
     )
 
 
-def sparse_attention_by(dtype: torch.dtype) -> str | None:
-    """What computes this plugin's sparse attention here; None where it computes none."""
+def sparse_attention_by(dtype: torch.dtype, host_backend: str = "none") -> str:
+    """What computes sparse attention here, and why nothing faster does.
+
+    Args:
+        dtype: of the model.
+        host_backend: ``dsa_kernel_backend`` of its configuration, where that knows one.
+    """
     import torch
 
     from .core.ledger import LEDGER, State
-    from .model.kernels import computed_by
+    from .model.kernels import computed_by, why_torch
 
-    if "dsa_spec" not in LEDGER or LEDGER["dsa_spec"].state is not State.APPLIED:
-        return None
-    return computed_by(torch.device("cuda" if torch.cuda.is_available() else "cpu"), dtype)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    spec, hooks = (LEDGER[i] if i in LEDGER else None for i in ("dsa_spec", "dsa_kernels"))
+    if spec is not None and spec.state is State.APPLIED:
+        return computed_by(device, dtype)
+    if hooks is None or hooks.state is not State.APPLIED:
+        reason = f"{spec.state}: {spec.reason}" if spec else "nothing is armed"
+    elif host_backend != "none":
+        reason = f"dsa_kernel_backend={host_backend}"
+    else:
+        reason = why_torch(device, dtype)
+    return "triton" if reason is None else f"megatron-core's own code ({reason})"
 
 
 def _rank() -> int:

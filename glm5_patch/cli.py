@@ -132,9 +132,7 @@ def _status(options: argparse.Namespace) -> int:
             glm5_patch.require()
         except GLM5PatchError as error:
             problem = str(error)
-    dsa_spec = glm5_patch.status()["dsa_spec"]
     kernels = sparse_attention_by(torch.bfloat16)
-    kernels = kernels or f"not the plugin's ({dsa_spec.state}: {dsa_spec.reason})"
     if options.json:
         found = {
             "version": __version__,

@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
             version=glm5_patch.__version__,
             model=f"{hf.num_hidden_layers} layers, {hf.schedule}, index_topk {hf.index_topk}",
             checkpoint=str(checkpoint.report),
-            kernels=sparse_attention_by(DTYPES[options.dtype]) or "megatron-core's own",
+            kernels=sparse_attention_by(DTYPES[options.dtype]),
         )
         console.print(f"checkpoint: {report.checkpoint}")
         output = Path(options.output) if options.output else Path(scratch) / "trained"

@@ -82,6 +82,25 @@ def tokens(seed: int, batch: int, length: int) -> torch.Tensor:
     return torch.randint(96, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def packed(lengths):
+    from megatron.core.packed_seq_params import PackedSeqParams  # not every test has megatron-core
+
+    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    longest = max(lengths)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+def pack_forward(model, ids, packed_seq_params):
+    positions = torch.cat([torch.arange(n) for n in packed_seq_params.cu_seqlens_q.diff().tolist()])
+    return model(ids, positions[None], None, packed_seq_params=packed_seq_params)
+
+
 def loss_of(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 

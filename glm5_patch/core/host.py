@@ -183,6 +183,21 @@ def shares_by_freq_only(dsa: ModuleType) -> bool:
     return hasattr(dsa, "is_dsa_skip_topk_layer")
 
 
+def has_dsa_kernel_hooks(dsa: ModuleType) -> bool:
+    """Whether fused kernels can take part in the host's attention (megatron-core 0.19 on).
+
+    Raises:
+        AttributeError: there are hooks, but other ones than are known.
+    """
+    hooks = getattr(dsa, "dsa_kernels", None)
+    if hooks is None:
+        return False
+    attention = inspect.signature(hooks.run_fused_absorbed_sparse_attention)
+    if "topk_length" not in attention.parameters:
+        raise AttributeError("the hook for attention does not hand on how long a top-k is")
+    return True
+
+
 def scales_indexer_loss(schedules: ModuleType) -> bool:
     """Whether the schedules give the indexer loss a scale (megatron-core 0.19 on)."""
     names = _names_read_by(schedules.forward_step_calc_loss)

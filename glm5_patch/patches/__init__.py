@@ -3,6 +3,7 @@
 from .megatron_core.block_spec import BlockSpec
 from .megatron_core.checkpoint_recompute import CheckpointRecompute
 from .megatron_core.checkpoint_without_te import CheckpointWithoutTE
+from .megatron_core.dsa_kernels import DSAKernels
 from .megatron_core.dsa_spec import DSASpec
 from .megatron_core.gate import Gate
 from .megatron_core.index_schedule import IndexShareSchedule
@@ -28,6 +29,7 @@ PATCHES = (
     Gate(),
     IndexShareCarrier(),
     IndexShareSchedule(),
+    DSAKernels(),
     CheckpointRecompute(),
     CheckpointWithoutTE(),
     IndexerLossScale(),

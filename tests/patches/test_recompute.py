@@ -6,13 +6,12 @@ import weakref
 
 import pytest
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 
 import glm5_patch
 from glm5_patch.core.hooks import enable
 from glm5_patch.demo import forward
 from glm5_patch.errors import GLM5PatchError
-from tests.tiny import loss_of, megatron_model, relative, saved, tokens
+from tests.tiny import loss_of, megatron_model, pack_forward, packed, relative, saved, tokens
 
 FULL = dict(recompute_granularity="full")
 MODES = {
@@ -23,23 +22,6 @@ MODES = {
     "mla_up_proj": dict(recompute_granularity="selective", recompute_modules=["mla_up_proj"]),
     "layernorm": dict(recompute_granularity="selective", recompute_modules=["layernorm"]),
 }
-
-
-def packed(lengths):
-    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    longest = max(lengths)
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
-
-
-def pack_forward(model, ids, packed_seq_params):
-    positions = torch.cat([torch.arange(n) for n in packed_seq_params.cu_seqlens_q.diff().tolist()])
-    return model(ids, positions[None], None, packed_seq_params=packed_seq_params)
 
 
 def masked_forward(model, ids):

@@ -22,16 +22,21 @@ several programs, whose sums would have to meet."""
 
 
 def use_triton(like: Tensor, **widths: int) -> bool:
-    """Whether Triton computes on tensors like this one, as ``GLM5_PATCH_KERNELS`` asks.
+    """Whether Triton computes on tensors like this one; see ``triton_computes``."""
+    return triton_computes(like.device, like.dtype, **widths)
+
+
+def triton_computes(device: torch.device, dtype: torch.dtype, **widths: int) -> bool:
+    """Whether Triton computes on such tensors, as ``GLM5_PATCH_KERNELS`` asks.
 
     Args:
-        like: of the device and dtype in question.
+        device, dtype: of the tensors in question.
         widths: settings of the configuration that the kernels index by.
 
     Raises:
         GLM5PatchError: Triton was asked for and can't.
     """
-    reason = why_torch(like.device, like.dtype, **widths)
+    reason = why_torch(device, dtype, **widths)
     if reason is not None and env.kernels() == "triton":
         raise GLM5PatchError(f"{env.KERNELS}=triton: {reason}; unset it, or set it to torch")
     return reason is None

@@ -31,9 +31,7 @@ class _AbsorbedAttention(torch.autograd.Function):
         where = (topk_indices.contiguous(), *rows.spans())
         # [t, b, 1, latent + rope] -> [t, b, latent + rope]
         absorbed, latent = absorb(query, up, dims), latent.squeeze(2).contiguous()
-        ctx.hopper = hopper_kernels(absorbed, latent, dims.latent)
-        kernels = ctx.hopper or sparse_mla
-        out, lse = kernels.forward(absorbed, latent, *where, dims.latent, scale)
+        out, lse = _run_forward(absorbed, latent, *where, dims.latent, scale)
         output = query.new_empty((s, b, heads, dims.value))
         torch.bmm(_by_head(out), _up_value(up, dims), out=_by_head(output))
         ctx.save_for_backward(query, latent, up, *where, out, lse)
@@ -49,14 +47,7 @@ class _AbsorbedAttention(torch.autograd.Function):
         d_out = out.new_empty(out.shape)
         torch.bmm(d_output, up_value.transpose(1, 2), out=_by_head(d_out))
         absorbed = absorb(query, up, dims)
-        tail = (d_out, lse, sparse_mla.row_terms(out, d_out), ctx.scale)
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        if ctx.hopper and not deterministic:
-            d_absorbed, d_latent = ctx.hopper.backward(absorbed, latent, *where, *tail)
-        else:
-            d_absorbed, d_latent = sparse_mla.backward(
-                absorbed, latent, *where, *tail, deterministic
-            )
+        d_absorbed, d_latent = _run_backward(absorbed, latent, *where, d_out, out, lse, ctx.scale)
         d_query = query.new_empty(query.shape)
         d_key_side = _by_head(d_absorbed[..., : dims.latent])
         torch.bmm(d_key_side, up_key.transpose(1, 2), out=_by_head(d_query[..., : dims.nope]))
@@ -70,6 +61,60 @@ class _AbsorbedAttention(torch.autograd.Function):
             d_up[..., dims.nope :] = d_value_side.transpose(0, 1)
             d_up = d_up.flatten(1)
         return d_query, d_latent.to(latent.dtype).unsqueeze(2), d_up, None, None, None, None
+
+
+def latent_attention(
+    absorbed: Tensor,
+    latent: Tensor,
+    topk_indices: Tensor,
+    starts: Tensor,
+    positions: Tensor,
+    latent_dim: int,
+    scale: float,
+) -> Tensor:
+    """Attention of queries that are absorbed already, [s, b, n, latent]; args as of
+    ``kernels.sparse_mla.forward``."""
+    return _LatentAttention.apply(
+        absorbed.contiguous(),
+        latent.contiguous(),
+        topk_indices,
+        starts,
+        positions,
+        latent_dim,
+        scale,
+    )
+
+
+class _LatentAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, absorbed, latent, topk_indices, starts, positions, latent_dim, scale):
+        where = (topk_indices, starts, positions)
+        out, lse = _run_forward(absorbed, latent, *where, latent_dim, scale)
+        ctx.save_for_backward(absorbed, latent, *where, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out):
+        absorbed, latent, *where, out, lse = ctx.saved_tensors
+        d_absorbed, d_latent = _run_backward(
+            absorbed, latent, *where, d_out.contiguous(), out, lse, ctx.scale
+        )
+        return d_absorbed, d_latent.to(latent.dtype), None, None, None, None, None
+
+
+def _run_forward(absorbed, latent, topk_indices, starts, positions, latent_dim, scale):
+    kernels = hopper_kernels(absorbed, latent, latent_dim) or sparse_mla
+    return kernels.forward(absorbed, latent, topk_indices, starts, positions, latent_dim, scale)
+
+
+def _run_backward(absorbed, latent, topk_indices, starts, positions, d_out, out, lse, scale):
+    args = (absorbed, latent, topk_indices, starts, positions, d_out, lse)
+    args += (sparse_mla.row_terms(out, d_out), scale)
+    if torch.are_deterministic_algorithms_enabled():
+        return sparse_mla.backward(*args, deterministic=True)
+    hopper = hopper_kernels(absorbed, latent, d_out.shape[-1])
+    return hopper.backward(*args) if hopper else sparse_mla.backward(*args, deterministic=False)
 
 
 def _by_head(tensor: Tensor) -> Tensor:

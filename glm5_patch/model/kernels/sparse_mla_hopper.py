@@ -140,6 +140,7 @@ def _forward(
         probs = gl.convert_layout(probs.to(dtype), gl.DotOperandLayout(0, _WIDE, 2))
         out = warpgroup_mma(probs, latent, out, is_async=True)
         out = warpgroup_mma_wait(num_outstanding=0, deps=[out])
+    total = gl.where(total > 0, total, 1.0)  # a query without keys
     out = out / gl.convert_layout(total, gl.SliceLayout(1, _WIDE))[:, None]
     gl.thread_barrier()
     q_latent.store(out.to(dtype))
@@ -294,7 +295,7 @@ def why_not(query: Tensor, latent: Tensor, latent_dim: int) -> str | None:
 
 
 def forward(query, latent, topk_indices, starts, positions, latent_dim, softmax_scale):
-    """As ``sparse_mla.forward``; every query sees at least one key."""
+    """As ``sparse_mla.forward``; empty places of a top-k come last, after all that is visible."""
     s, b, heads, _ = query.shape
     out = torch.empty((s, b, heads, LATENT), dtype=query.dtype, device=query.device)
     lse = torch.empty((s, b, heads), dtype=torch.float32, device=query.device)
