@@ -35,6 +35,7 @@ from glm5_patch.model.blocks import Rows, selected_keys
 from glm5_patch.model.kernels import absorbed, indexer, indexer_loss, sparse_mla
 from glm5_patch.model.sparse_attention import sparse_attention
 from glm5_patch.model.sparse_mla import MLADims, keys_and_values
+from glm5_patch.model.sparse_mla import sparse_mla as attend
 
 DIMS = MLADims(latent=512, nope=192, rope=64, value=256)
 SCALE = (DIMS.nope + DIMS.rope) ** -0.5
@@ -242,7 +243,7 @@ def core_of(heads: int, length: int, peers: Peers):
     inputs = [t.clone().requires_grad_() for t in (batch.query, batch.latent, batch.up)]
 
     def fused():
-        return absorbed.absorbed_attention(*inputs, batch.topk, batch.rows, DIMS, SCALE)
+        return attend(*inputs, batch.topk, batch.rows, DIMS, SCALE)
 
     def blocked():
         key, value = keys_and_values(*inputs[1:], DIMS)
@@ -377,10 +378,9 @@ def dense_of(length: int):
     """Dense causal attention of the unabsorbed shape, for scale."""
     shape = (1, 64, length, DIMS.nope + DIMS.rope)
     q, k, v = (torch.randn(shape, device="cuda").bfloat16().requires_grad_() for _ in range(3))
-    attend = torch.nn.functional.scaled_dot_product_attention
 
     def run():
-        return attend(q, k, v, is_causal=True)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     with torch.no_grad():
         yield measure("core, forward", "torch SDPA, dense", length, 64, run)
@@ -429,10 +429,15 @@ def check(heads: int, length: int = 3072) -> list[str]:
         reference[0], *keys_and_values(*reference[1:], DIMS), batch.topk, batch.rows, SCALE
     )
     expected = torch.autograd.grad(truth, reference, batch.upstream.float())
-    for kind in ("as they come", "deterministic"):
+    kinds = {
+        "as they come": absorbed.absorbed_attention,
+        "deterministic": absorbed.absorbed_attention,
+        "core": attend,
+    }
+    for kind, attention in kinds.items():
         torch.use_deterministic_algorithms(kind == "deterministic")
         _fill_with_nan(2 * query.numel())
-        output = absorbed.absorbed_attention(*inputs, batch.topk, batch.rows, DIMS, SCALE)
+        output = attention(*inputs, batch.topk, batch.rows, DIMS, SCALE)
         found = torch.autograd.grad(output, inputs, batch.upstream, retain_graph=True)
         for name, ours, theirs in zip(("query", "latent", "up"), found, expected):
             bound(f"gradient of {name}, {kind}", relative(ours, theirs), 5e-3)

@@ -1,18 +1,22 @@
 """What index sharing saves: decoder layers of GLM-5.2's shape on one GPU, every layer computing its
-top-k or one of four, and a training step on fused and on blocked kernels.
+top-k or one of four, and a training step on fused kernels, on blocked ones and as released.
 
     python benchmarks/layer.py [--lengths 8192 16384] [--output DIR]
 
 Four dense layers (hidden size 6144, 64 heads, latent 512, index_topk 2048; the published model has
 three such and 75 MoE ones) with a small vocabulary, bf16, batch 1, random weights, modules of the
 local backend, full recompute. "forward" is without gradients; "step" is a forward and backward of
-one microbatch under full recompute. A figure is the median of 5 runs, divided by the layers; memory
-is the peak of the process, weights and gradients included. Writes layer.json.
+one microbatch under full recompute. "released" has megatron-core 0.16's own attention and indexer
+under the same layers, which computes the indexer's loss in every training step; its dispatcher,
+which refuses such layers, is told to build them, and its Hadamard rotation, which needs a package of
+its own, is a matrix product. A figure is the median of 5 runs, divided by the layers; memory is the peak of the process, weights and gradients included. Writes layer.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import os
 import statistics
 import sys
@@ -29,11 +33,11 @@ from glm5_patch.model.hf_config import HFConfig
 
 LAYERS, RUNS = 4, 5
 PATTERNS = {"every layer computes": "FFFF", "one of four computes": "FSSS"}
-BLOCKED_UP_TO = 8192
-"""Tokens for which the blocked torch code is timed too; it is quadratic."""
+QUADRATIC_UP_TO = 8192
+"""Tokens for which the blocked torch code and the host's own are timed too; both are quadratic."""
 
 
-def build(pattern: str):
+def build(pattern: str, **settings):
     hf = HFConfig(
         {
             "model_type": "glm_moe_dsa",
@@ -52,8 +56,41 @@ def build(pattern: str):
         recompute_granularity="full",
         recompute_method="uniform",
         recompute_num_layers=1,
+        **settings,
     )
     return gpt_model(hf, config)
+
+
+@contextlib.contextmanager
+def as_released():
+    """Build megatron-core's own DSA layers, and run them."""
+    from megatron.core.transformer.experimental_attention_variant import dsa
+    from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+
+    from glm5_patch.model import spec
+
+    def host_spec(found, config, backend):
+        ours = glm5_spec(found, config, backend)
+        return dataclasses.replace(
+            ours,
+            module=MLASelfAttention,
+            submodules=dataclasses.replace(
+                ours.submodules, core_attention=found.submodules.core_attention
+            ),
+        )
+
+    def rotate(x):
+        matrix = torch.ones(1, 1, device=x.device, dtype=x.dtype)
+        while len(matrix) < x.shape[-1]:
+            matrix = torch.cat([torch.cat([matrix, matrix]), torch.cat([matrix, -matrix])], 1)
+        return x @ (matrix * x.shape[-1] ** -0.5)
+
+    glm5_spec, rotate_activation = spec.glm5_attention_spec, dsa.rotate_activation
+    spec.glm5_attention_spec, dsa.rotate_activation = host_spec, rotate
+    try:
+        yield
+    finally:
+        spec.glm5_attention_spec, dsa.rotate_activation = glm5_spec, rotate_activation
 
 
 def seconds(run) -> float:
@@ -92,7 +129,7 @@ def measure(model, length: int) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768, 65536])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536])
     parser.add_argument("--output", type=Path, default=Path("."), metavar="DIR")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -100,20 +137,34 @@ def main() -> int:
         return 2
     glm5_patch.require()
     rows = []
+
+    def add(model, layers: str, length: int, kernels: str) -> None:
+        rows.append({"layers": layers, "length": length, "kernels": kernels})
+        try:
+            rows[-1].update(measure(model, length))
+        except torch.OutOfMemoryError:
+            print("{layers:22} {length:6} {kernels:8} out of memory".format(**rows[-1]), flush=True)
+            return
+        print(
+            "{layers:22} {length:6} {kernels:8} forward {forward_ms:8.2f} ms, "
+            "step {step_ms:8.2f} ms a layer, {peak_gib:.1f} GiB".format(**rows[-1]),
+            flush=True,
+        )
+
+    short = [length for length in options.lengths if length <= QUADRATIC_UP_TO]
     with single_process("cuda"):
-        for label, pattern in PATTERNS.items():
+        for layers, pattern in PATTERNS.items():
             model = build(pattern)
-            for length in options.lengths:
-                for kernels in ("triton", "torch") if length <= BLOCKED_UP_TO else ("triton",):
-                    os.environ["GLM5_PATCH_KERNELS"] = kernels
-                    row = {"layers": label, "length": length, "kernels": kernels}
-                    rows.append({**row, **measure(model, length)})
-                    print(
-                        "{layers:22} {length:6} {kernels:7} forward {forward_ms:8.2f} ms, "
-                        "step {step_ms:8.2f} ms a layer, {peak_gib:.1f} GiB".format(**rows[-1]),
-                        flush=True,
-                    )
+            for kernels, lengths in (("triton", options.lengths), ("torch", short)):
+                os.environ["GLM5_PATCH_KERNELS"] = kernels
+                for length in lengths:
+                    add(model, layers, length, kernels)
             del model
+        if glm5_patch.status()["dsa_spec"].state == "applied":
+            with as_released():
+                model = build(PATTERNS["every layer computes"], dsa_indexer_loss_coeff=0.0)
+                for length in short:
+                    add(model, "every layer computes", length, "released")
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "layer.json"
     record.write(path, rows=rows)

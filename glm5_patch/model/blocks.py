@@ -64,6 +64,10 @@ class Rows(NamedTuple):
         """``starts`` and ``places`` in int32: the first and the last key that each query sees."""
         return self.starts.int(), self.places.int()
 
+    def after(self, count: int) -> Rows:
+        """Without the first queries."""
+        return Rows(self.starts[count:], self.places[count:], self.keys, self.longest)
+
     @property
     def is_one_sequence(self) -> bool:
         """Query i stands at key i, and sees all keys up to it."""

@@ -47,7 +47,8 @@ def sparse_mla(
         query: [s, b, n, nope + rope].
         latent: [t, b, 1, latent + rope]; t is s, or more under context parallelism.
         up: makes keys and values of the latent, [latent, n * (nope + value)].
-        topk_indices: int32 [b, s, k], see ``blocks.selected_keys``; None: every visible key.
+        topk_indices: int32 [b, s, k], see ``blocks.selected_keys``, with every visible key of a
+            query that has no more than k; None: every visible key of all queries.
         rows: where the queries stand among the keys.
         dims: widths.
         softmax_scale: factor of the logits.
@@ -55,12 +56,18 @@ def sparse_mla(
     Returns:
         [s, b, n * value], of the query's dtype. A query without any key gets zeros.
     """
-    causal = topk_indices is None and rows.is_one_sequence
+    causal = rows.is_one_sequence and (topk_indices is None or rows.all_fit(topk_indices.shape[-1]))
     widths = dict(kv_lora_rank=dims.latent, qk_pos_emb_head_dim=dims.rope)
     if not causal and use_triton(query, **widths):
         from .kernels.absorbed import absorbed_attention  # imports triton
 
-        return absorbed_attention(query, latent, up, topk_indices, rows, dims, softmax_scale)
+        if not rows.is_one_sequence:
+            return absorbed_attention(query, latent, up, topk_indices, rows, dims, softmax_scale)
+        # The first queries have no more keys than the top-k holds: dense attention is faster.
+        k = topk_indices.shape[-1]
+        first = _causal(query[:k], *keys_and_values(latent[:k], up, dims), softmax_scale)
+        rest = (query[k:], latent, up, topk_indices[:, k:], rows.after(k), dims, softmax_scale)
+        return torch.cat([first, absorbed_attention(*rest)])
     key, value = keys_and_values(latent, up, dims)
     if causal:
         return _causal(query, key, value, softmax_scale)
