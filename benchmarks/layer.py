@@ -8,8 +8,9 @@ three such and 75 MoE ones) with a small vocabulary, bf16, batch 1, random weigh
 local backend, full recompute. "forward" is without gradients; "step" is a forward and backward of
 one microbatch under full recompute. "released" has megatron-core 0.16's own attention and indexer
 under the same layers, which computes the indexer's loss in every training step; its dispatcher,
-which refuses such layers, is told to build them, and its Hadamard rotation, which needs a package of
-its own, is a matrix product. A figure is the median of 5 runs, divided by the layers; memory is the peak of the process, weights and gradients included. Writes layer.json.
+which refuses such layers, is told to build them, and its Hadamard rotation, which needs another
+package, is a matrix product. A figure is the median of 5 runs, divided by the layers; memory is the
+peak of the process, weights and gradients included. Writes layer.json.
 """
 
 from __future__ import annotations
