@@ -275,3 +275,45 @@ def what_hf_config_spoils(config_class: type) -> list[str]:
         expected["num_experts"] = 8
     found = {name: getattr(config, name, "lost") for name in expected}
     return [f"{name} is {found[name]}" for name in expected if found[name] != expected[name]]
+
+
+_PROBE_GLM5 = dict(num_hidden_layers=8, index_topk_freq=4, index_skip_topk_offset=3)
+
+
+def why_glm5_provider_is_wrong(bridge: ModuleType) -> str | None:
+    """What Megatron-Bridge's GLM-5 bridge makes of a small GLM-5.2, if it is not that model."""
+    config = bridge.GlmMoeDsaForCausalLM.config_class(**_PROBE_GLM5)
+    try:
+        provider = bridge.GLM5Bridge().provider_bridge(SimpleNamespace(config=config))
+    except AttributeError as error:  # a field that this transformers does not set
+        return f"AttributeError: {error}"
+    if getattr(provider, "dsa_indexer_types", None) is None:
+        return "the provider has no list of indexer types"
+    return None
+
+
+def unmapped_glm5_parameters(bridge: ModuleType) -> list[str]:
+    """Which parts of a GLM-5 have parameters that Megatron-Bridge does not convert."""
+    glm5 = bridge.GLM5Bridge()
+    glm5.hf_config = SimpleNamespace(num_nextn_predict_layers=1, **_PROBE_GLM5)
+    registry = glm5.mapping_registry()
+    examples = {
+        "experts one by one": "decoder.layers.3.mlp.experts.local_experts.0.linear_fc2.weight",
+        "the MTP layer": "mtp.layers.0.mtp_model_layer.self_attention.linear_proj.weight",
+    }
+    return [part for part, name in examples.items() if not registry.megatron_to_hf_lookup(name)]
+
+
+def knows_only_named_linears(peft_utils: ModuleType) -> bool:
+    """Whether Megatron-Bridge's LoRA refuses a linear layer that is of no class it knows."""
+    import torch
+
+    linear = torch.nn.Module()
+    linear.tensor_model_parallel = False
+    linear.weight = torch.nn.Parameter(torch.empty(2, 2))
+    linear.config = SimpleNamespace(sequence_parallel=False, tensor_model_parallel_size=1)
+    try:
+        peft_utils.get_adapter_attributes_from_linear(linear)
+    except NotImplementedError:
+        return True
+    return False

@@ -321,7 +321,7 @@ def _write_shards(tensors: dict[str, Tensor], directory: Path) -> None:
 
 
 # Megatron name inside a layer -> Hugging Face names, concatenated along dimension 0.
-_LAYER_NAMES = {
+LAYER_NAMES = {
     "input_layernorm.weight": ("input_layernorm.weight",),
     "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
     "mlp.linear_fc1.layer_norm_weight": ("post_attention_layernorm.weight",),
@@ -364,8 +364,8 @@ _EXPERT = re.compile(
 
 
 def _layer_sources(name: str) -> tuple[str, ...] | None:
-    if name in _LAYER_NAMES:
-        return _LAYER_NAMES[name]
+    if name in LAYER_NAMES:
+        return LAYER_NAMES[name]
     if match := _MLP.match(name):
         return tuple(f"{match[1]}.{part}" for part in _FC[match[2]])
     if match := _EXPERT.match(name):

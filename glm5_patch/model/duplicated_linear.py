@@ -13,6 +13,9 @@ class DuplicatedLinear(torch.nn.Module):
     its constructor, so a checkpoint sees one replicated ``weight`` [output_size, input_size].
     """
 
+    tensor_model_parallel = False
+    """Megatron-Bridge asks for it, and for the config."""
+
     def __init__(
         self,
         input_size: int,
@@ -27,6 +30,7 @@ class DuplicatedLinear(torch.nn.Module):
         **_,
     ) -> None:
         super().__init__()
+        self.config = config
         if bias or skip_bias_add or skip_weight_param_allocation or parallel_mode != "duplicated":
             raise ValueError(
                 f"DuplicatedLinear knows no bias and only parallel_mode='duplicated', got "

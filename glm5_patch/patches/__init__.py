@@ -1,5 +1,8 @@
 """The table of contents: every patch, in the order in which one host module's are applied."""
 
+from .megatron_bridge.glm5_mappings import GLM5Mappings
+from .megatron_bridge.glm5_provider import GLM5Provider
+from .megatron_bridge.local_lora import LocalLoRA
 from .megatron_core.block_spec import BlockSpec
 from .megatron_core.checkpoint_recompute import CheckpointRecompute
 from .megatron_core.checkpoint_without_te import CheckpointWithoutTE
@@ -36,4 +39,7 @@ PATCHES = (
     TECheckpoint(),
     GlmMoeDsaConfigValues(),
     GlmMoeDsaConfigWeights(),
+    GLM5Provider(),
+    GLM5Mappings(),
+    LocalLoRA(),
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..blocks import Rows, query_blocks
 
-IN_REGISTERS = 8192
+IN_REGISTERS = 4096
 """Scores of a row that a program holds in registers to select from; of longer rows, candidates."""
 
 
@@ -309,7 +309,7 @@ def topk(
         counts = torch.empty(rows, dtype=torch.int32, device=out.device)
         _candidates[(rows,)](
             scores, starts, positions, values, names, counts, block.start, scores.shape[1], k,
-            SAMPLE=length, CAPACITY=length, BLOCK=1024, num_warps=4,
+            SAMPLE=length // 2, CAPACITY=length, BLOCK=1024, num_warps=4,
         )  # fmt: skip
     _topk[(rows,)](
         scores, starts, positions, values, names, counts, out, block.start, scores.shape[1], k,

@@ -1,0 +1,81 @@
+"""``GLM5Bridge.mapping_registry``: names of experts one by one, and of the MTP layer."""
+
+from __future__ import annotations
+
+from ...core.host import unmapped_glm5_parameters
+from ...core.patch import Finding, Patch
+
+
+class GLM5Mappings(Patch):
+    id = "bridge_mappings"
+    module = "megatron.bridge.models.glm_moe_dsa.glm5_bridge"
+    attribute = "GLM5Bridge.mapping_registry"
+    why = "Experts outside a grouped GEMM, or the MTP layer, are not converted."
+    upstream = "Megatron-Bridge 0.6.0"
+    remove_when = "no supported Bridge is older than 0.6"
+
+    def needed(self, module) -> Finding:
+        absent = unmapped_glm5_parameters(module)
+        if absent:
+            return Finding(True, f"no mapping for {', '.join(absent)}")
+        return Finding(False, "every parameter of a GLM-5 has a mapping")
+
+    def apply(self, module, seams) -> None:
+        def mapping_registry(wrapped, instance, args, kwargs):
+            registry = wrapped(*args, **kwargs)
+            # Those of quantizers are derived, and will be again.
+            present = [m for m in registry.mappings if not m.megatron_param.endswith("._amax")]
+            names = {mapping.megatron_param for mapping in present}
+            absent = [m for m in _mappings(module, instance) if m.megatron_param not in names]
+            return type(registry)(*present, *absent)
+
+        seams.wrap(module.GLM5Bridge, "mapping_registry", mapping_registry)
+
+
+_MTP_NAMES = {
+    "enorm.weight": "enorm.weight",
+    "hnorm.weight": "hnorm.weight",
+    "eh_proj.weight": "eh_proj.weight",
+    "final_layernorm.weight": "shared_head.norm.weight",
+}
+
+
+def _mappings(module, bridge):
+    """Everything that a release may lack, by Bridge's own classes."""
+    from ...model.checkpoint import LAYER_NAMES
+
+    yield from _experts(module, "decoder.layers.*.mlp", "model.layers.*.mlp")
+    config = bridge.hf_config
+    for number in range(getattr(config, "num_nextn_predict_layers", None) or 0):
+        mtp, hf = f"mtp.layers.{number}", f"model.layers.{config.num_hidden_layers + number}"
+        for ours, theirs in _MTP_NAMES.items():
+            yield module.AutoMapping(megatron_param=f"{mtp}.{ours}", hf_param=f"{hf}.{theirs}")
+        for layer in ("transformer_layer", "mtp_model_layer"):  # core 0.16, and later ones
+            for ours, (theirs,) in LAYER_NAMES.items():
+                yield module.AutoMapping(
+                    megatron_param=f"{mtp}.{layer}.{ours}", hf_param=f"{hf}.{theirs}"
+                )
+            for mlp in ("mlp", "mlp.shared_experts"):
+                yield module.GatedMLPMapping(
+                    megatron_param=f"{mtp}.{layer}.{mlp}.linear_fc1.weight",
+                    gate=f"{hf}.{mlp}.gate_proj.weight",
+                    up=f"{hf}.{mlp}.up_proj.weight",
+                )
+                yield module.AutoMapping(
+                    megatron_param=f"{mtp}.{layer}.{mlp}.linear_fc2.weight",
+                    hf_param=f"{hf}.{mlp}.down_proj.weight",
+                )
+            yield from _experts(module, f"{mtp}.{layer}.mlp", f"{hf}.mlp")
+
+
+def _experts(module, ours: str, theirs: str):
+    for layout in ("linear_{fc}.weight*", "local_experts.*.linear_{fc}.weight"):
+        yield module.GatedMLPMapping(
+            megatron_param=f"{ours}.experts.{layout.format(fc='fc1')}",
+            gate=f"{theirs}.experts.*.gate_proj.weight",
+            up=f"{theirs}.experts.*.up_proj.weight",
+        )
+        yield module.AutoMapping(
+            megatron_param=f"{ours}.experts.{layout.format(fc='fc2')}",
+            hf_param=f"{theirs}.experts.*.down_proj.weight",
+        )

@@ -1,0 +1,231 @@
+"""A Hugging Face directory through Megatron-Bridge: LoRA, full fine-tuning, and back."""
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+
+import glm5_patch
+from glm5_patch.demo import forward
+from glm5_patch.model.hf_config import HFConfig
+from tests.bridge import standin
+from tests.tiny import hf_config, hf_model, loss_of, tokens
+
+pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+try:
+    standin.install()
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.peft.lora import LoRA
+except ModuleNotFoundError as error:
+    if error.name not in ("megatron.bridge", "modelopt"):
+        raise
+    pytest.skip("megatron-bridge is not installed", allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+STEPS = 10
+MLA = ["linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj"]
+EXPERTS = ["*.mlp.experts.*linear_fc1", "*.mlp.experts.*linear_fc2"]
+CPU = dict(
+    transformer_impl="local",
+    params_dtype=torch.float32,
+    pipeline_dtype=torch.float32,
+    use_cpu_initialization=True,
+    gradient_accumulation_fusion=False,
+    persist_layer_norm=False,
+    bias_activation_fusion=False,
+    bias_dropout_fusion=False,
+    masked_softmax_fusion=False,
+    moe_token_dispatcher_type="allgather",
+    moe_flex_dispatcher_backend=None,
+    moe_grouped_gemm=False,
+    moe_permute_fusion=False,
+    moe_shared_expert_overlap=False,
+    make_vocab_size_divisible_by=1,
+)
+"""What a provider needs to be told without CUDA and Transformer Engine; none of it is of GLM-5."""
+
+
+def write_checkpoint(directory: Path, flavour: str) -> None:
+    """A small random GLM-5 with a tokenizer, as Bridge expects one."""
+    from tokenizers import Tokenizer, models
+
+    hf_model(hf_config(flavour=flavour)).save_pretrained(directory)
+    words = {f"word{number}": number for number in range(96)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="word0"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
+
+
+def provider_of(bridge):
+    provider = bridge.to_megatron_provider(load_weights=False)
+    for name, value in CPU.items():
+        setattr(provider, name, value)
+    return provider
+
+
+def build(bridge, **settings):
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    provider = provider_of(bridge)
+    for name, value in settings.items():
+        setattr(provider, name, value)
+    provider.finalize()
+    provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+    model = provider.provide(pre_process=True, post_process=True)
+    bridge.load_hf_weights([model])
+    return model
+
+
+def train(model, ids) -> list[float]:
+    model.train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trainable, 1e-3), []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = loss_of(forward(model, ids), ids)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return forward(model.eval(), ids)
+
+
+def tensors_in(directory: Path) -> dict[str, torch.Tensor]:
+    with safe_open(directory / "model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+class Run:
+    """One flavour from its directory to LoRA and full fine-tuning, and what came of it."""
+
+    def __init__(self, folder: Path, flavour: str):
+        self.flavour, self.source = flavour, folder / "source"
+        write_checkpoint(self.source, flavour)
+        self.bridge = AutoBridge.from_hf_pretrained(str(self.source))
+        self.ids = tokens(7, 2, 64)
+        self.loaded, self.full, self.merged, self.adapter = (
+            folder / name for name in ("loaded", "full", "merged", "adapter")
+        )
+        self.ours = {}
+        self._full_fine_tuning()
+        self._lora()
+        self.theirs = self._oracle(folder)
+
+    def _full_fine_tuning(self) -> None:
+        model = build(self.bridge)
+        self.ours["source"] = logits(model, self.ids)
+        self.bridge.save_hf_pretrained([model], str(self.loaded))
+        self.full_losses = train(model, self.ids)
+        self.ours["full"] = logits(model, self.ids)
+        self.bridge.save_hf_pretrained([model], str(self.full))
+
+    def _lora(self) -> None:
+        lora = LoRA(target_modules=[*MLA, "linear_proj", *EXPERTS], dim=4, alpha=8)
+        chunks = lora([build(self.bridge)], training=True)
+        self.model = chunks[0]
+        before = {n: p.clone() for n, p in self.model.named_parameters()}
+        self.lora_losses = train(self.model, self.ids)
+        after = dict(self.model.named_parameters())
+        self.moved = {n for n in before if not torch.equal(before[n], after[n])}
+        self.trainable = {n for n, p in after.items() if p.requires_grad}
+        self.ours["merged"] = self.ours["adapter"] = logits(self.model, self.ids)
+        self.bridge.save_hf_pretrained(chunks, str(self.merged))
+        self.bridge.save_hf_adapter(
+            chunks, self.adapter, peft_config=lora, base_model_name_or_path=str(self.source)
+        )
+
+    def _oracle(self, folder: Path) -> dict[str, torch.Tensor]:
+        places = {
+            "source": str(self.source),
+            "full": str(self.full),
+            "merged": str(self.merged),
+            "adapter": f"{self.source}+{self.adapter}",
+        }
+        torch.save(self.ids, folder / "ids.pt")
+        command = [folder / "ids.pt", folder / "logits.pt", *places.values()]
+        subprocess.run(
+            [sys.executable, "-m", "tests.bridge.oracle", *command],
+            check=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": ""},
+        )
+        found = torch.load(folder / "logits.pt")
+        return {name: found[where] for name, where in places.items()}
+
+
+@pytest.fixture(scope="module", params=["5.2", "5.1"])
+def run(request, world, tmp_path_factory):
+    return Run(tmp_path_factory.mktemp("bridge"), request.param)
+
+
+def test_the_patches_are_in_place(run):
+    glm5_patch.require("bridge_provider", "bridge_mappings", "bridge_local_lora")
+
+
+@pytest.mark.parametrize("what", ["source", "full", "merged", "adapter"])
+def test_logits_are_hugging_faces(run, what):
+    """As loaded; after full fine-tuning; after LoRA, merged and as an adapter of PEFT."""
+    assert (run.ours[what] - run.theirs[what]).abs().max() < 5e-5
+    if what != "source":
+        assert (run.ours[what] - run.ours["source"]).abs().max() > 0.1
+
+
+def test_what_was_loaded_is_written_back(run):
+    before, after = tensors_in(run.source), tensors_in(run.loaded)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    indexers = {int(name.split(".")[2]) for name in after if ".indexer." in name}
+    assert indexers == ({0, 1, 2, 6} if run.flavour == "5.2" else set(range(8)))
+
+
+def test_training_learns(run):
+    for losses in (run.full_losses, run.lora_losses):
+        assert len(losses) == STEPS
+        assert losses[-1] < losses[0] - 0.1
+
+
+def test_lora_moves_the_adapters_alone_on_every_layer(run):
+    assert run.trainable == run.moved
+    assert all(".adapter." in name for name in run.trainable)
+    for layer in range(8):  # skip layers included
+        inside = {n for n in run.trainable if n.startswith(f"decoder.layers.{layer}.")}
+        for projection in (*MLA, "linear_proj"):
+            assert any(f".{projection}." in name for name in inside)
+        assert any(".experts." in name for name in inside) == (layer >= 3)
+
+
+def test_the_provider_is_that_of_config_json(run):
+    hf = HFConfig(json.loads((run.source / "config.json").read_text()))
+    provider, expected = provider_of(run.bridge), hf.megatron_kwargs()
+    for name in (*(n for n in expected if n.startswith("dsa_")), "rotary_base", "num_moe_experts"):
+        assert getattr(provider, name) == expected[name]
+    assert provider.qk_pos_emb_head_dim == 16
+    assert not hasattr(run.bridge.hf_pretrained.config, "indexer_rope_interleave")
+
+
+def test_the_provider_travels(run):
+    """Copied, pickled, and written as YAML that names nothing of this package."""
+    import yaml
+    from megatron.bridge.training.utils.config_utils import _ConfigContainerBase
+    from megatron.bridge.utils.yaml_utils import safe_yaml_representers
+
+    provider = provider_of(run.bridge)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(provider)))
+    assert again.dsa_indexer_types == provider.dsa_indexer_types
+    assert again.transformer_layer_spec is provider.transformer_layer_spec
+    with safe_yaml_representers():  # as run_config.yaml is written beside a checkpoint
+        text = yaml.safe_dump(_ConfigContainerBase._convert_value_to_dict(provider))
+    assert yaml.safe_load(text)["dsa_indexer_types"] == provider.dsa_indexer_types
+    assert "get_transformer_block_with_experimental_attention_variant_spec" in text
+    assert "glm5_patch" not in text
