@@ -158,17 +158,24 @@ def probe() -> Iterator[Finding]:
     )
     if not active:
         return
-    present = [patch for patch in PATCHES if hooks.import_host(patch.module)]
-    for host in sorted({patch.module.partition(".")[0] for patch in PATCHES}):
-        own = [patch for patch in PATCHES if patch.module.partition(".")[0] == host]
-        absent = [patch.module for patch in own if patch not in present]
-        if absent and len(absent) < len(own):
-            yield Finding(
-                f"host {host}", False, f"lacks {absent[0]}", "use megatron-core 0.16.0 on"
-            )
+    present = []
+    for host in sorted({patch.host for patch in PATCHES}):
+        own = [patch for patch in PATCHES if patch.host == host]
+        try:
+            found = [patch for patch in own if hooks.import_host(patch.module)]
+        except Exception as error:
+            cause = f"does not import: {type(error).__name__}: {error}"
+            yield Finding(f"host {host}", False, cause, f"mend or uninstall {_distribution(host)}")
+            continue
+        present += found
+        if found and len(found) < len(own):
+            absent = next(patch.module for patch in own if patch not in found)
+            yield Finding(f"host {host}", False, f"lacks {absent}", "use megatron-core 0.16.0 on")
         else:
-            ok = not absent or bool(present)  # one host alone will do
-            yield Finding(f"host {host}", ok, _version(host, not absent), f"install {host}")
+            yield Finding(f"host {host}", True, _version(host, bool(found)))
+    yield Finding(
+        "hosts", bool(present), f"{len(present)} patches have one", "install megatron-core"
+    )
     for patch in present:
         cause = hooks.why_not_in_place(patch)
         entry = LEDGER[patch.id]
@@ -190,5 +197,9 @@ def probe() -> Iterator[Finding]:
 def _version(host: str, found: bool) -> str:
     if not found:
         return "not installed"
-    distribution = {"megatron": "megatron-core"}.get(host, host)
+    distribution = _distribution(host)
     return f"{distribution} {installed_version(distribution) or 'from a folder on the path'}"
+
+
+def _distribution(host: str) -> str:
+    return host.replace(".", "-")

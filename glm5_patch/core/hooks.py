@@ -58,7 +58,9 @@ def require(ids: Iterable[str] = ()) -> None:
     if unknown:
         raise ValueError(f"no patch is called {sorted(unknown)}; there are {list(by_id)}")
     enable()
-    wanted = [by_id[i] for i in ids] or list(PATCHES)
+    wanted = [by_id[i] for i in ids] or [
+        patch for patch in PATCHES if not patch.on_request or patch.module in sys.modules
+    ]
     present = [patch for patch in wanted if import_host(patch.module)]
     if not present:
         raise GLM5PatchError(
@@ -125,9 +127,9 @@ def import_host(name: str) -> bool:
 
 def _refuse_half_a_host(wanted: list[Patch], present: list[Patch]) -> None:
     """A host that has some of the modules and not all is older than what it would have to be."""
-    hosts = {patch.module.partition(".")[0] for patch in present}
+    hosts = {patch.host for patch in present}
     for patch in wanted:
-        if patch not in present and patch.module.partition(".")[0] in hosts:
+        if patch not in present and patch.host in hosts:
             raise GLM5PatchError(
                 f"the host installed here has no module {patch.module}, so it can't build a GLM-5 "
                 f"model: use megatron-core 0.16.0 or later"

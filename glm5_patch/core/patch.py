@@ -43,6 +43,14 @@ class Patch:
     """Where the host mends, or could mend, this itself."""
     remove_when: ClassVar[str]
     """The condition under which this file can be deleted."""
+    on_request: ClassVar[bool] = False
+    """Its host takes long to import, so ``require`` does that only where the patch is named."""
+
+    @property
+    def host(self) -> str:
+        """The package that is patched: "megatron.core", "megatron.bridge" or "transformers"."""
+        parts = self.module.split(".")
+        return ".".join(parts[: 2 if parts[0] == "megatron" else 1])
 
     @property
     def seam(self) -> str:

@@ -13,9 +13,9 @@ from importlib import import_module
 
 import glm5_patch
 from glm5_patch.errors import GLM5PatchError
-from glm5_patch.patches import PATCHES
 from tests.activation import other_model
 from tests.activation.fork import in_a_fork
+from tests.activation.fresh import PATCHES
 
 
 def probe_raises(patch):
@@ -74,10 +74,10 @@ def possible_faults(patch):
 
 def _seam(patch):
     owner = sys.modules[patch.module]
-    *classes, name = patch.attribute.split(".")
-    for part in classes:
-        owner = vars(owner)[part]
-    return owner, name, vars(owner).get(name)
+    *parts, name = patch.attribute.split(".")
+    for part in parts:
+        owner = getattr(owner, part, None)  # a module that older hosts do not have
+    return owner, name, vars(owner).get(name) if owner else None
 
 
 def outcome(patch, fault):

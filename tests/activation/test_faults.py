@@ -8,13 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from glm5_patch.patches import PATCHES
-from tests.activation.fresh import python
+from tests.activation.fresh import PATCHES, python
 
 FAULTS = ["probe_raises", "apply_raises", "seam_renamed", "signature_changed"]
 # No model is refused for these: TransformerBlock.forward refuses to recompute without the first,
-# the second is needed under fp8 only, and a Megatron configuration does not need the last two.
-NO_MODEL_NEEDS = {"checkpoint_recompute", "te_checkpoint", "hf_config_values", "hf_config_weights"}
+# the second is needed under fp8 only, the third only makes it fast, and a Megatron configuration
+# does not need the last two.
+NO_MODEL_NEEDS = {
+    "checkpoint_recompute",
+    "te_checkpoint",
+    "dsa_kernels",
+    "hf_config_values",
+    "hf_config_weights",
+}
 # Their wrappers look at no parameter, so that no change of signature can harm them.
 READ_NOTHING = {"topk_carrier", "index_share_carrier", "checkpoint_without_te", "hf_config_values"}
 
@@ -130,7 +136,8 @@ def test_require_names_a_failed_patch():
 def test_require_refuses_a_host_that_lacks_a_module():
     code = (
         "import glm5_patch.patches as table\n"
-        "type(table.PATCHES[-2]).module = 'megatron.core.not_there'\n"
+        "gate = next(patch for patch in table.PATCHES if patch.id == 'gate')\n"
+        "type(gate).module = 'megatron.core.not_there'\n"
         "import glm5_patch\n"
         "try: glm5_patch.require()\n"
         "except glm5_patch.errors.GLM5PatchError as error: print(error)\n"

@@ -9,8 +9,7 @@ import textwrap
 
 import pytest
 
-from glm5_patch.patches import PATCHES
-from tests.activation.fresh import REPORT, output, python
+from tests.activation.fresh import PATCHES, REPORT, output, python
 
 SPECS = "megatron.core.models.gpt.experimental_attention_variant_module_specs"
 MODULES = sorted({patch.module for patch in PATCHES})
@@ -182,7 +181,7 @@ def test_disable_puts_back_every_identical_object_of_every_host():
     code = """
     import sys, os, importlib
     import torch
-    from glm5_patch.patches import PATCHES
+    from tests.activation.fresh import PATCHES
     names = sorted({p.module for p in PATCHES})
     modules = [importlib.import_module(name) for name in names]
     def attributes():

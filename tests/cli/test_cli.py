@@ -70,7 +70,7 @@ def findings(result) -> dict[str, dict]:
 def test_doctor_finds_a_healthy_installation_healthy():
     result = command("doctor", "--json")
     found = findings(result)
-    assert {patch.id for patch in PATCHES} < found.keys()
+    assert {patch.id for patch in PATCHES if not patch.on_request} < found.keys()
     # This test runs from a source tree, which need not be what is installed.
     wrong = [f for f in found.values() if not f["ok"] and f["what"] != "distribution"]
     assert wrong == []

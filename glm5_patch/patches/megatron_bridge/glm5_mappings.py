@@ -13,6 +13,7 @@ class GLM5Mappings(Patch):
     why = "Experts outside a grouped GEMM, or the MTP layer, are not converted."
     upstream = "Megatron-Bridge 0.6.0"
     remove_when = "no supported Bridge is older than 0.6"
+    on_request = True
 
     def needed(self, module) -> Finding:
         absent = unmapped_glm5_parameters(module)

@@ -27,6 +27,7 @@ class GLM5Provider(Patch):
     why = "The provider ignores the index schedule, or can't be made of this config.json."
     upstream = "Megatron-Bridge 0.6.0 knows freq and offset, and needs indexer_rope_interleave"
     remove_when = "Bridge reads a per-layer list of indexer types, and has defaults"
+    on_request = True
 
     def needed(self, module) -> Finding:
         reason = why_glm5_provider_is_wrong(module)

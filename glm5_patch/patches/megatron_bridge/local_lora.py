@@ -13,6 +13,7 @@ class LocalLoRA(Patch):
     why = "LoRA on the down projections of transformer_impl='local' raises NotImplementedError."
     upstream = "none"
     remove_when = "Bridge takes any linear layer that says that it is not parallel"
+    on_request = True
 
     def needed(self, module) -> Finding:
         if knows_only_named_linears(module):
