@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from . import __version__
 from .errors import GLM5PatchError
+from .terminal import print_table
 
 _DISTRIBUTIONS = (
     "torch",
@@ -79,6 +80,30 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=_positive, default=20, help="training steps (20)")
     demo.add_argument("--output", metavar="DIR", help="keep the trained checkpoint here")
     demo.set_defaults(run=_demo)
+
+    checkpoint = commands.add_parser(
+        "checkpoint", help="look at a Hugging Face checkpoint, or move its indexers' dimensions"
+    )
+    actions = checkpoint.add_subparsers(required=True, metavar="ACTION")
+    check = actions.add_parser("check", help="are all tensors there, in their shapes and order?")
+    check.add_argument("directory", metavar="DIR")
+    check.add_argument(
+        "--like", metavar="DIR", help="a relative in Hugging Face's order, to tell this one's by"
+    )
+    check.add_argument("--json", action="store_true", help="print JSON")
+    check.set_defaults(run=_checkpoint_check)
+    convert = actions.add_parser(
+        "convert", help="write it with the rotary dimensions of its indexers moved"
+    )
+    convert.add_argument("directory", metavar="DIR")
+    convert.add_argument("output", metavar="OUTPUT")
+    convert.add_argument(
+        "--to",
+        choices=("rope-first", "rope-last"),
+        default="rope-first",
+        help="Hugging Face's order (default), or that of megatron-core 0.16 to 0.18",
+    )
+    convert.set_defaults(run=_checkpoint_convert)
 
     plan = commands.add_parser("plan", help="valid pipeline splits of a checkpoint, best first")
     plan.add_argument(
@@ -147,11 +172,49 @@ def _status(options: argparse.Namespace) -> int:
             f"glm5-patch {__version__}: {'active' if loaded else 'NOT ACTIVE'} in a process "
             "that imports torch"
         )
-        print(glm5_patch.status())
+        print_table(("patch", "state", "reason"), [row.cells() for row in glm5_patch.status()])
         print(f"sparse attention in bf16: {kernels}")
         if problem:
             print(f"problem: {problem}", file=sys.stderr)
     return 1 if problem or not loaded else 0
+
+
+def _checkpoint_check(options: argparse.Namespace) -> int:
+    from .model.checkpoint import HFCheckpoint
+    from .model.indexer_order import ROPE_FIRST, order_beside
+
+    checkpoint = HFCheckpoint(options.directory)
+    report = checkpoint.report
+    order = order_beside(checkpoint, HFCheckpoint(options.like)) if options.like else None
+    if options.json:
+        found = {
+            "schedule": str(checkpoint.config.schedule),
+            "tensors": report.tensors,
+            "computing_layers": report.computing_layers,
+            "skip_layers": report.skip_layers,
+            "dropped": report.dropped,
+            "mtp": report.mtp,
+            "indexer_order": order,
+        }
+        print(json.dumps(found, indent=2))
+    else:
+        print(f"{checkpoint.config.schedule}: {report}")
+        unknown = "not looked at; --like DIR tells it by a relative"
+        print(f"order of the indexers: {order or unknown}")
+        if order not in (None, ROPE_FIRST):
+            print(f"mend it: glm5-patch checkpoint convert {options.directory} OUTPUT")
+    return int(order not in (None, ROPE_FIRST))
+
+
+def _checkpoint_convert(options: argparse.Namespace) -> int:
+    from .model.checkpoint import HFCheckpoint
+    from .model.indexer_order import convert
+
+    checkpoint = HFCheckpoint(options.directory)
+    print(checkpoint.report)  # raises for a checkpoint that is not whole
+    moved = convert(checkpoint, options.output, options.to)
+    print(f"{options.output}: {moved} tensors of the indexers are {options.to} now")
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch.nn.functional import cross_entropy
 
 import glm5_patch
@@ -30,6 +26,7 @@ from .cpu_host import single_process
 from .errors import CheckpointError, GLM5PatchError
 from .model.checkpoint import HFCheckpoint, save
 from .model.hf_config import HFConfig
+from .terminal import print_table, progress
 
 LOGITS_BOUND = 2e-5
 """fp32 logits against transformers, largest absolute difference over the largest logit."""
@@ -78,7 +75,6 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         GLM5PatchError: an option or the checkpoint is unusable; nothing was written.
     """
-    console = Console(stderr=True, highlight=False)
     started = time.perf_counter()
     _validate(options)
     warnings.filterwarnings("ignore", category=UserWarning)  # the hosts' notes on absent packages
@@ -100,10 +96,10 @@ def run(options: argparse.Namespace) -> int:
             checkpoint=str(checkpoint.report),
             kernels=sparse_attention_by(DTYPES[options.dtype]),
         )
-        console.print(f"checkpoint: {report.checkpoint}")
+        _say(f"checkpoint: {report.checkpoint}")
         output = Path(options.output) if options.output else Path(scratch) / "trained"
         with single_process(options.device, options.seed):
-            _main_job(options, checkpoint, output, report, console)
+            _main_job(options, checkpoint, output, report)
         report.output = options.output
     report.seconds = round(time.perf_counter() - started, 1)
     _print(report, options.json)
@@ -174,7 +170,7 @@ def randomize(model: torch.nn.Module) -> None:
                 tensor.normal_(std=tensor.shape[-1] ** -0.5)
 
 
-def _main_job(options, checkpoint: HFCheckpoint, output: Path, report: Report, console) -> None:
+def _main_job(options, checkpoint: HFCheckpoint, output: Path, report: Report) -> None:
     from .model.build import (
         HF_LATENT_NORM_EPSILON,
         gpt_model,
@@ -200,7 +196,7 @@ def _main_job(options, checkpoint: HFCheckpoint, output: Path, report: Report, c
     model = gpt_model(hf, config)
     set_latent_norm_epsilon(model, HF_LATENT_NORM_EPSILON)  # the one thing Hugging Face has alone
     checkpoint.load_into(model)
-    console.print(f"megatron: built and loaded, {options.impl} modules on {options.device}")
+    _say(f"megatron: built and loaded, {options.impl} modules on {options.device}")
 
     length, batch = _sizes(hf, options.seq_length)
     ids = torch.randint(hf.vocab_size, (2, batch, length + 1), device=options.device)
@@ -211,9 +207,9 @@ def _main_job(options, checkpoint: HFCheckpoint, output: Path, report: Report, c
     _check_recompute(model, ids, report)
     if not options.steps:  # verify
         return
-    _train(model, ids, options.steps, report, console)
+    _train(model, ids, options.steps, report)
     save(model, hf, output, checkpoint)
-    console.print("transformers: reading the trained checkpoint back")
+    _say("transformers: reading the trained checkpoint back")
     _compare(output, model, ids[1, :, :-1], report, "trained")
 
 
@@ -323,10 +319,10 @@ def _check_recompute(model, ids, report: Report) -> None:
     )
 
 
-def _train(model, ids, steps: int, report: Report, console: Console) -> None:
+def _train(model, ids, steps: int, report: Report) -> None:
     model.train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    with _progress(console, steps) as advance:
+    with progress("training", steps, every=5) as advance:
         for _ in range(steps):
             optimizer.zero_grad()
             losses = _losses(model, ids)
@@ -334,7 +330,7 @@ def _train(model, ids, steps: int, report: Report, console: Console) -> None:
                 (loss / len(losses)).backward()
             optimizer.step()
             report.losses.append(sum(loss.item() for loss in losses) / len(losses))
-            advance(report.losses[-1])
+            advance(f"loss {report.losses[-1]:.3f}")
     first, last = report.losses[0], report.losses[-1]
     report.check(
         f"{steps} training steps: the loss falls",
@@ -344,44 +340,23 @@ def _train(model, ids, steps: int, report: Report, console: Console) -> None:
     )
 
 
-@contextmanager
-def _progress(console: Console, steps: int) -> Iterator:
-    """A bar on a terminal, a line every few steps otherwise."""
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}"),
-        TimeElapsedColumn(),
-    )
-    bar = Progress(*columns, console=console) if console.is_terminal else None
-    done = 0
-    with bar or nullcontext():
-        task = bar and bar.add_task("training", total=steps, loss="-")
-
-        def advance(loss: float) -> None:
-            nonlocal done
-            done += 1
-            if bar:
-                bar.update(task, advance=1, loss=f"{loss:.3f}")
-            elif done % 5 == 0 or done == steps:
-                console.print(f"training: step {done} of {steps}, loss {loss:.3f}")
-
-        yield advance
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _print(report: Report, as_json: bool) -> None:
     if as_json:
         print(json.dumps({**asdict(report), "passed": report.passed}, indent=2))
         return
-    table = Table(title=f"glm5-patch {report.version}: {report.model}", title_justify="left")
-    for column in ("check", "measured", "wanted", ""):
-        table.add_column(column)
-    for check in report.checks:
-        table.add_row(check.name, check.measured, check.wanted, "ok" if check.passed else "FAILED")
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(f"sparse attention: {report.kernels}")
-    console.print(f"{'passed' if report.passed else 'FAILED'} in {report.seconds} s")
+    print(f"glm5-patch {report.version}: {report.model}")
+    print_table(
+        ("check", "measured", "wanted", ""),
+        [
+            (check.name, check.measured, check.wanted, "ok" if check.passed else "FAILED")
+            for check in report.checks
+        ],
+    )
+    print(f"sparse attention: {report.kernels}")
+    print(f"{'passed' if report.passed else 'FAILED'} in {report.seconds} s")
     if report.output:
-        console.print(f"the trained checkpoint is in {report.output}")
+        print(f"the trained checkpoint is in {report.output}")

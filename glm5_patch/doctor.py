@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlparse
 from .core.host import installed_version
 from .env import DISABLE, ENABLED, Switches
 from .errors import GLM5PatchError
+from .terminal import print_table
 
 DISTRIBUTION = "glm5-patch"
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
@@ -49,10 +50,10 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"healthy": healthy, "findings": [f._asdict() for f in findings]}))
         return int(not healthy)
-    for finding in findings:
-        print(f"{'ok     ' if finding.ok else 'PROBLEM'}  {finding.what}: {finding.seen}")
-        if not finding.ok and finding.remedy:
-            print(f"         -> {finding.remedy}")
+    print_table(
+        ("", "what", "seen", "remedy"),
+        [("ok" if f.ok else "PROBLEM", f.what, f.seen, "" if f.ok else f.remedy) for f in findings],
+    )
     print("all is well" if healthy else "something is wrong, see above")
     return int(not healthy)
 

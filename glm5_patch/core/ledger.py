@@ -47,6 +47,10 @@ class Row(NamedTuple):
     reason: str
     late: bool
 
+    def cells(self) -> tuple[str, str, str]:
+        """What people are shown of it."""
+        return self.id, self.state.value, f"{self.reason}{' (late)' if self.late else ''}"
+
 
 class Status:
     """A snapshot of the ledger. Truthy when at least one patch is armed, applied or not needed
@@ -71,10 +75,8 @@ class Status:
 
     def __str__(self) -> str:
         width = max((len(row.id) for row in self.rows), default=0)
-        return "\n".join(
-            f"{row.id:{width}}  {row.state.value:10}  {row.reason}{' (late)' if row.late else ''}"
-            for row in self.rows
-        )
+        rows = (row.cells() for row in self.rows)
+        return "\n".join(f"{name:{width}}  {state:10}  {reason}" for name, state, reason in rows)
 
 
 class Ledger:
