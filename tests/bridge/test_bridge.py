@@ -1,6 +1,7 @@
 """A Hugging Face directory through Megatron-Bridge: LoRA, full fine-tuning, and back."""
 
 import copy
+import importlib.util
 import json
 import os
 import pickle
@@ -19,15 +20,12 @@ from glm5_patch.model.hf_config import HFConfig
 from tests.bridge import standin
 from tests.tiny import hf_config, hf_model, loss_of, tokens
 
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-try:
-    standin.install()
-    from megatron.bridge import AutoBridge
-    from megatron.bridge.peft.lora import LoRA
-except ModuleNotFoundError as error:
-    if error.name not in ("megatron.bridge", "modelopt"):
-        raise
+if importlib.util.find_spec("megatron.bridge") is None:
     pytest.skip("megatron-bridge is not installed", allow_module_level=True)
+standin.install()
+
+from megatron.bridge import AutoBridge  # noqa: E402
+from megatron.bridge.peft.lora import LoRA  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 STEPS = 10
