@@ -11,14 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from safetensors import safe_open
 
 import glm5_patch
-from glm5_patch.demo import forward
 from glm5_patch.model.hf_config import HFConfig
 from tests.bridge import standin
-from tests.tiny import hf_config, hf_model, loss_of, tokens
+from tests.bridge.helpers import (
+    EXPERTS,
+    MLA,
+    STEPS,
+    build,
+    logits,
+    provider_of,
+    tensors_in,
+    train,
+    write_checkpoint,
+)
+from tests.tiny import tokens
 
 if importlib.util.find_spec("megatron.bridge") is None:
     pytest.skip("megatron-bridge is not installed", allow_module_level=True)
@@ -28,9 +36,6 @@ from megatron.bridge import AutoBridge  # noqa: E402
 from megatron.bridge.peft.lora import LoRA  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-STEPS = 10
-MLA = ["linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj"]
-EXPERTS = ["*.mlp.experts.*linear_fc1", "*.mlp.experts.*linear_fc2"]
 CPU = dict(
     transformer_impl="local",
     params_dtype=torch.float32,
@@ -51,59 +56,6 @@ CPU = dict(
 """What a provider needs to be told without CUDA and Transformer Engine; none of it is of GLM-5."""
 
 
-def write_checkpoint(directory: Path, flavour: str) -> None:
-    """A small random GLM-5 with a tokenizer, as Bridge expects one."""
-    from tokenizers import Tokenizer, models
-
-    hf_model(hf_config(flavour=flavour)).save_pretrained(directory)
-    words = {f"word{number}": number for number in range(96)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="word0"))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
-
-
-def provider_of(bridge):
-    provider = bridge.to_megatron_provider(load_weights=False)
-    for name, value in CPU.items():
-        setattr(provider, name, value)
-    return provider
-
-
-def build(bridge, **settings):
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    provider = provider_of(bridge)
-    for name, value in settings.items():
-        setattr(provider, name, value)
-    provider.finalize()
-    provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
-    model = provider.provide(pre_process=True, post_process=True)
-    bridge.load_hf_weights([model])
-    return model
-
-
-def train(model, ids) -> list[float]:
-    model.train()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer, losses = torch.optim.AdamW(trainable, 1e-3), []
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        loss = loss_of(forward(model, ids), ids)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return forward(model.eval(), ids)
-
-
-def tensors_in(directory: Path) -> dict[str, torch.Tensor]:
-    with safe_open(directory / "model.safetensors", "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
-
-
 class Run:
     """One flavour from its directory to LoRA and full fine-tuning, and what came of it."""
 
@@ -121,7 +73,7 @@ class Run:
         self.theirs = self._oracle(folder)
 
     def _full_fine_tuning(self) -> None:
-        model = build(self.bridge)
+        model = build(self.bridge, CPU)
         self.ours["source"] = logits(model, self.ids)
         self.bridge.save_hf_pretrained([model], str(self.loaded))
         self.full_losses = train(model, self.ids)
@@ -130,7 +82,7 @@ class Run:
 
     def _lora(self) -> None:
         lora = LoRA(target_modules=[*MLA, "linear_proj", *EXPERTS], dim=4, alpha=8)
-        chunks = lora([build(self.bridge)], training=True)
+        chunks = lora([build(self.bridge, CPU)], training=True)
         self.model = chunks[0]
         before = {n: p.clone() for n, p in self.model.named_parameters()}
         self.lora_losses = train(self.model, self.ids)
@@ -205,7 +157,7 @@ def test_lora_moves_the_adapters_alone_on_every_layer(run):
 
 def test_the_provider_is_that_of_config_json(run):
     hf = HFConfig(json.loads((run.source / "config.json").read_text()))
-    provider, expected = provider_of(run.bridge), hf.megatron_kwargs()
+    provider, expected = provider_of(run.bridge, CPU), hf.megatron_kwargs()
     for name in (*(n for n in expected if n.startswith("dsa_")), "rotary_base", "num_moe_experts"):
         assert getattr(provider, name) == expected[name]
     assert provider.qk_pos_emb_head_dim == 16
@@ -218,7 +170,7 @@ def test_the_provider_travels(run):
     from megatron.bridge.training.utils.config_utils import _ConfigContainerBase
     from megatron.bridge.utils.yaml_utils import safe_yaml_representers
 
-    provider = provider_of(run.bridge)
+    provider = provider_of(run.bridge, CPU)
     again = pickle.loads(pickle.dumps(copy.deepcopy(provider)))
     assert again.dsa_indexer_types == provider.dsa_indexer_types
     assert again.transformer_layer_spec is provider.transformer_layer_spec

@@ -1,0 +1,70 @@
+"""From a Hugging Face directory to a model through Bridge, trained and read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import safe_open
+
+from glm5_patch.demo import forward
+from tests.tiny import hf_config, hf_model, loss_of
+
+STEPS = 10
+MLA = ["linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj"]
+EXPERTS = ["*.mlp.experts.*linear_fc1", "*.mlp.experts.*linear_fc2"]
+
+
+def write_checkpoint(directory: Path, flavour: str, dtype=torch.float32, **config) -> None:
+    """A small random GLM-5 with a tokenizer, as Bridge expects one."""
+    from tokenizers import Tokenizer, models
+
+    hf_model(hf_config(flavour=flavour, **config)).to(dtype).save_pretrained(directory)
+    words = {f"word{number}": number for number in range(96)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="word0"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
+
+
+def provider_of(bridge, settings: dict):
+    provider = bridge.to_megatron_provider(load_weights=False)
+    for name, value in settings.items():
+        setattr(provider, name, value)
+    return provider
+
+
+def build(bridge, settings: dict):
+    """The model of this rank, loaded."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    provider = provider_of(bridge, settings)
+    provider.finalize()
+    provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+    model = provider.provide(pre_process=True, post_process=True)
+    if torch.cuda.is_available():
+        model.cuda()
+    bridge.load_hf_weights([model])
+    return model
+
+
+def train(model, ids) -> list[float]:
+    model.train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trainable, 1e-3), []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = loss_of(forward(model, ids), ids)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return forward(model.eval(), ids)
+
+
+def tensors_in(directory: Path) -> dict[str, torch.Tensor]:
+    with safe_open(directory / "model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
