@@ -295,7 +295,7 @@ def selection_of(length: int, peers: Peers):
 
     def ours() -> None:
         for block in blocks:
-            indexer.topk(scores, starts, positions, block, block.stop, True, found)
+            indexer.topk(scores, starts, positions, block, block.stop, found)
 
     def all_scores() -> None:
         for block in blocks:

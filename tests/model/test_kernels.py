@@ -190,7 +190,7 @@ def test_scores_that_are_not_numbers_stay_in_their_row(in_registers, monkeypatch
     scores.view(torch.int32)[90:95] = scores.view(torch.int32)[95:, ::2] = 0x7FFFFFFF
     rows, k = layout([100]), 20
     guarded = torch.full((120, k), -7, dtype=torch.int32, device=DEVICE)
-    where = *rows.spans(), slice(0, 100), 100, False
+    where = *rows.spans(), slice(0, 100), 100
     indexer_kernels.topk(scores.to(DEVICE), *where, guarded[:100])
     assert (guarded[100:] == -7).all()
     for row, chosen in enumerate(guarded[:100].tolist()):

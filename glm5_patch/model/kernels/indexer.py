@@ -16,7 +16,7 @@ IN_REGISTERS = 4096
 @triton.jit
 def _scores(
     Q, K, WEIGHTS, STARTS, POSITIONS, SCORES,
-    first_row, end_row, batch, b, num_keys, width, scale,
+    first_row, end_row, batch, b, num_keys, scale,
     HEADS: tl.constexpr, DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,7 @@ def _scores(
         products = tl.maximum(products, 0.0) * weights[None, :]
         scores = tl.sum(tl.reshape(products, (KEYS, QUERIES, HEADS)), 2)
         seen = (key[:, None] >= start[None, :]) & (key[:, None] <= last[None, :])
-        place = SCORES + (row - first_row)[None, :].to(tl.int64) * width + key[:, None]
+        place = SCORES + (row - first_row)[None, :].to(tl.int64) * num_keys + key[:, None]
         tl.store(place, scores, mask=seen & inside[None, :])
 
 
@@ -115,12 +115,12 @@ def _kth_largest(value, inside, count, k, slack):
 
 
 @triton.jit
-def _kth_largest_of_line(line, count, limit, k, BLOCK: tl.constexpr):
+def _kth_largest_of_line(line, count, k, BLOCK: tl.constexpr):
     """As ``_kth_largest`` without slack, reading the scores again for every step."""
     low, high = 2147483647, -2147483648
     for first in range(0, count, BLOCK):
         place = first + tl.arange(0, BLOCK)
-        value = _value(line, place, limit)
+        value = _value(line, place, place < count)
         low = tl.minimum(low, tl.min(tl.where(place < count, value, 2147483647), 0))
         high = tl.maximum(high, tl.max(tl.where(place < count, value, -2147483648), 0))
     high += 1
@@ -131,7 +131,7 @@ def _kth_largest_of_line(line, count, limit, k, BLOCK: tl.constexpr):
         reached = 0
         for first in range(0, count, BLOCK):
             place = first + tl.arange(0, BLOCK)
-            value = _value(line, place, limit)
+            value = _value(line, place, place < count)
             reached += tl.sum(((value >= middle) & (place < count)).to(tl.int32), 0)
         low, high, count_low, count_high = _narrowed(
             low, high, count_low, count_high, middle, reached, k, 0
@@ -141,55 +141,33 @@ def _kth_largest_of_line(line, count, limit, k, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _value(line, place, limit):
-    return _rank(tl.load(line + place, mask=place < limit, other=0))
+def _value(line, place, inside):
+    return _rank(tl.load(line + place, mask=inside, other=0))
 
 
 @triton.jit
-def _whole_vectors(count):
-    """Where loads of a line that starts at a multiple of 16 may end: they are of 16 bytes then."""
-    return (count + 15) // 16 * 16
-
-
-@triton.jit
-def _line_of_row(SCORES, STARTS, POSITIONS, row, first_row, width, ONE_DOCUMENT: tl.constexpr):
-    """The scores that a query sees, how many, and how many may be loaded."""
-    line = SCORES + row.to(tl.int64) * width
-    last = tl.load(POSITIONS + first_row + row)
-    if ONE_DOCUMENT:
-        visible = last + 1
-        limit = _whole_vectors(visible)
-    else:
-        start = tl.load(STARTS + first_row + row)
-        line += start
-        visible = last - start + 1
-        limit = visible
-    return line, visible, limit
-
-
-@triton.jit
-def _count_above(line, count, limit, kth, BLOCK: tl.constexpr):
+def _count_above(line, count, kth, BLOCK: tl.constexpr):
     above = 0
     for first in range(0, count, BLOCK):
         place = first + tl.arange(0, BLOCK)
-        value = _value(line, place, limit)
+        value = _value(line, place, place < count)
         above += tl.sum(((value > kth) & (place < count)).to(tl.int32), 0)
     return above
 
 
 @triton.jit
 def _write_chosen(
-    line, names, out, count, limit, kth, reached, k, NAMED: tl.constexpr, BLOCK: tl.constexpr
+    line, names, out, count, kth, reached, k, NAMED: tl.constexpr, BLOCK: tl.constexpr
 ):
     """The places, or their names, of what reaches the k-th largest, ascending; of its equals only
     the first, if there are too many."""
     spare = k
     if reached > k:
-        spare = k - _count_above(line, count, limit, kth, BLOCK)
+        spare = k - _count_above(line, count, kth, BLOCK)
     written, equals = 0, 0
     for first in range(0, count, BLOCK):
         place = first + tl.arange(0, BLOCK)
-        value = _value(line, place, limit)
+        value = _value(line, place, place < count)
         chosen = (value >= kth) & (place < count)
         if reached > k:
             equal = chosen & (value == kth)
@@ -205,23 +183,22 @@ def _write_chosen(
 
 @triton.jit
 def _candidates(
-    SCORES, STARTS, POSITIONS, VALUES, NAMES, COUNTS, first_row, width, k,
+    SCORES, STARTS, POSITIONS, VALUES, NAMES, COUNTS, first_row, num_keys, k,
     SAMPLE: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
-    ONE_DOCUMENT: tl.constexpr,
 ):  # fmt: skip
     """The scores, and their places, above a bar that a sample says somewhat more than k reach.
 
     COUNTS gets how many, or -1 where the sample misled: fewer than k, or more than there is room.
     """
     row = tl.program_id(0)
-    line, visible, limit = _line_of_row(
-        SCORES, STARTS, POSITIONS, row, first_row, width, ONE_DOCUMENT
-    )
+    start = tl.load(STARTS + first_row + row)
+    visible = tl.load(POSITIONS + first_row + row) - start + 1
+    line = SCORES + row.to(tl.int64) * num_keys + start
     bar = -2147483648
     if visible > CAPACITY:
         number = tl.arange(0, SAMPLE)
         stride = visible // SAMPLE
-        value = _value(line, number * stride + number * 7919 % stride, limit)
+        value = _value(line, number * stride + number * 7919 % stride, number >= 0)
         expected = k * SAMPLE / visible
         wanted = (expected + 5 * tl.sqrt(expected)).to(tl.int32) + 1  # 5 standard deviations
         bar, _ = _kth_largest(value, number >= 0, SAMPLE, tl.minimum(wanted, SAMPLE), wanted // 16)
@@ -231,7 +208,7 @@ def _candidates(
     if visible > k:
         for first in range(0, visible, BLOCK):
             place = first + tl.arange(0, BLOCK)
-            score = tl.load(line + place, mask=place < limit, other=0)
+            score = tl.load(line + place, mask=place < visible, other=0)
             chosen = (_rank(score) >= bar) & (place < visible)
             number = written + tl.cumsum(chosen.to(tl.int32), 0) - 1
             chosen_fit = chosen & (number < CAPACITY)
@@ -244,17 +221,16 @@ def _candidates(
 
 @triton.jit
 def _topk(
-    SCORES, STARTS, POSITIONS, VALUES, NAMES, COUNTS, TOPK, first_row, width, k,
+    SCORES, STARTS, POSITIONS, VALUES, NAMES, COUNTS, TOPK, first_row, num_keys, k,
     LENGTH: tl.constexpr, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr,
-    ONE_DOCUMENT: tl.constexpr,
 ):  # fmt: skip
     """The places of the k largest of a row's visible scores, ascending; the lower wins among
     equals. LENGTH scores are kept in registers: the whole row's, or the candidates'."""
     row = tl.program_id(0)
-    line, visible, limit = _line_of_row(
-        SCORES, STARTS, POSITIONS, row, first_row, width, ONE_DOCUMENT
-    )
+    start = tl.load(STARTS + first_row + row)
+    visible = tl.load(POSITIONS + first_row + row) - start + 1
     out = TOPK + row.to(tl.int64) * k
+    line = SCORES + row.to(tl.int64) * num_keys + start
     place = tl.arange(0, LENGTH)
     if visible <= k:
         for first in range(0, k, BLOCK):
@@ -264,18 +240,17 @@ def _topk(
         count = tl.load(COUNTS + row)
         values = VALUES + row.to(tl.int64) * LENGTH
         if count >= 0:
-            end = _whole_vectors(count)
-            value = _value(values, place, end)
+            value = _value(values, place, place < count)
             kth, reached = _kth_largest(value, place < count, count, k, 0)
             names = NAMES + row.to(tl.int64) * LENGTH
-            _write_chosen(values, names, out, count, end, kth, reached, k, True, BLOCK)
+            _write_chosen(values, names, out, count, kth, reached, k, True, BLOCK)
         else:
-            kth, reached = _kth_largest_of_line(line, visible, limit, k, BLOCK)
-            _write_chosen(line, line, out, visible, limit, kth, reached, k, False, BLOCK)
+            kth, reached = _kth_largest_of_line(line, visible, k, BLOCK)
+            _write_chosen(line, line, out, visible, kth, reached, k, False, BLOCK)
     else:
-        value = _value(line, place, limit)
+        value = _value(line, place, place < visible)
         kth, reached = _kth_largest(value, place < visible, visible, k, 0)
-        _write_chosen(line, line, out, visible, limit, kth, reached, k, False, BLOCK)
+        _write_chosen(line, line, out, visible, kth, reached, k, False, BLOCK)
 
 
 def scores(
@@ -300,7 +275,7 @@ def scores(
         block: the queries.
         b: which sequence of the batch.
         scale: of the products, before the weights.
-        out: fp32 [block, t or more]; what a query does not see is left as it is.
+        out: fp32 [block, t]; what a query does not see is left as it is.
     """
     _, batch, heads, dim = query.shape
     queries = max(1, 128 // heads)
@@ -308,30 +283,22 @@ def scores(
     half = query.dtype.itemsize == 2
     _scores[(triton.cdiv(rows, queries), 4)](
         query, key, weights, starts, positions, out,
-        block.start, block.stop, batch, b, len(key), out.shape[1], scale,
+        block.start, block.stop, batch, b, len(key), scale,
         HEADS=heads, DIM=dim, QUERIES=queries, KEYS=64 if half else 32,
         PRECISION="tf32" if half else "ieee", STAGES=3, num_warps=4,
     )  # fmt: skip
 
 
 def topk(
-    scores: Tensor,
-    starts: Tensor,
-    positions: Tensor,
-    block: slice,
-    longest: int,
-    one_document: bool,
-    out: Tensor,
+    scores: Tensor, starts: Tensor, positions: Tensor, block: slice, longest: int, out: Tensor
 ) -> None:
     """The top-k of each row of ``scores``, [block, t], as places counted from the document's start.
 
     Args:
         longest: no query of the block sees more keys.
-        one_document: all start at key 0; the rows' width is to be a multiple of 16 then.
         out: int32 [block, k], contiguous; ascending, then -1 where fewer keys are visible.
     """
     rows, k = out.shape
-    width = scores.shape[1]
     length = triton.next_power_of_2(longest)
     in_registers = length <= max(IN_REGISTERS, 2 * k)
     values = names = counts = out  # not looked at
@@ -341,13 +308,13 @@ def topk(
         names = torch.empty((rows, length), dtype=torch.int32, device=out.device)
         counts = torch.empty(rows, dtype=torch.int32, device=out.device)
         _candidates[(rows,)](
-            scores, starts, positions, values, names, counts, block.start, width, k,
-            SAMPLE=length // 2, CAPACITY=length, BLOCK=1024, ONE_DOCUMENT=one_document, num_warps=4,
+            scores, starts, positions, values, names, counts, block.start, scores.shape[1], k,
+            SAMPLE=length // 2, CAPACITY=length, BLOCK=1024, num_warps=4,
         )  # fmt: skip
     _topk[(rows,)](
-        scores, starts, positions, values, names, counts, out, block.start, width, k,
+        scores, starts, positions, values, names, counts, out, block.start, scores.shape[1], k,
         LENGTH=length, BLOCK=min(length, 1024), CANDIDATES=not in_registers,
-        ONE_DOCUMENT=one_document, num_warps=min(16, max(4, length // 2048)),
+        num_warps=min(16, max(4, length // 2048)),
     )  # fmt: skip
 
 
@@ -365,12 +332,10 @@ def select(query: Tensor, key: Tensor, weights: Tensor, rows: Rows, k: int, scal
     query, key, weights = (tensor.contiguous() for tensor in (query, key, weights))
     starts, positions = rows.spans()
     topk_indices = torch.empty((b, s, k), dtype=torch.int32, device=query.device)
-    width = triton.cdiv(rows.keys, 16) * 16
-    one_document = rows.longest == rows.keys
-    for block in query_blocks(s, width * 4):
+    for block in query_blocks(s, rows.keys * 4):
         longest = min(rows.most_keys, rows.end(block))
-        out = torch.empty((block.stop - block.start, width), device=query.device)
+        out = torch.empty((block.stop - block.start, rows.keys), device=query.device)
         for batch in range(b):
             scores(query, key, weights, starts, positions, block, batch, scale, out)
-            topk(out, starts, positions, block, longest, one_document, topk_indices[batch, block])
+            topk(out, starts, positions, block, longest, topk_indices[batch, block])
     return topk_indices
