@@ -538,9 +538,12 @@ def plot(figures: list[Figure], path: Path) -> None:
     temporary.replace(path)
 
 
-def table(found: dict) -> str:
-    """The figures as Markdown: a column for each length."""
-    figures = [Figure(**figure) for figure in found["figures"]]
+def table(runs: list[dict]) -> str:
+    """The figures as Markdown, a column for each length; of further runs, those of other peers."""
+    figures = [Figure(**figure) for figure in runs[0]["figures"]]
+    for run in runs[1:]:
+        known = {figure.who for figure in figures}
+        figures += [Figure(**f) for f in run["figures"] if f["who"] not in known]
     lengths = sorted({figure.length for figure in figures})
     lines = [
         "| | who | heads | " + " | ".join(f"{length // 1024}k" for length in lengths) + " |",
@@ -569,10 +572,16 @@ def main() -> int:
     parser.add_argument("--heads", type=int, nargs="+", default=[64, 16, 8])
     parser.add_argument("--output", type=Path, default=Path("."), metavar="DIR")
     parser.add_argument("--check", action="store_true", help="check, and time nothing")
-    parser.add_argument("--table", type=Path, metavar="JSON", help="print an earlier run's table")
+    parser.add_argument(
+        "--table",
+        type=Path,
+        nargs="+",
+        metavar="JSON",
+        help="print an earlier run's table, and beside it the peers of further runs",
+    )
     options = parser.parse_args()
     if options.table:
-        print(table(json.loads(options.table.read_text())))
+        print(table([json.loads(path.read_text()) for path in options.table]))
         return 0
     if not torch.cuda.is_available():
         print("benchmarks/kernels.py needs a CUDA device", file=sys.stderr)

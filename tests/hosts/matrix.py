@@ -1,7 +1,8 @@
 """The tests that touch a host, on every release of it, each in a folder of its own.
 
-    python -m tests.hosts.matrix [--record] INTERPRETER=PACKAGE==RELEASE[,PACKAGE==RELEASE...] ...
+    python -m tests.hosts.matrix [--record] INTERPRETER=HOST[,HOST...] ...
 
+A HOST is PACKAGE==RELEASE, or several of them joined by +, the first of which is tested.
 INTERPRETER is the python of an environment that has torch and the test dependencies. A release that
 can't be installed counts as a failure. Prints a line for each host and a table at the end. With
 --record it measures each host instead (tests/hosts/figures.py) and writes docs/hosts.json and the
@@ -27,6 +28,7 @@ PARITY = ["tests/patches/test_parity.py", "tests/patches/test_config_fields.py",
 TESTS = {
     "megatron-core": PARITY,
     "transformers": ["tests/patches/test_hf_config.py", "tests/hosts"],
+    "megatron-bridge": ["tests/bridge"],
     # It has too little of GLM-5 to be patched.
     "megatron-core==0.16.0rc0.dev132713": ["tests/activation/test_unsupported.py"],
     # The README's command runs the whole suite on 0.16.1; 0.18 has another checkpoint and schedule.
@@ -49,7 +51,8 @@ TESTS = {
 }
 PARALLEL = ("0.16.1", "0.18.2", "0.19.2")
 # transformers brings tokenizers of the version it insists on; megatron-core's needs are all there.
-PIP_OPTIONS = {"megatron-core": ["--no-deps"], "transformers": []}
+# Bridge's needs are in tests/bridge/requirements.txt.
+PIP_OPTIONS = {"megatron-core": ["--no-deps"], "megatron-bridge": ["--no-deps"], "transformers": []}
 STATES = """
 import json, torch, glm5_patch
 import transformers.models.glm_moe_dsa.configuration_glm_moe_dsa
@@ -63,19 +66,23 @@ class HostFailed(Exception):
 
 
 class Host:
-    """One release in a folder of its own, in front of an environment's packages."""
+    """Releases in folders of their own, in front of an environment's packages."""
 
     def __init__(self, python: str, requirement: str, folder: str):
         self.python = os.path.abspath(python)
         self.requirement = requirement
-        self.package, _, self.release = requirement.partition("==")
+        self.package, _, self.release = requirement.partition("+")[0].partition("==")
+        self.folders = {
+            one: os.path.join(folder, one.partition("==")[0]) for one in requirement.split("+")
+        }
         self.folder = folder
 
     def install(self) -> None:
-        options = ["-q", *PIP_OPTIONS[self.package], "--target", self.folder]
-        done = subprocess.run([self.python, "-m", "pip", "install", *options, self.requirement])
-        if done.returncode:
-            raise HostFailed(f"{self.requirement} can't be installed")
+        for one, folder in self.folders.items():
+            options = ["-q", *PIP_OPTIONS[one.partition("==")[0]], "--target", folder]
+            done = subprocess.run([self.python, "-m", "pip", "install", *options, one])
+            if done.returncode:
+                raise HostFailed(f"{one} can't be installed")
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(
@@ -91,7 +98,7 @@ class Host:
         build folder of its own keeps a lock that a killed process left from blocking this one."""
         return {
             **os.environ,
-            "PYTHONPATH": self.folder,
+            "PYTHONPATH": os.pathsep.join(self.folders.values()),
             "PATH": os.pathsep.join((os.path.dirname(self.python), os.environ["PATH"])),
             "TORCH_EXTENSIONS_DIR": os.path.join(self.folder, "torch_extensions"),
             "OMP_NUM_THREADS": "1",
@@ -153,9 +160,10 @@ def on_each(hosts: list[tuple[str, str]], action: Callable[[Host], dict]) -> dic
 def print_counts(table: dict[str, dict[str, int]]) -> bool:
     """Whether everything passed."""
     columns = ("passed", "failed", "skipped")
-    print(f"\n{'host':36}", *(f"{column:>8}" for column in columns))
+    width = max(map(len, table))
+    print(f"\n{'host':{width}}", *(f"{column:>8}" for column in columns))
     for requirement, counts in table.items():
-        print(f"{requirement:36}", *(f"{counts.get(column, 0):8}" for column in columns))
+        print(f"{requirement:{width}}", *(f"{counts.get(column, 0):8}" for column in columns))
     passed, failed = (sum(c.get(k, 0) for c in table.values()) for k in ("passed", "failed"))
     print(f"hosts: {passed} passed, {failed} failed")
     return passed > 0 and not failed
