@@ -174,25 +174,21 @@ class HFCheckpoint:
             return file.get_tensor(name)
 
     def load_into(self, model: torch.nn.Module) -> CheckpointReport:
-        """Copy every tensor into this rank's parameters and buffers.
+        """Copy into every parameter and buffer of this rank its part of the tensors.
+
+        Each rank reads for itself: its pipeline stage, its experts, its slice of what tensor
+        parallelism splits.
 
         Raises:
-            CheckpointError: a parameter of the model has no tensor, or another shape (tensor or
-                expert parallelism: load through Megatron-Bridge there).
+            CheckpointError: a parameter of the model has no tensor, or none of its shape.
         """
         report = self.report
         with torch.no_grad():
-            for name, target, sources in _pieces(model):
+            for name, target, sources in pieces(model):
                 absent = [source for source in sources if source not in self.shapes]
                 if absent:
                     raise CheckpointError(f"{self.directory}: {name} needs {absent[0]}")
-                tensor = torch.cat([self.read(source) for source in sources])
-                if tensor.shape != target.shape:
-                    raise CheckpointError(
-                        f"{name} has shape {list(target.shape)} on this rank, the checkpoint "
-                        f"{list(tensor.shape)}; only unsplit parameters can be loaded here"
-                    )
-                target.copy_(tensor)
+                target.copy_(own_part(name, [self.read(source) for source in sources], target))
         return report
 
     def extra_files(self) -> Iterator[Path]:
@@ -363,24 +359,67 @@ _EXPERT = re.compile(
 )
 
 
-def _layer_sources(name: str) -> tuple[str, ...] | None:
+def _first_expert(config) -> int:
+    """The number of this rank's first expert; expert parallelism deals them out in order."""
+    ranks = config.expert_model_parallel_size
+    if ranks == 1:
+        return 0
+    from megatron.core import parallel_state
+
+    rank = parallel_state.get_expert_model_parallel_rank()
+    return rank * config.num_moe_experts // ranks
+
+
+def _layer_sources(name: str, first_expert: int) -> tuple[str, ...] | None:
     if name in LAYER_NAMES:
         return LAYER_NAMES[name]
     if match := _MLP.match(name):
         return tuple(f"{match[1]}.{part}" for part in _FC[match[2]])
     if match := _EXPERT.match(name):
         expert, fc = (match[1], match[2]) if match[1] else (match[4], match[3])
-        return tuple(f"mlp.experts.{expert}.{part}" for part in _FC[fc])
+        return tuple(f"mlp.experts.{first_expert + int(expert)}.{part}" for part in _FC[fc])
     return None
 
 
-def _pieces(model: torch.nn.Module) -> Iterator[tuple[str, Tensor, tuple[str, ...]]]:
-    """Each tensor of the model with its name and the Hugging Face tensors that make it.
+def own_part(name: str, whole: Sequence[Tensor], like: Tensor) -> Tensor:
+    """What this tensor-parallel rank holds of a parameter.
+
+    Args:
+        name: of the parameter.
+        whole: what makes it, concatenated along dimension 0; each is split by itself.
+        like: of this rank's shape.
+
+    Raises:
+        CheckpointError: the shapes are not those of a split between the ranks.
+    """
+    from megatron.core import parallel_state
+
+    wanted = [like.shape[0] // len(whole), *like.shape[1:]]
+    split = [dim for dim, size in enumerate(wanted) if size != whole[0].shape[dim]]
+    if not split:
+        return torch.cat(list(whole))
+    if ".experts." in name:
+        ranks = parallel_state.get_expert_tensor_parallel_world_size()
+        rank = parallel_state.get_expert_tensor_parallel_rank()
+    else:
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        rank = parallel_state.get_tensor_model_parallel_rank()
+    if len(split) > 1 or wanted[split[0]] * ranks != whole[0].shape[split[0]]:
+        raise CheckpointError(
+            f"{name} has shape {list(like.shape)} on this rank, of {ranks} that share it, and the "
+            f"checkpoint {len(whole)} times {list(whole[0].shape)}"
+        )
+    return torch.cat([tensor.chunk(ranks, split[0])[rank] for tensor in whole])
+
+
+def pieces(model: torch.nn.Module) -> Iterator[tuple[str, Tensor, tuple[str, ...]]]:
+    """Each tensor of this rank's model with its name and the Hugging Face tensors that make it.
 
     Raises:
         CheckpointError: a parameter that no GLM-5 checkpoint has.
     """
     layers = model.decoder.layers
+    first_expert = _first_expert(model.config)
     tensors = dict(model.named_parameters())
     tensors.update({n: t for n, t in model.named_buffers() if n.endswith("expert_bias")})
     for name, tensor in tensors.items():
@@ -388,7 +427,7 @@ def _pieces(model: torch.nn.Module) -> Iterator[tuple[str, Tensor, tuple[str, ..
         if match := _MEGATRON_LAYER.match(name):
             # layer_number counts from 1 over all pipeline stages.
             prefix = f"model.layers.{layers[int(match[1])].layer_number - 1}."
-            in_layer = _layer_sources(match[2])
+            in_layer = _layer_sources(match[2], first_expert)
             sources = in_layer and tuple(prefix + source for source in in_layer)
         if sources is None:
             raise CheckpointError(f"{name}: no tensor of a GLM-5 checkpoint corresponds to it")
@@ -397,7 +436,7 @@ def _pieces(model: torch.nn.Module) -> Iterator[tuple[str, Tensor, tuple[str, ..
 
 def _unpacked(model, expected) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face names and tensors of everything that this rank holds."""
-    for name, tensor, sources in _pieces(model):
+    for name, tensor, sources in pieces(model):
         parts = tensor.detach().cpu().split([expected[source][0] for source in sources])
         for source, part in zip(sources, parts):
             if tuple(part.shape) != expected[source]:

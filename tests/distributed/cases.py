@@ -166,6 +166,8 @@ CASES = tuple(_cases())
 
 CHECKPOINT = Case("PP 2 x TP 2 + SP, distributed checkpoint", pp=2, tp=2, settings={**UNEVEN, **SP})
 """Saved so and loaded into one process, and the other way round."""
+READERS = (CHECKPOINT, next(case for case in CASES if case.name == "EP 2 x TP 2 + SP"))
+"""Splits that load a Hugging Face directory, each rank its part."""
 
 
 def worlds_of(cases: list[Case]) -> dict[int, list[dict]]:

@@ -7,7 +7,7 @@ import pytest
 
 import glm5_patch
 from tests.distributed import run
-from tests.distributed.cases import CASES, CHECKPOINT, CONTIGUOUS, RECOMPUTE, SP, Case
+from tests.distributed.cases import CASES, CHECKPOINT, CONTIGUOUS, READERS, RECOMPUTE, SP, Case
 
 GRADIENTS, LOSS = 1e-6, 1e-6
 # Tensor parallelism sums the partial products of a matrix in another order; so much the same
@@ -55,6 +55,8 @@ def test_every_split_equals_one_process(tmp_path):
     for other in (1, CHECKPOINT.world):
         assert found[f"load {other}"].get("differ") == [], found[f"load {other}"]
         assert found[f"load {other}"]["computing"] == ["0", "1", "2", "6"]
+    for case in READERS:
+        assert found[f"read, {case.name}"].get("differ") == [], found[f"read, {case.name}"]
 
 
 def test_without_the_checkpoint_patch_recompute_is_refused(tmp_path):

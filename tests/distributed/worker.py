@@ -33,10 +33,11 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from glm5_patch import cpu_host
 from glm5_patch.errors import PipelineSplitError
+from glm5_patch.model.checkpoint import HFCheckpoint, save
 from glm5_patch.model.hf_config import HFConfig
 from glm5_patch.model.local import LocalDSASpecProvider
 from glm5_patch.model.parity import recorded
-from tests.distributed.cases import CHECKPOINT, CONTIGUOUS, Case
+from tests.distributed.cases import CHECKPOINT, CONTIGUOUS, READERS, Case
 from tests.patches.test_recompute import packed
 from tests.tiny import hf_config, megatron_config, tokens
 
@@ -382,6 +383,27 @@ def load_checkpoint(case: Case, folder: Path, world: int) -> dict:
         }
 
 
+def save_hugging_face(folder: Path) -> None:
+    alone = Case("alone")
+    with model_parallel(alone):
+        (model,) = (chunk.module for chunk in build(alone, folder))
+        save(model, configuration(alone)[0], folder / "hugging_face")
+
+
+def load_hugging_face(case: Case, folder: Path) -> dict:
+    """Whether this rank's part of a Hugging Face directory arrives, parameter by parameter."""
+    with model_parallel(case):
+        (model,) = (chunk.module for chunk in build(case, folder))
+        with torch.no_grad():
+            for _, tensor in tensors([model]):
+                tensor.zero_()
+        HFCheckpoint(folder / "hugging_face").load_into(model)
+        whole = torch.load(folder / "plain.pt")
+        return {
+            "differ": [n for n, t in tensors([model]) if not torch.equal(t, part(n, whole[n], t))]
+        }
+
+
 def refused_split(case: Case) -> str:
     """What every rank says of stages that start on a skip layer."""
     with model_parallel(case):
@@ -421,6 +443,11 @@ def main(rank: int, world: int, folder: Path) -> None:
         for other in others:
             attempt(f"load {other}", load_checkpoint, checkpoint, folder, other)
         attempt("save", save_checkpoint, checkpoint, folder)
+    if world == 1 and not (folder / "hugging_face").exists():
+        attempt("save Hugging Face", save_hugging_face, folder)
+    for case in READERS:
+        if case.world == world and (folder / "hugging_face").exists():
+            attempt(f"read, {case.name}", load_hugging_face, case, folder)
     if world > 1:
         results["refused"] = refused_split(Case("", pp=world))
     (folder / f"{world}-{rank}.json").write_text(json.dumps(results))

@@ -192,12 +192,12 @@ def _gradient_error(ours, theirs) -> float:
     """Relative error over all parameters that both sides have one by one (not the experts)."""
     import torch
 
-    from glm5_patch.model.checkpoint import _pieces
+    from glm5_patch.model.checkpoint import pieces
 
     references = dict(theirs.named_parameters())
     pairs = [
         (parameter.grad.flatten(), torch.cat([references[s].grad.flatten() for s in sources]))
-        for name, parameter, sources in _pieces(ours)
+        for name, parameter, sources in pieces(ours)
         if parameter.grad is not None and all(s in references for s in sources)
         if ".indexer." not in name
     ]

@@ -7,7 +7,7 @@ import torch
 
 from glm5_patch.demo import forward
 from glm5_patch.model.build import HF_LATENT_NORM_EPSILON, set_latent_norm_epsilon
-from glm5_patch.model.checkpoint import HFCheckpoint, _pieces
+from glm5_patch.model.checkpoint import HFCheckpoint, pieces
 from glm5_patch.model.parity import compare_topk, kept_share, recorded, recorded_hf
 from glm5_patch.model.schedule import IndexSchedule
 from tests.tiny import (
@@ -49,7 +49,7 @@ def test_topk_logits_and_gradients_equal_hugging_face(world, tmp_path, seed, fla
     loss_of(forward(ours, untouched), untouched).backward()
     loss_of(theirs(untouched, use_cache=False).logits, untouched).backward()
     references = dict(theirs.named_parameters())
-    for name, parameter, sources in _pieces(ours):
+    for name, parameter, sources in pieces(ours):
         if ".indexer." in name or name.endswith("expert_bias"):
             assert parameter.grad is None, name
         elif ".experts.local_experts." in name:
