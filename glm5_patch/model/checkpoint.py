@@ -286,7 +286,7 @@ def save(
         raw = {**config.raw, "dtype": dtype}
         raw.pop("torch_dtype", None)
         (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-        _write_shards(tensors, partial)
+        write_shards(tensors, partial)
         partial.chmod(0o755)
         partial.rename(output)
     except BaseException:
@@ -294,7 +294,7 @@ def save(
         raise
 
 
-def _write_shards(tensors: dict[str, Tensor], directory: Path) -> None:
+def write_shards(tensors: dict[str, Tensor], directory: Path) -> None:
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
