@@ -10,8 +10,8 @@ checkpoint. A random checkpoint is written to --folder once, in Hugging Face's f
 loads it, each rank its part; takes a first step, whose gradients it compares with those that the
 run on one device kept in --folder (--thd is a batch of its own, and wants a run of its own); trains
 10 full steps, saves a distributed checkpoint, and trains 10 more with adapters on the latent
-projections and all else frozen. Full recompute, megatron-core's schedules, no Transformer Engine. It
-prints tokens per second of fused and of blocked kernels, the share of the layers' forward that is
+projections and all else frozen. Full recompute, megatron-core's schedules, no Transformer Engine.
+It prints tokens per second of fused and of blocked kernels, the share of the layers' forward that is
 sparse attention, and each rank's peak memory, and exits 1 if a check fails. On the CPU (gloo, fp32,
 tiny widths): --device cpu.
 """
