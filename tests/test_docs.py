@@ -1,0 +1,105 @@
+"""The documentation builds, its commands run, and its Python is Python with names that exist."""
+
+import ast
+import importlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from glm5_patch.model.checkpoint import HFCheckpoint
+from glm5_patch.model.indexer_order import ROPE_LAST, convert
+from tests.tiny import saved
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+INSTALLS = ("python3 -m venv", "pip install glm5-patch")
+"""What .ci/run and the tests of packaging run."""
+LONG = ("python benchmarks/", "python -m tests.")
+"""Minutes, and some a GPU: asked for their help here."""
+
+
+def blocks(language: str):
+    for page in PAGES:
+        for text in re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.M | re.S):
+            yield page, text
+
+
+def commands():
+    for page, text in blocks("console"):
+        lines = text.replace("\\\n", " ").splitlines()
+        for line in lines:
+            if not line.startswith(INSTALLS) and "=" not in line.split()[0]:
+                yield pytest.param(line, id=f"{page.name}: {line[:50]}")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with what the commands name."""
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "GLM-5.2").mkdir()
+    shutil.copy(ROOT / "tests" / "configs" / "glm-5.2.json", folder / "GLM-5.2" / "config.json")
+    checkpoint = saved(folder / "my-checkpoint")
+    shutil.copytree(folder / "my-checkpoint", folder / "published")
+    convert(checkpoint, folder / "half-swapped", ROPE_LAST)
+    for name in ("benchmarks", "tests"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.mark.parametrize("line", commands())
+def test_the_commands_run(line, place):
+    python = shlex.quote(sys.executable)
+    command = re.sub(
+        r"^python ", f"{python} ", re.sub(r"^glm5-patch ", "python -m glm5_patch ", line)
+    )
+    if line.startswith(LONG):
+        command = f"{command.split(' --')[0]} --help"
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command],
+        cwd=place,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        },
+        capture_output=True,
+        text=True,
+    )
+    if "--device cuda" in line and not torch.cuda.is_available():
+        assert result.returncode == 2 and "this torch sees no CUDA device" in result.stderr
+    elif line == "glm5-patch doctor":  # it also says that a source tree is not an installation
+        assert result.returncode in (0, 1) and "dsa_spec" in result.stdout
+    else:
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_mended_checkpoint_is_right(place):
+    """What the page on checkpoints promises of its two commands."""
+    mended = place / "again"
+    convert(HFCheckpoint(place / "half-swapped"), mended, "rope-first")
+    ours, theirs = (HFCheckpoint(folder) for folder in (mended, place / "published"))
+    assert all(torch.equal(ours.read(name), theirs.read(name)) for name in theirs.shapes)
+
+
+@pytest.mark.parametrize(
+    "page, text", blocks("python"), ids=lambda value: value.name if isinstance(value, Path) else ""
+)
+def test_python_blocks_name_what_exists(page, text):
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("glm5_patch"):
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "Quick start" in (tmp_path / "index.html").read_text()
