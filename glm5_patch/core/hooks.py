@@ -21,24 +21,32 @@ _switches: Switches | None = None
 
 def enable() -> None:
     """Arm all patches of the table; those of imported modules are applied at once."""
-    from ..patches import PATCHES
+    from ..patches import MODULES
 
     global _switches
     _switches = Switches.read()
     _switches.apply_log_level()
+    LEDGER.when_asked(_fill_ledger)
     if not _switches.enabled:
-        for patch in PATCHES:
-            LEDGER.set(patch, State.DISABLED, f"{ENABLED}=0")
         return
+    for name in MODULES:
+        _arm(name)
+    # Last: where it raises, everything is armed all the same.
+    if _switches.disabled_ids:
+        _report_unknown_ids(_switches)
+
+
+def _fill_ledger() -> None:
+    """What the switches say of each patch, where nothing has happened to it yet."""
+    from ..patches import PATCHES
+
     for patch in PATCHES:
-        if patch.id in _switches.disabled_ids:
+        if not _switches.enabled:
+            LEDGER.set(patch, State.DISABLED, f"{ENABLED}=0")
+        elif patch.id in _switches.disabled_ids:
             LEDGER.set(patch, State.DISABLED, f"named in {DISABLE}")
         elif patch.id not in LEDGER or LEDGER[patch.id].state is State.DISABLED:
             LEDGER.set(patch, State.ARMED, f"waits for {patch.module}")
-    for name in dict.fromkeys(patch.module for patch in PATCHES):
-        _arm(name)
-    # Last: where it raises, everything is armed all the same.
-    _report_unknown_ids(_switches, {patch.id for patch in PATCHES})
 
 
 def disable() -> None:
@@ -105,7 +113,10 @@ def why_not_in_place(patch: Patch) -> str | None:
     return None
 
 
-def _report_unknown_ids(switches: Switches, known: set[str]) -> None:
+def _report_unknown_ids(switches: Switches) -> None:
+    from ..patches import PATCHES
+
+    known = {patch.id for patch in PATCHES}
     unknown = sorted(switches.disabled_ids - known)
     if unknown:
         message = f"{DISABLE} names unknown patches {unknown}; there are {sorted(known)}"

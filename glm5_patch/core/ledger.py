@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -84,22 +84,33 @@ class Ledger:
 
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
+        self._fill: Callable[[], None] | None = None
+
+    def when_asked(self, fill: Callable[[], None]) -> None:
+        """Have ``fill`` set the entries when somebody looks at them, and not before."""
+        self._fill = fill
+
+    def _asked(self) -> dict[str, Entry]:
+        if self._fill is not None:
+            fill, self._fill = self._fill, None
+            fill()
+        return self._entries
 
     def __iter__(self) -> Iterator[Entry]:
-        return iter(self._entries.values())
+        return iter(self._asked().values())
 
     def __contains__(self, patch_id: str) -> bool:
-        return patch_id in self._entries
+        return patch_id in self._asked()
 
     def __getitem__(self, patch_id: str) -> Entry:
-        return self._entries[patch_id]
+        return self._asked()[patch_id]
 
     def set(self, patch: Patch, state: State, reason: str, **details) -> Entry:
-        entry = self._entries[patch.id] = Entry(patch, state, reason, **details)
+        entry = self._asked()[patch.id] = Entry(patch, state, reason, **details)
         return entry
 
     def status(self) -> Status:
-        if not self._entries:
+        if not self._asked():
             from ..patches import PATCHES
 
             never = "never enabled in this process (torch not imported, or GLM5_PATCH=0)"

@@ -1,45 +1,28 @@
-"""The table of contents: every patch, in the order in which one host module's are applied."""
+"""The patches, in ``table``, and all that ``import torch`` needs to know of them: which imports they
+wait for. Their files are read once such a module has been imported, or somebody asks."""
 
-from .megatron_bridge.glm5_mappings import GLM5Mappings
-from .megatron_bridge.glm5_provider import GLM5Provider
-from .megatron_bridge.local_lora import LocalLoRA
-from .megatron_core.block_spec import BlockSpec
-from .megatron_core.checkpoint_recompute import CheckpointRecompute
-from .megatron_core.checkpoint_without_te import CheckpointWithoutTE
-from .megatron_core.dsa_kernels import DSAKernels
-from .megatron_core.dsa_spec import DSASpec
-from .megatron_core.gate import Gate
-from .megatron_core.index_schedule import IndexShareSchedule
-from .megatron_core.index_share_carrier import IndexShareCarrier
-from .megatron_core.indexer_loss_scale import IndexerLossScale
-from .megatron_core.latent_norm_names import LatentNormNames
-from .megatron_core.local_backend import LocalBackend
-from .megatron_core.moe_without_te import MoEWithoutTE
-from .megatron_core.te_checkpoint import TECheckpoint
-from .megatron_core.topk_carrier import BlockCarrier
-from .megatron_core.transformer_config import ConfigFields
-from .transformers.glm_moe_dsa_config import GlmMoeDsaConfigValues
-from .transformers.glm_moe_dsa_weights import GlmMoeDsaConfigWeights
+from __future__ import annotations
 
-PATCHES = (
-    ConfigFields(),
-    LocalBackend(),
-    DSASpec(),
-    BlockSpec(),
-    MoEWithoutTE(),
-    LatentNormNames(),
-    BlockCarrier(),
-    Gate(),
-    IndexShareCarrier(),
-    IndexShareSchedule(),
-    DSAKernels(),
-    CheckpointRecompute(),
-    CheckpointWithoutTE(),
-    IndexerLossScale(),
-    TECheckpoint(),
-    GlmMoeDsaConfigValues(),
-    GlmMoeDsaConfigWeights(),
-    GLM5Provider(),
-    GLM5Mappings(),
-    LocalLoRA(),
+MODULES = (
+    "megatron.core.transformer.transformer_config",
+    "megatron.core.models.gpt.experimental_attention_variant_module_specs",
+    "megatron.core.transformer.moe.moe_utils",
+    "megatron.core.transformer.attention",
+    "megatron.core.transformer.transformer_block",
+    "megatron.core.transformer.experimental_attention_variant.dsa",
+    "megatron.core.tensor_parallel.random",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.extensions.transformer_engine",
+    "transformers.models.glm_moe_dsa.configuration_glm_moe_dsa",
+    "megatron.bridge.models.glm_moe_dsa.glm5_bridge",
+    "megatron.bridge.peft.utils",
 )
+"""Every module that a patch changes."""
+
+
+def __getattr__(name: str):
+    if name == "PATCHES":
+        from .table import PATCHES
+
+        return PATCHES
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -134,7 +134,7 @@ class Fake(Patch):
     def needed(self, module): return Finding(True, "fake")
     def apply(self, module, seams):
         seams.wrap(module, "function", lambda wrapped, i, a, k: wrapped() + 1)
-table.PATCHES = (Fake(),)
+table.PATCHES, table.MODULES = (Fake(),), ("fake_host",)
 """
 
 

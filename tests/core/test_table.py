@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from glm5_patch.core.patch import Patch
-from glm5_patch.patches import PATCHES
+from glm5_patch.patches import MODULES, PATCHES
 
 FOLDER = Path(importlib.import_module("glm5_patch.patches").__file__).parent
 
@@ -23,7 +23,8 @@ def test_ids_and_seams_are_unique():
 
 
 def test_the_table_is_complete():
-    """Every patch file of the package is in the table, once."""
+    """Every patch file of the package is in the table, once, and each module in the list."""
+    assert set(MODULES) == {patch.module for patch in PATCHES}
     for path in FOLDER.glob("*/*.py"):
         importlib.import_module(f"glm5_patch.patches.{path.parent.name}.{path.stem}")
     assert {type(p) for p in PATCHES} == set(Patch.__subclasses__())
