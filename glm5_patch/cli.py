@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from . import __version__
 from .errors import GLM5PatchError
@@ -223,6 +224,16 @@ def _doctor(options: argparse.Namespace) -> int:
     return run(options)
 
 
+def _hosts(patch, releases: dict[str, str]) -> str:
+    """ "megatron-core: patched on 0.16.0, ...; right by itself on 0.19.0", as it was recorded."""
+    by_word: dict[str, list[str]] = {}
+    for release, word in releases.items():
+        by_word.setdefault(word, []).append(release)
+    words = {"patched": "patched on", "native": "right by itself on"}
+    parts = (f"{words[word]} {', '.join(found)}" for word, found in by_word.items())
+    return f"{patch.host.replace('.', '-')}: {'; '.join(parts)}"
+
+
 def _explain(options: argparse.Namespace) -> int:
     from .patches import PATCHES
 
@@ -231,6 +242,7 @@ def _explain(options: argparse.Namespace) -> int:
         raise GLM5PatchError(
             f"no patch is called {options.id!r}; there are {', '.join(p.id for p in PATCHES)}"
         )
+    recorded = json.loads((Path(__file__).parent / "hosts.json").read_text())
     rows = [
         {
             "id": patch.id,
@@ -238,6 +250,7 @@ def _explain(options: argparse.Namespace) -> int:
             "without it": patch.why,
             "upstream": patch.upstream,
             "goes when": patch.remove_when,
+            "hosts": _hosts(patch, recorded[patch.id]),
         }
         for patch in chosen
     ]

@@ -1,5 +1,5 @@
-"""The patches, in ``table``, and all that ``import torch`` needs to know of them: which imports they
-wait for. Their files are read once such a module has been imported, or somebody asks."""
+"""The patches, in ``table``, and all that ``import torch`` needs to know of them: which imports
+they wait for. Their files are read once such a module has been imported, or somebody asks."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from tests.bridge.helpers import (
     train,
     write_checkpoint,
 )
+from tests.hosts import tables
 from tests.tiny import tokens
 
 if importlib.util.find_spec("megatron.bridge") is None:
@@ -120,7 +122,10 @@ def run(request, world, tmp_path_factory):
 
 
 def test_the_patches_are_in_place(run):
-    glm5_patch.require("bridge_provider", "bridge_mappings", "bridge_local_lora")
+    ids = "bridge_provider", "bridge_mappings", "bridge_local_lora"
+    rows = glm5_patch.require(*ids)
+    recorded = tables.read()["megatron-bridge"][version("megatron-bridge")]["states"]
+    assert {i: rows[i].state.value for i in ids} == {i: recorded[i][0] for i in ids}
 
 
 @pytest.mark.parametrize("what", ["source", "full", "merged", "adapter"])

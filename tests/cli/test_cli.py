@@ -119,6 +119,7 @@ def test_without_torch_commands_say_so(bare, arguments):
 def test_explain_and_env_need_no_host(bare):
     result = command("explain", "gate", **bare)
     assert result.returncode == 0 and "TransformerBlock.__init__" in result.stdout
+    assert "megatron-core: patched on 0.16.0" in result.stdout
     assert len(json.loads(command("explain", "--json", **bare).stdout)) == len(PATCHES)
     result = command("env", "--json", **bare, GLM5_PATCH_LOG="debug")
     found = json.loads(result.stdout)

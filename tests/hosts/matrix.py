@@ -53,11 +53,19 @@ PARALLEL = ("0.16.1", "0.18.2", "0.19.2")
 # transformers brings tokenizers of the version it insists on; megatron-core's needs are all there.
 # Bridge's needs are in tests/bridge/requirements.txt.
 PIP_OPTIONS = {"megatron-core": ["--no-deps"], "megatron-bridge": ["--no-deps"], "transformers": []}
+IMPORTS = {
+    "transformers": "import transformers.models.glm_moe_dsa.configuration_glm_moe_dsa",
+    "megatron-bridge": """
+from tests.bridge import standin
+standin.install()
+import megatron.bridge.models.glm_moe_dsa.glm5_bridge, megatron.bridge.peft.utils
+""",
+}
 STATES = """
 import json, torch, glm5_patch
-import transformers.models.glm_moe_dsa.configuration_glm_moe_dsa
-rows = [r for r in glm5_patch.status() if r.seam.startswith("transformers.")]
-print(json.dumps({"states": {r.id: [r.state.value, r.reason] for r in rows}}))
+{imports}
+rows = [r for r in glm5_patch.status() if r.seam.startswith("{package}.")]
+print(json.dumps({{"states": {{r.id: [r.state.value, r.reason] for r in rows}}}}))
 """
 
 
@@ -123,8 +131,10 @@ def test(host: Host) -> dict[str, int]:
 
 def measure(host: Host) -> dict:
     """What the plugin does there, and for a core how right it is with and without."""
-    if host.package == "transformers":
-        return _printed(host.run("-c", STATES))
+    if host.package in IMPORTS:
+        package = host.package.replace("-", ".")
+        code = STATES.format(imports=IMPORTS[host.package], package=package)
+        return _printed(host.run("-c", code))
     patched = _printed(host.run("-m", "tests.hosts.figures"))
     released = _printed(host.run("-m", "tests.hosts.figures", "--released"))
     found = {**patched, "released": released["figures"]}
@@ -172,9 +182,9 @@ def print_counts(table: dict[str, dict[str, int]]) -> bool:
 def keep_record(table: dict[str, dict]) -> None:
     from tests.hosts import tables
 
-    record: dict = {"date": date.today().isoformat(), "megatron-core": {}, "transformers": {}}
+    record: dict = {"date": date.today().isoformat(), **{package: {} for package in PIP_OPTIONS}}
     for requirement, found in table.items():
-        package, _, release = requirement.partition("==")
+        package, _, release = requirement.partition("+")[0].partition("==")
         record[package][release] = found
     tables.write(record)
 

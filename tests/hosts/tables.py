@@ -11,6 +11,8 @@ from tests.distributed.cases import CASES
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "docs" / "hosts.json"
+PACKAGED = ROOT / "glm5_patch" / "hosts.json"
+"""What ``glm5-patch explain`` says of hosts: patch -> release -> patched or native."""
 WORDS = {"applied": "patched", "not_needed": "native"}
 
 
@@ -23,10 +25,20 @@ def support(record: dict, host: str) -> str:
     releases = record[host]
     lines = [f"| {host} | " + " | ".join(releases) + " |", "|---" * (len(releases) + 1) + "|"]
     for patch in PATCHES:
-        if patch.module.startswith(host.partition("-")[0]):
+        if patch.host == host.replace("-", "."):
             cells = [WORDS[release["states"][patch.id][0]] for release in releases.values()]
             lines.append(f"| `{patch.id}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def packaged(record: dict) -> dict[str, dict[str, str]]:
+    return {
+        patch.id: {
+            release: WORDS[found["states"][patch.id][0]]
+            for release, found in record[patch.host.replace(".", "-")].items()
+        }
+        for patch in PATCHES
+    }
 
 
 def figures(record: dict) -> str:
@@ -68,6 +80,7 @@ def blocks(record: dict) -> dict[tuple[Path, str], str]:
     return {
         (ROOT / "README.md", "cores"): support(record, "megatron-core"),
         (ROOT / "README.md", "transformers"): support(record, "transformers"),
+        (ROOT / "README.md", "bridges"): support(record, "megatron-bridge"),
         (ROOT / "docs" / "hosts.md", "figures"): figures(record),
         (ROOT / "docs" / "parallel.md", "splits"): parallel(record),
     }
@@ -86,6 +99,7 @@ def write(record: dict) -> None:
     """Keep a record and put its tables into the documents."""
     tables = blocks(record)
     replace(RECORD, json.dumps(record, indent=1) + "\n")
+    replace(PACKAGED, json.dumps(packaged(record), indent=1) + "\n")
     for (path, name), table in tables.items():
         fill = lambda match, table=table: match[1] + table + match[2]
         replace(path, _between(name).sub(fill, path.read_text()))

@@ -1,5 +1,6 @@
 """The documents show what was measured, and what was measured still holds on the host at hand."""
 
+import json
 from importlib.metadata import version
 
 import pytest
@@ -17,6 +18,10 @@ def test_documents_show_the_record(block):
     assert tables.shown(*block) == tables.blocks(RECORD)[block]
 
 
+def test_the_package_says_what_was_recorded():
+    assert json.loads(tables.PACKAGED.read_text()) == tables.packaged(RECORD)
+
+
 def found_here(prefix):
     rows = [row for row in glm5_patch.status() if row.seam.startswith(prefix)]
     assert rows and all(row.state in tables.WORDS for row in rows)
@@ -31,7 +36,7 @@ def recorded(host, release, found):
 def test_the_core_at_hand_is_patched_as_recorded():
     core = pytest.importorskip("megatron.core")
     glm5_patch.require()
-    found = found_here("megatron")
+    found = found_here("megatron.core")
     if core.__version__ not in CORES:
         pytest.skip(f"megatron-core {core.__version__} is not in docs/hosts.json")
     assert found == recorded("megatron-core", core.__version__, found)
