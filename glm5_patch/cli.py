@@ -48,7 +48,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
     status = commands.add_parser(
-        "status", help="import the installed hosts and say what became of each patch"
+        "status", help="what is installed, switched on and there to be patched; imports no host"
+    )
+    status.add_argument(
+        "--import",
+        action="store_true",
+        dest="imports",
+        help="import the installed hosts and say what became of each patch",
     )
     status.add_argument("--json", action="store_true", help="print JSON")
     status.set_defaults(run=_status)
@@ -143,6 +149,39 @@ def _positive(text: str) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
+    if options.imports:
+        return _status_of_hosts(options)
+    from .core.hooks import is_there
+    from .doctor import installation, print_findings
+    from .env import DISABLE, Switches
+    from .patches import PATCHES
+
+    switches, findings = Switches.read(), list(installation())
+    rows = []
+    for patch in PATCHES:
+        off = patch.id in switches.disabled_ids and f"named in {DISABLE}"
+        state = "enabled" if switches.enabled and not off else "disabled"
+        target = "there" if is_there(patch.module) else "not installed"
+        rows.append((patch.id, state, target, patch.seam))
+    healthy = all(finding.ok for finding in findings)
+    if options.json:
+        names = ("id", "state", "target", "seam")
+        found = {
+            "versions": _versions(),
+            "healthy": healthy,
+            "findings": [finding._asdict() for finding in findings],
+            "patches": [dict(zip(names, row)) for row in rows],
+        }
+        print(json.dumps(found, indent=2))
+        return int(not healthy)
+    print_table(("package", "version"), list(_versions().items()))
+    print_findings(findings)
+    print_table(("patch", "state", "target", "seam"), rows)
+    print("`glm5-patch status --import` imports the hosts and says what became of each patch")
+    return int(not healthy)
+
+
+def _status_of_hosts(options: argparse.Namespace) -> int:
     import glm5_patch
 
     from .announce import sparse_attention_by
@@ -265,20 +304,23 @@ def _explain(options: argparse.Namespace) -> int:
     return 0
 
 
-def _env(options: argparse.Namespace) -> int:
+def _versions() -> dict[str, str]:
     import platform
 
     from .core.host import installed_version
 
     found = {"glm5-patch": __version__, "python": platform.python_version()}
     found |= {name: installed_version(name) or "not installed" for name in _DISTRIBUTIONS}
-    found["platform"] = platform.platform()
+    return {**found, "platform": platform.platform()}
+
+
+def _env(options: argparse.Namespace) -> int:
+    found = _versions()
     switches = {k: v for k, v in sorted(os.environ.items()) if k.startswith(_SWITCHES)}
     if options.json:
         print(json.dumps({"versions": found, "environment": switches}, indent=2))
     else:
-        width = max(map(len, found))
-        print("\n".join(f"{name:{width}}  {value}" for name, value in found.items()))
+        print_table(("package", "version"), list(found.items()))
         print(
             "\n".join(f"{name}={value}" for name, value in switches.items()) or "no switch is set"
         )

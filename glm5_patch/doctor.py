@@ -43,22 +43,27 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         GLM5PatchError: nothing can be said: torch does not import here.
     """
-    findings = list(_installation())
+    findings = list(installation())
     probed = _in_a_process_of_its_own()
     findings += [Finding(**finding) for finding in probed]
     healthy = all(finding.ok for finding in findings)
     if options.json:
         print(json.dumps({"healthy": healthy, "findings": [f._asdict() for f in findings]}))
         return int(not healthy)
-    print_table(
-        ("", "what", "seen", "remedy"),
-        [("ok" if f.ok else "PROBLEM", f.what, f.seen, "" if f.ok else f.remedy) for f in findings],
-    )
+    print_findings(findings)
     print("all is well" if healthy else "something is wrong, see above")
     return int(not healthy)
 
 
-def _installation() -> Iterator[Finding]:
+def print_findings(findings: list[Finding]) -> None:
+    print_table(
+        ("", "what", "seen", "remedy"),
+        [("ok" if f.ok else "PROBLEM", f.what, f.seen, "" if f.ok else f.remedy) for f in findings],
+    )
+
+
+def installation() -> Iterator[Finding]:
+    """What can be seen without importing torch or a host."""
     copies = list(importlib.metadata.distributions(name=DISTRIBUTION))
     versions = ", ".join(copy.version for copy in copies)
     yield Finding(

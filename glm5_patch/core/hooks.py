@@ -92,7 +92,7 @@ def raise_unless_in_place(patches: Iterable[Patch], config: Any = None) -> None:
         if cause:
             raise GLM5PatchError(
                 f"patch {patch.id!r} is not in place on {patch.seam}: {cause}. "
-                f"Without it: {patch.why} Run `glm5-patch status` for the whole picture."
+                f"Without it: {patch.why} Run `glm5-patch doctor` for the whole picture."
             )
 
 
@@ -123,6 +123,19 @@ def _report_unknown_ids(switches: Switches) -> None:
         if switches.strict:
             raise ValueError(message)
         warnings.warn(f"glm5-patch: {message}", RuntimeWarning, stacklevel=3)
+
+
+def is_there(name: str) -> bool:
+    """Whether a module could be imported, found without importing the packages that it is in."""
+    from pathlib import Path  # here: `import torch` need not pay for it
+
+    top, *parts = name.split(".")
+    spec = importlib.util.find_spec(top)
+    for folder in (spec and spec.submodule_search_locations) or ():
+        target = Path(folder, *parts)
+        if target.is_dir() or target.with_suffix(".py").is_file():
+            return True
+    return False
 
 
 def import_host(name: str) -> bool:

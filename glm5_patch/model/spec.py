@@ -27,7 +27,7 @@ def glm5_attention_spec(host_spec: ModuleSpec, config, backend) -> ModuleSpec:
     if host_spec.module is not MLASelfAttention:
         raise GLM5PatchError(
             f"this megatron-core builds a DSA layer's attention as {host_spec.module.__name__}, "
-            "which glm5-patch does not know; report it with `glm5-patch status`"
+            "which glm5-patch does not know; report it with `glm5-patch doctor`"
         )
     host = host_spec.submodules
     latent_norm = IdentityOp

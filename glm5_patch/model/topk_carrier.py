@@ -128,5 +128,5 @@ def _missing(layer_number: int, source: int, cause: str) -> MissingTopkError:
     return MissingTopkError(
         f"layer {layer_number} is a skip layer and reuses the top-k of layer {source}, which "
         f"{cause}. Layers {source} to {layer_number} must be on one pipeline stage and run in "
-        "order inside TransformerBlock.forward; check the pipeline split and `glm5-patch status`."
+        "order inside TransformerBlock.forward; check the pipeline split and `glm5-patch doctor`."
     )

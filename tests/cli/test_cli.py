@@ -96,7 +96,7 @@ def test_doctor_and_status_name_a_seam_that_the_host_has_lost(broken_host):
     finding = findings(result)["topk_carrier"]
     assert result.returncode == 1
     assert not finding["ok"] and "no attribute 'forward'" in finding["seen"]
-    result = command("status", **broken_host)
+    result = command("status", "--import", **broken_host)
     assert result.returncode == 1
     assert "patch 'topk_carrier' is not in place" in result.stderr
 
@@ -109,11 +109,36 @@ def test_doctor_names_two_cores_on_the_path(tmp_path):
     assert str(tmp_path) in found["megatron-core on the path"]["seen"]
 
 
-@pytest.mark.parametrize("arguments", [["doctor"], ["status"], ["verify"], ["demo"]])
+@pytest.mark.parametrize("arguments", [["doctor"], ["status", "--import"], ["verify"], ["demo"]])
 def test_without_torch_commands_say_so(bare, arguments):
     result = command(*arguments, **bare)
     assert result.returncode == 2
     assert "torch" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_status_imports_nothing_and_says_what_is_there(bare):
+    """Neither torch nor a host is in this environment."""
+    result = command("status", "--json", **bare, GLM5_PATCH_DISABLE="gate")
+    found = json.loads(result.stdout)
+    assert result.returncode == 1 and not found["healthy"]  # no entry point, and a switch is set
+    assert found["versions"]["torch"] == "not installed"
+    rows = {row["id"]: row for row in found["patches"]}
+    assert rows.keys() == {patch.id for patch in PATCHES}
+    assert {row["target"] for row in rows.values()} == {"not installed"}
+    assert [i for i, row in rows.items() if row["state"] == "disabled"] == ["gate"]
+    assert "status --import" in command("status", **bare).stdout
+
+
+def test_status_finds_targets_without_importing_them():
+    code = (
+        "import sys; from glm5_patch import cli; code = cli.main(['status', '--json'])\n"
+        "assert not {'torch', 'megatron.core', 'transformers', 'wrapt'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)["patches"]
+    there = {row["id"] for row in rows if row["target"] == "there"}
+    assert {patch.id for patch in PATCHES if not patch.on_request} <= there
 
 
 def test_explain_and_env_need_no_host(bare):
