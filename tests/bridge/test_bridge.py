@@ -9,12 +9,15 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
 import glm5_patch
 from glm5_patch.model.hf_config import HFConfig
+from glm5_patch.patches.megatron_bridge.glm5_provider import _DESCRIBES_THE_MODEL
 from tests.bridge import standin
 from tests.bridge.helpers import (
     EXPERTS,
@@ -75,7 +78,7 @@ class Run:
         self.theirs = self._oracle(folder)
 
     def _full_fine_tuning(self) -> None:
-        model = build(self.bridge, CPU)
+        self.plain = model = build(self.bridge, CPU)
         self.ours["source"] = logits(model, self.ids)
         self.bridge.save_hf_pretrained([model], str(self.loaded))
         self.full_losses = train(model, self.ids)
@@ -184,3 +187,31 @@ def test_the_provider_travels(run):
     assert yaml.safe_load(text)["dsa_indexer_types"] == provider.dsa_indexer_types
     assert "get_transformer_block_with_experimental_attention_variant_spec" in text
     assert "glm5_patch" not in text
+
+
+def test_the_published_config_under_this_transformers():
+    """GLM-5.2's own config.json, which several releases spoil when they read it."""
+    published = json.loads((ROOT / "tests" / "configs" / "glm-5.2.json").read_text())
+    config = transformers.AutoConfig.for_model(**published)
+    bridge = AutoBridge.from_hf_config(config)
+    provider = bridge._model_bridge.provider_bridge(SimpleNamespace(config=config))
+    expected = HFConfig(published).megatron_kwargs()
+    for name in (*_DESCRIBES_THE_MODEL, *(n for n in expected if n.startswith("dsa_"))):
+        assert getattr(provider, name) == expected[name], name
+    assert provider.dsa_indexer_types.count("full") == 21
+
+
+@pytest.mark.parametrize("layer", ["transformer_layer", "mtp_model_layer"])
+def test_every_parameter_of_an_mtp_layer_is_mapped(run, layer):
+    """Under its name on megatron-core 0.16, and on later ones."""
+    bridge = type(run.bridge._model_bridge)()
+    bridge.hf_config = SimpleNamespace(num_hidden_layers=8, num_nextn_predict_layers=1)
+    registry = bridge.mapping_registry()
+    last = "decoder.layers.6."  # a MoE layer that computes its top-k
+    names = [n for n, _ in run.plain.named_parameters() if n.startswith(last)]
+    for name in names:
+        found = registry.megatron_to_hf_lookup(name.replace(last, f"mtp.layers.0.{layer}."))
+        theirs = found.hf_param if isinstance(found.hf_param, str) else found.hf_param["gate"]
+        assert theirs.startswith("model.layers.8."), name
+    for name in ("enorm", "hnorm", "eh_proj", "final_layernorm"):
+        assert registry.megatron_to_hf_lookup(f"mtp.layers.0.{name}.weight")
