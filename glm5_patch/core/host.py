@@ -305,15 +305,6 @@ def unmapped_glm5_parameters(bridge: ModuleType) -> list[str]:
 
 
 def knows_only_named_linears(peft_utils: ModuleType) -> bool:
-    """Whether Megatron-Bridge's LoRA refuses a linear layer that is of no class it knows."""
-    import torch
-
-    linear = torch.nn.Module()
-    linear.tensor_model_parallel = False
-    linear.weight = torch.nn.Parameter(torch.empty(2, 2))
-    linear.config = SimpleNamespace(sequence_parallel=False, tensor_model_parallel_size=1)
-    try:
-        peft_utils.get_adapter_attributes_from_linear(linear)
-    except NotImplementedError:
-        return True
-    return False
+    """Whether Megatron-Bridge's LoRA takes a whole linear layer only of a class it knows."""
+    names = _names_read_by(peft_utils.get_adapter_attributes_from_linear)
+    return "TELinear" in names and "tensor_model_parallel" not in names
