@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         "--like", metavar="DIR", help="a relative in Hugging Face's order, to tell this one's by"
     )
     check.add_argument("--json", action="store_true", help="print JSON")
-    check.set_defaults(run=_checkpoint_check)
+    check.set_defaults(run=_checkpoint, action=_checkpoint_check)
     convert = actions.add_parser(
         "convert", help="write it with the rotary dimensions of its indexers moved"
     )
@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         default="rope-first",
         help="Hugging Face's order (default), or that of megatron-core 0.16 to 0.18",
     )
-    convert.set_defaults(run=_checkpoint_convert)
+    convert.set_defaults(run=_checkpoint, action=_checkpoint_convert)
 
     plan = commands.add_parser("plan", help="valid pipeline splits of a checkpoint, best first")
     plan.add_argument(
@@ -153,14 +153,14 @@ def _status(options: argparse.Namespace) -> int:
         return _status_of_hosts(options)
     from .core.hooks import is_there
     from .doctor import installation, print_findings
-    from .env import DISABLE, Switches
+    from .env import Switches
     from .patches import PATCHES
 
     switches, findings = Switches.read(), list(installation())
     rows = []
     for patch in PATCHES:
-        off = patch.id in switches.disabled_ids and f"named in {DISABLE}"
-        state = "enabled" if switches.enabled and not off else "disabled"
+        enabled = switches.enabled and patch.id not in switches.disabled_ids
+        state = "enabled" if enabled else "disabled"
         target = "there" if is_there(patch.module) else "not installed"
         rows.append((patch.id, state, target, patch.seam))
     healthy = all(finding.ok for finding in findings)
@@ -217,6 +217,16 @@ def _status_of_hosts(options: argparse.Namespace) -> int:
         if problem:
             print(f"problem: {problem}", file=sys.stderr)
     return 1 if problem or not loaded else 0
+
+
+def _checkpoint(options: argparse.Namespace) -> int:
+    try:
+        from .model import indexer_order  # noqa: F401
+    except ImportError as error:
+        raise GLM5PatchError(
+            f"checkpoint needs {error.name}: pip install 'glm5-patch[demo]'"
+        ) from error
+    return options.action(options)
 
 
 def _checkpoint_check(options: argparse.Namespace) -> int:

@@ -109,7 +109,10 @@ def test_doctor_names_two_cores_on_the_path(tmp_path):
     assert str(tmp_path) in found["megatron-core on the path"]["seen"]
 
 
-@pytest.mark.parametrize("arguments", [["doctor"], ["status", "--import"], ["verify"], ["demo"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["doctor"], ["status", "--import"], ["verify"], ["demo"], ["checkpoint", "check", "."]],
+)
 def test_without_torch_commands_say_so(bare, arguments):
     result = command(*arguments, **bare)
     assert result.returncode == 2
