@@ -57,26 +57,23 @@ def _mappings(module, bridge):
                     megatron_param=f"{mtp}.{layer}.{ours}", hf_param=f"{hf}.{theirs}"
                 )
             for mlp in ("mlp", "mlp.shared_experts"):
-                yield module.GatedMLPMapping(
-                    megatron_param=f"{mtp}.{layer}.{mlp}.linear_fc1.weight",
-                    gate=f"{hf}.{mlp}.gate_proj.weight",
-                    up=f"{hf}.{mlp}.up_proj.weight",
-                )
-                yield module.AutoMapping(
-                    megatron_param=f"{mtp}.{layer}.{mlp}.linear_fc2.weight",
-                    hf_param=f"{hf}.{mlp}.down_proj.weight",
-                )
+                ours = f"{mtp}.{layer}.{mlp}.{{fc}}.weight"
+                yield from _gated(module, ours, f"{hf}.{mlp}")
             yield from _experts(module, f"{mtp}.{layer}.mlp", f"{hf}.mlp")
 
 
 def _experts(module, ours: str, theirs: str):
-    for layout in ("linear_{fc}.weight*", "local_experts.*.linear_{fc}.weight"):
-        yield module.GatedMLPMapping(
-            megatron_param=f"{ours}.experts.{layout.format(fc='fc1')}",
-            gate=f"{theirs}.experts.*.gate_proj.weight",
-            up=f"{theirs}.experts.*.up_proj.weight",
-        )
-        yield module.AutoMapping(
-            megatron_param=f"{ours}.experts.{layout.format(fc='fc2')}",
-            hf_param=f"{theirs}.experts.*.down_proj.weight",
-        )
+    for layout in ("{fc}.weight*", "local_experts.*.{fc}.weight"):
+        yield from _gated(module, f"{ours}.experts.{layout}", f"{theirs}.experts.*")
+
+
+def _gated(module, ours: str, theirs: str):
+    """The two layers of a gated MLP; ``ours`` has a place for the layer's name."""
+    yield module.GatedMLPMapping(
+        megatron_param=ours.format(fc="linear_fc1"),
+        gate=f"{theirs}.gate_proj.weight",
+        up=f"{theirs}.up_proj.weight",
+    )
+    yield module.AutoMapping(
+        megatron_param=ours.format(fc="linear_fc2"), hf_param=f"{theirs}.down_proj.weight"
+    )
