@@ -68,7 +68,8 @@ def sparse_attention_by(dtype: torch.dtype, host_backend: str = "none") -> str:
     if spec is not None and spec.state is State.APPLIED:
         return computed_by(device, dtype)
     if hooks is None or hooks.state is not State.APPLIED:
-        reason = f"{spec.state}: {spec.reason}" if spec else "nothing is armed"
+        entry = hooks if spec is not None and spec.state is State.NOT_NEEDED else spec
+        reason = f"{entry.patch.id} {entry.state.value}" if entry else "nothing is armed"
     elif host_backend != "none":
         reason = f"dsa_kernel_backend={host_backend}"
     else:
