@@ -31,7 +31,7 @@ import torch
 
 import glm5_patch
 from glm5_patch import cpu_host
-from glm5_patch.model.build import transformer_config
+from glm5_patch.model.build import gpt_model, transformer_config
 from glm5_patch.model.checkpoint import (
     HFCheckpoint,
     expected_tensors,
@@ -150,8 +150,6 @@ class Run:
         """This rank's model, loaded."""
         from megatron.core import parallel_state
         from megatron.core.distributed import finalize_model_grads
-        from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
-        from megatron.core.models.gpt.gpt_model import GPTModel
 
         options = self.options
         stages = dict(num_layers_in_first_pipeline_stage=6, num_layers_in_last_pipeline_stage=1)
@@ -179,17 +177,12 @@ class Run:
             dsa_indexer_use_sparse_loss=True,
         )
         config.finalize_model_grads_func = finalize_model_grads
-        model = GPTModel(
-            config=config,
-            transformer_layer_spec=specs.get_transformer_block_with_experimental_attention_variant_spec(
-                config
-            ),
-            vocab_size=self.hf.vocab_size,
-            max_sequence_length=options.seq_length,
+        model = gpt_model(
+            self.hf,
+            config,
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
-            position_embedding_type="none",
-        ).to(self.device)
+        )
         report = HFCheckpoint(self.source).load_into(model)
         indexers = sorted(
             layer.layer_number

@@ -280,7 +280,7 @@ def _hosts(patch, releases: dict[str, str]) -> str:
         by_word.setdefault(word, []).append(release)
     words = {"patched": "patched on", "native": "right by itself on"}
     parts = (f"{words[word]} {', '.join(found)}" for word, found in by_word.items())
-    return f"{patch.host.replace('.', '-')}: {'; '.join(parts)}"
+    return f"{patch.distribution}: {'; '.join(parts)}"
 
 
 def _explain(options: argparse.Namespace) -> int:

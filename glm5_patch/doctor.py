@@ -171,14 +171,14 @@ def probe() -> Iterator[Finding]:
             found = [patch for patch in own if hooks.import_host(patch.module)]
         except Exception as error:
             cause = f"does not import: {type(error).__name__}: {error}"
-            yield Finding(f"host {host}", False, cause, f"mend or uninstall {_distribution(host)}")
+            yield Finding(f"host {host}", False, cause, f"mend or uninstall {own[0].distribution}")
             continue
         present += found
         if found and len(found) < len(own):
             absent = next(patch.module for patch in own if patch not in found)
             yield Finding(f"host {host}", False, f"lacks {absent}", "use megatron-core 0.16.0 on")
         else:
-            yield Finding(f"host {host}", True, _version(host, bool(found)))
+            yield Finding(f"host {host}", True, _version(own[0].distribution, bool(found)))
     yield Finding(
         "hosts", bool(present), f"{len(present)} patches have one", "install megatron-core"
     )
@@ -200,12 +200,7 @@ def probe() -> Iterator[Finding]:
             )
 
 
-def _version(host: str, found: bool) -> str:
+def _version(distribution: str, found: bool) -> str:
     if not found:
         return "not installed"
-    distribution = _distribution(host)
     return f"{distribution} {installed_version(distribution) or 'from a folder on the path'}"
-
-
-def _distribution(host: str) -> str:
-    return host.replace(".", "-")

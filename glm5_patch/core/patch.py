@@ -53,6 +53,11 @@ class Patch:
         return ".".join(parts[: 2 if parts[0] == "megatron" else 1])
 
     @property
+    def distribution(self) -> str:
+        """What pip calls the host."""
+        return self.host.replace(".", "-")
+
+    @property
     def seam(self) -> str:
         return f"{self.module}:{self.attribute}"
 

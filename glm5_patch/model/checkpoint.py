@@ -246,6 +246,14 @@ def shapes_in(directory: Path, names: Sequence[str]) -> dict[str, tuple[int, ...
         return {}
 
 
+def free_directory(output: str | Path) -> Path:
+    """Where something may be written; raises CheckpointError if something is there."""
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output}: exists and is not an empty directory")
+    return output
+
+
 def save(
     model: torch.nn.Module,
     config: HFConfig,
@@ -264,9 +272,7 @@ def save(
     Raises:
         CheckpointError: ``output`` has files in it, or the model is split between ranks.
     """
-    output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output}: exists and is not an empty directory")
+    output = free_directory(output)
     expected = expected_tensors(config)
     tensors = dict(_unpacked(model, expected))
     absent = expected.keys() - tensors.keys()

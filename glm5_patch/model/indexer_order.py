@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..terminal import progress
-from .checkpoint import HFCheckpoint
+from .checkpoint import HFCheckpoint, free_directory
 from .hf_config import HFConfig
 
 ROPE_FIRST, ROPE_LAST = "rope-first", "rope-last"
@@ -52,10 +52,9 @@ def order_beside(checkpoint: HFCheckpoint, relative: HFCheckpoint) -> str:
     kept, moved = 0.0, 0.0
     for name in names:
         ours, theirs = checkpoint.read(name).float(), relative.read(name).float()
+        turned = reordered(name, ours, checkpoint.config, ROPE_FIRST)
         kept += _similarity(ours, theirs) / len(names)
-        moved += _similarity(reordered(name, ours, checkpoint.config, ROPE_FIRST), theirs) / len(
-            names
-        )
+        moved += _similarity(turned, theirs) / len(names)
     if max(kept, moved) < _ALIKE or abs(kept - moved) < _BY:
         raise CheckpointError(
             f"{checkpoint.directory} does not resemble {relative.directory}: cosine {kept:.2f} as "
@@ -102,13 +101,11 @@ def convert(source: HFCheckpoint, output: str | Path, to: str) -> int:
     Raises:
         CheckpointError: ``output`` has files in it, or an interrupted conversion was another one.
     """
-    output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output}: exists and is not an empty directory")
+    output = free_directory(output)
     partial = output.with_name(f".{output.name}.partial")
     _resume(partial, {"source": str(source.directory.resolve()), "to": to})
     moved = sum(bool(_ORDERED.search(name)) for name in source.shapes)
-    files = sorted({path for path in source.directory.glob("*.safetensors")})
+    files = sorted(source.directory.glob("*.safetensors"))
     with progress("converting", len(files)) as advance:
         for path in files:
             target = partial / path.name
@@ -127,8 +124,6 @@ def convert(source: HFCheckpoint, output: str | Path, to: str) -> int:
         if path.is_file() and path not in files:
             shutil.copy2(path, partial / path.name)
     (partial / _MANIFEST).unlink()
-    if output.exists():
-        output.rmdir()
     partial.rename(output)
     return moved
 

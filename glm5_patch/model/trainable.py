@@ -43,15 +43,10 @@ def audit(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[Share]:
     Args:
         model: a Megatron model, or its chunks.
     """
-    shares = []
-    for kind in KINDS:
-        counts = {True: 0, False: 0}
-        for name, parameter in _parameters(model):
-            if kind_of(name) == kind:
-                counts[parameter.requires_grad] += parameter.numel()
-        if any(counts.values()):
-            shares.append(Share(kind, counts[True], counts[False]))
-    return shares
+    counts = {kind: {True: 0, False: 0} for kind in KINDS}
+    for name, parameter in _parameters(model):
+        counts[kind_of(name)][parameter.requires_grad] += parameter.numel()
+    return [Share(kind, n[True], n[False]) for kind, n in counts.items() if any(n.values())]
 
 
 def set_phase(model: torch.nn.Module | Sequence[torch.nn.Module], phase: str) -> list[Share]:

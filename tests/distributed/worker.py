@@ -38,8 +38,7 @@ from glm5_patch.model.hf_config import HFConfig
 from glm5_patch.model.local import LocalDSASpecProvider
 from glm5_patch.model.parity import recorded
 from tests.distributed.cases import CHECKPOINT, CONTIGUOUS, READERS, Case
-from tests.patches.test_recompute import packed
-from tests.tiny import hf_config, megatron_config, tokens
+from tests.tiny import hf_config, megatron_config, packed, tokens
 
 MICROBATCHES, BATCH, LENGTH = 4, 2, 48
 PACKS = ([1, 20, 27], [48], [0, 9, 39], [30, 18])
@@ -365,20 +364,31 @@ def save_checkpoint(case: Case, folder: Path) -> None:
         dist_checkpointing.save(model.sharded_state_dict(), str(directory))
 
 
+def emptied(case: Case, folder: Path):
+    """This rank's only chunk, all zeros."""
+    (model,) = (chunk.module for chunk in build(case, folder))
+    with torch.no_grad():
+        for _, tensor in tensors([model]):
+            tensor.zero_()
+    return model
+
+
+def differing(model, folder: Path) -> list[str]:
+    """The tensors that are not what was saved."""
+    whole = torch.load(folder / "plain.pt")
+    return [n for n, t in tensors([model]) if not torch.equal(t, part(n, whole[n], t))]
+
+
 def load_checkpoint(case: Case, folder: Path, world: int) -> dict:
     """Whether what another world saved arrives in this one, parameter by parameter."""
     with model_parallel(case):
-        (model,) = (chunk.module for chunk in build(case, folder))
-        with torch.no_grad():
-            for _, tensor in tensors([model]):
-                tensor.zero_()
+        model = emptied(case, folder)
         state = dist_checkpointing.load(
             model.sharded_state_dict(), str(folder / f"checkpoint-{world}")
         )
         model.load_state_dict(state)
-        whole = torch.load(folder / "plain.pt")
         return {
-            "differ": [n for n, t in tensors([model]) if not torch.equal(t, part(n, whole[n], t))],
+            "differ": differing(model, folder),
             "computing": sorted({n.split(".")[2] for n, _ in tensors([model]) if ".indexer." in n}),
         }
 
@@ -393,15 +403,9 @@ def save_hugging_face(folder: Path) -> None:
 def load_hugging_face(case: Case, folder: Path) -> dict:
     """Whether this rank's part of a Hugging Face directory arrives, parameter by parameter."""
     with model_parallel(case):
-        (model,) = (chunk.module for chunk in build(case, folder))
-        with torch.no_grad():
-            for _, tensor in tensors([model]):
-                tensor.zero_()
+        model = emptied(case, folder)
         HFCheckpoint(folder / "hugging_face").load_into(model)
-        whole = torch.load(folder / "plain.pt")
-        return {
-            "differ": [n for n, t in tensors([model]) if not torch.equal(t, part(n, whole[n], t))]
-        }
+        return {"differ": differing(model, folder)}
 
 
 def refused_split(case: Case) -> str:

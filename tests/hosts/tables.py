@@ -25,7 +25,7 @@ def support(record: dict, host: str) -> str:
     releases = record[host]
     lines = [f"| {host} | " + " | ".join(releases) + " |", "|---" * (len(releases) + 1) + "|"]
     for patch in PATCHES:
-        if patch.host == host.replace("-", "."):
+        if patch.distribution == host:
             cells = [WORDS[release["states"][patch.id][0]] for release in releases.values()]
             lines.append(f"| `{patch.id}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -35,7 +35,7 @@ def packaged(record: dict) -> dict[str, dict[str, str]]:
     return {
         patch.id: {
             release: WORDS[found["states"][patch.id][0]]
-            for release, found in record[patch.host.replace(".", "-")].items()
+            for release, found in record[patch.distribution].items()
         }
         for patch in PATCHES
     }

@@ -6,7 +6,7 @@ import torch
 from glm5_patch.errors import GLM5PatchError
 from glm5_patch.model import context_parallel
 from glm5_patch.model.context_parallel import ContextParallel
-from tests.patches.test_recompute import packed
+from tests.tiny import packed
 
 
 class Group:
