@@ -58,12 +58,10 @@ def sparse_attention_by(dtype: torch.dtype, host_backend: str = "none") -> str:
         dtype: of the model.
         host_backend: ``dsa_kernel_backend`` of its configuration, where that knows one.
     """
-    import torch
-
     from .core.ledger import LEDGER, State
-    from .model.kernels import computed_by, why_torch
+    from .model.kernels import computed_by, why_torch, with_libraries
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     spec, hooks = (LEDGER[i] if i in LEDGER else None for i in ("dsa_spec", "dsa_kernels"))
     if spec is not None and spec.state is State.APPLIED:
         return computed_by(device, dtype)
@@ -74,7 +72,20 @@ def sparse_attention_by(dtype: torch.dtype, host_backend: str = "none") -> str:
         reason = f"dsa_kernel_backend={host_backend}"
     else:
         reason = why_torch(device, dtype)
-    return "triton" if reason is None else f"megatron-core's own code ({reason})"
+    return with_libraries(device) if reason is None else f"megatron-core's own code ({reason})"
+
+
+def libraries() -> dict[str, str | None]:
+    """Libraries whose kernels can take part: why each does not here, or None where it does."""
+    from .model.kernels.libraries import LIBRARIES, why_not
+
+    return {name: why_not(name, _device()) for name in LIBRARIES}
+
+
+def _device() -> torch.device:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _rank() -> int:

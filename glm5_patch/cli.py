@@ -184,7 +184,7 @@ def _status(options: argparse.Namespace) -> int:
 def _status_of_hosts(options: argparse.Namespace) -> int:
     import glm5_patch
 
-    from .announce import sparse_attention_by
+    from .announce import libraries, sparse_attention_by
 
     try:
         import torch  # the way in for every real process
@@ -204,6 +204,7 @@ def _status_of_hosts(options: argparse.Namespace) -> int:
             "active": loaded,
             "problem": problem,
             "kernels": kernels,
+            "libraries": libraries(),
             "patches": [row._asdict() for row in glm5_patch.status()],
         }
         print(json.dumps(found, indent=2))
@@ -214,6 +215,8 @@ def _status_of_hosts(options: argparse.Namespace) -> int:
         )
         print_table(("patch", "state", "reason"), [row.cells() for row in glm5_patch.status()])
         print(f"sparse attention in bf16: {kernels}")
+        for name, reason in libraries().items():
+            print(f"{name}: {reason or 'used where it fits'}")
         if problem:
             print(f"problem: {problem}", file=sys.stderr)
     return 1 if problem or not loaded else 0

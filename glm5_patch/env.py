@@ -6,7 +6,8 @@
 ``GLM5_PATCH_STRICT=1``      raise where a patch fails or an id is unknown, instead of
                              warning and refusing later to build a GLM-5 model
 ``GLM5_PATCH_LOG=debug``     log what is armed and applied to stderr (any logging level)
-``GLM5_PATCH_KERNELS=torch`` what computes sparse attention: ``auto``, ``triton``, ``torch``
+``GLM5_PATCH_KERNELS=torch`` what computes sparse attention: ``auto``, ``triton``, ``cudnn``,
+                             ``flash_mla``, ``torch``
 ============================ ======================================================
 """
 
@@ -25,6 +26,7 @@ STRICT = "GLM5_PATCH_STRICT"
 LOG = "GLM5_PATCH_LOG"
 KERNELS = "GLM5_PATCH_KERNELS"
 
+_KERNELS = ("auto", "triton", "cudnn", "flash_mla", "torch")
 _OFF = frozenset({"0", "false", "off", "no"})
 
 logger = logging.getLogger("glm5_patch")
@@ -74,6 +76,6 @@ def kernels() -> str:
         GLM5PatchError: for no kernels that there are.
     """
     asked = os.environ.get(KERNELS, "").strip().lower() or "auto"
-    if asked not in ("auto", "triton", "torch"):
-        raise GLM5PatchError(f"{KERNELS}={asked} is none of auto, triton, torch")
+    if asked not in _KERNELS:
+        raise GLM5PatchError(f"{KERNELS}={asked} is none of {', '.join(_KERNELS)}")
     return asked

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ... import env
 from ...errors import GLM5PatchError
+from .libraries import in_words
 
 _NARROWEST = {"kv_lora_rank": 64, "qk_pos_emb_head_dim": 16, "dsa_indexer_head_dim": 16}
 """Widths below these make products that tensor cores don't take."""
@@ -37,8 +38,9 @@ def triton_computes(device: torch.device, dtype: torch.dtype, **widths: int) -> 
         GLM5PatchError: Triton was asked for and can't.
     """
     reason = why_torch(device, dtype, **widths)
-    if reason is not None and env.kernels() == "triton":
-        raise GLM5PatchError(f"{env.KERNELS}=triton: {reason}; unset it, or set it to torch")
+    if reason is not None and env.kernels() not in ("auto", "torch"):
+        asked = f"{env.KERNELS}={env.kernels()}"
+        raise GLM5PatchError(f"{asked}: {reason}; unset it, or set it to torch")
     return reason is None
 
 
@@ -65,7 +67,13 @@ def why_torch(device: torch.device, dtype: torch.dtype, **widths: int) -> str | 
 def computed_by(device: torch.device, dtype: torch.dtype) -> str:
     """What computes sparse attention on such tensors, in words."""
     reason = why_torch(device, dtype)
-    return "triton" if reason is None else f"torch ({reason})"
+    return with_libraries(device) if reason is None else f"torch ({reason})"
+
+
+def with_libraries(device: torch.device) -> str:
+    """What computes sparse attention where Triton does, in words."""
+    libraries = in_words(device)
+    return f"triton, {libraries}" if libraries else "triton"
 
 
 @functools.cache

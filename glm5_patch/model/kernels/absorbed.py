@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import Rows, visible_topk
-from . import sparse_mla
+from . import libraries, sparse_mla
 
 
 def absorbed_attention(
@@ -104,17 +104,40 @@ class _LatentAttention(torch.autograd.Function):
 
 
 def _run_forward(absorbed, latent, topk_indices, starts, positions, latent_dim, scale):
-    kernels = hopper_kernels(absorbed, latent, latent_dim) or sparse_mla
-    return kernels.forward(absorbed, latent, topk_indices, starts, positions, latent_dim, scale)
+    args = (absorbed, latent, topk_indices, starts, positions, latent_dim, scale)
+
+    def ours():
+        return (hopper_kernels(absorbed, latent, latent_dim) or sparse_mla).forward(*args)
+
+    if not libraries.takes("flash_mla", absorbed, latent_dim, topk_indices.shape[-1]):
+        return ours()
+    from .flash_mla import forward
+
+    return libraries.compared(
+        "flash_mla", f"forward of {absorbed.shape[2]} heads", lambda: forward(*args), ours
+    )
 
 
 def _run_backward(absorbed, latent, topk_indices, starts, positions, d_out, out, lse, scale):
-    args = (absorbed, latent, topk_indices, starts, positions, d_out, lse)
-    args += (sparse_mla.row_terms(out, d_out), scale)
-    if torch.are_deterministic_algorithms_enabled():
-        return sparse_mla.backward(*args, deterministic=True)
-    hopper = hopper_kernels(absorbed, latent, d_out.shape[-1])
-    return hopper.backward(*args) if hopper else sparse_mla.backward(*args, deterministic=False)
+    where = (absorbed, latent, topk_indices, starts, positions, d_out)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    latent_dim = d_out.shape[-1]
+
+    def ours():
+        args = (*where, lse, sparse_mla.row_terms(out, d_out), scale)
+        hopper = None if deterministic else hopper_kernels(absorbed, latent, latent_dim)
+        return hopper.backward(*args) if hopper else sparse_mla.backward(*args, deterministic)
+
+    if deterministic or not libraries.takes("cudnn", absorbed, latent_dim, topk_indices.shape[-1]):
+        return ours()
+    from .cudnn_dsa import backward
+
+    return libraries.compared(
+        "cudnn",
+        f"backward of {absorbed.shape[2]} heads",
+        lambda: backward(*where, out, lse, scale),
+        ours,
+    )
 
 
 def _by_head(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..blocks import Rows, query_blocks
+from . import libraries
 
 IN_REGISTERS = 4096
 """Scores of a row that a program holds in registers to select from; of longer rows, candidates."""
@@ -332,10 +333,36 @@ def select(query: Tensor, key: Tensor, weights: Tensor, rows: Rows, k: int, scal
     query, key, weights = (tensor.contiguous() for tensor in (query, key, weights))
     starts, positions = rows.spans()
     topk_indices = torch.empty((b, s, k), dtype=torch.int32, device=query.device)
+    by_cudnn = (
+        rows.is_one_sequence
+        and k <= libraries.CUDNN_MOST_TOPK
+        and libraries.why_not("cudnn", query.device) is None
+    )
     for block in query_blocks(s, rows.keys * 4):
         longest = min(rows.most_keys, rows.end(block))
         out = torch.empty((block.stop - block.start, rows.keys), device=query.device)
         for batch in range(b):
             scores(query, key, weights, starts, positions, block, batch, scale, out)
-            topk(out, starts, positions, block, longest, topk_indices[batch, block])
+            chosen = topk_indices[batch, block]
+            if by_cudnn and longest > IN_REGISTERS:
+                _topk_by_cudnn(out, starts, positions, block, longest, chosen)
+            else:
+                topk(out, starts, positions, block, longest, chosen)
     return topk_indices
+
+
+def _topk_by_cudnn(scores, starts, positions, block, longest, out) -> None:
+    from . import cudnn_dsa
+
+    def theirs():
+        cudnn_dsa.topk(scores, positions[block], out)
+        return (out,)
+
+    def ours():
+        expected = torch.empty_like(out)
+        topk(scores, starts, positions, block, longest, expected)
+        return (expected,)
+
+    (chosen,) = libraries.compared("cudnn", "top-k", theirs, ours, most=0.0)
+    if chosen is not out:
+        out.copy_(chosen)

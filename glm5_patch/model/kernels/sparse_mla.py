@@ -236,6 +236,35 @@ PAIR_BYTES = 512 << 20
 """Upper bound of what the deterministic backward keeps of (query, key) pairs at a time."""
 
 
+@triton.jit
+def _flat_keys(
+    TOPK, STARTS, KEYS, rows, batch, k, BLOCK: tl.constexpr
+):  # fmt: skip
+    row, b = tl.program_id(0) // batch, tl.program_id(0) % batch
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < k
+    local = tl.load(TOPK + (b.to(tl.int64) * rows + row) * k + place, mask=inside, other=-1)
+    key = (local + tl.load(STARTS + row)) * batch + b
+    place += tl.program_id(0).to(tl.int64) * k
+    tl.store(KEYS + place, tl.where(local < 0, -1, key), mask=inside)
+
+
+def flat_keys(topk_indices: Tensor, starts: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """The selected keys of each query in [s * b, k], as other libraries count them: rows of the
+    latent [t * b], -1 for an empty place; and how many each query has, int32 [s * b].
+
+    Args:
+        topk_indices: int32 [b, s, k], contiguous, see ``blocks.selected_keys``.
+        starts: int32 [s], where each query's document starts.
+        positions: int32 [s], where each query stands.
+    """
+    b, s, k = topk_indices.shape
+    keys = torch.empty((s * b, k), dtype=torch.int32, device=topk_indices.device)
+    block = min(1024, triton.next_power_of_2(k))
+    _flat_keys[(s * b, triton.cdiv(k, block))](topk_indices, starts, keys, s, b, k, BLOCK=block)
+    return keys, (positions - starts + 1).clamp(max=k).repeat_interleave(b)
+
+
 def heads_of_a_program(heads: int, at_most: int) -> int:
     return min(at_most, max(16, triton.next_power_of_2(heads)))
 

@@ -1,0 +1,72 @@
+"""Backward and top-k of sparse attention by cuDNN's frontend,
+https://github.com/NVIDIA/cudnn-frontend. It compiles each on first use, for some seconds."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from cudnn import DSA
+from torch import Tensor
+
+from .sparse_mla import flat_keys
+
+_sparse_attention_backward = DSA.sparse_attention_backward_wrapper
+_indexer_top_k = DSA.indexer_top_k_wrapper
+
+_SCRATCH_BYTES = 64 << 20  # of scores at a time: its top-k takes twice as much beside them
+
+
+def why_not_shape(query: Tensor, latent_dim: int, k: int) -> str | None:
+    """Why it can't compute on such queries; args as of ``libraries.takes``."""
+    heads, width = query.shape[2:]
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return f"cuDNN takes bfloat16 and float16, not {str(query.dtype).removeprefix('torch.')}"
+    if heads not in (8, 16, 32, 64):
+        return f"cuDNN was tried with 8, 16, 32 and 64 heads of a rank, not {heads}"
+    if (latent_dim, width) != (512, 576):
+        return f"cuDNN takes a latent of 512 + 64, not {latent_dim} + {width - latent_dim}"
+    if query.numel() >= 2**31:
+        return "the queries are more numbers than 32 bits count"
+    return None
+
+
+def backward(
+    query, latent, topk_indices, starts, positions, d_out, out, lse, softmax_scale
+) -> tuple[Tensor, Tensor]:
+    """As ``sparse_mla.backward``, not deterministic, and the latent's gradient in its dtype.
+
+    Args:
+        out, lse: as a ``forward`` returned them.
+    """
+    keys, lengths = flat_keys(topk_indices, starts, positions)
+    no_sink = torch.full((query.shape[2],), float("-inf"), device=query.device)
+    found = _sparse_attention_backward(
+        query.flatten(0, 1),
+        latent.flatten(0, 1),
+        out.flatten(0, 1),
+        d_out.flatten(0, 1),
+        (lse * math.log(2)).flatten(0, 1),
+        no_sink,
+        keys,
+        softmax_scale=softmax_scale,
+        topk_length=lengths,
+    )
+    return found["dq"].view(query.shape), found["dkv"].view(latent.shape)
+
+
+def topk(scores: Tensor, positions: Tensor, out: Tensor) -> None:
+    """As ``indexer.topk`` of a block of one sequence.
+
+    Args:
+        scores: fp32 [block, t], contiguous.
+        positions: int32 [block], where each query of the block stands.
+        out: int32 [block, k], contiguous.
+    """
+    rows = max(1, _SCRATCH_BYTES // (scores.shape[1] * 4))
+    parts = (scores.split(rows), (positions + 1).split(rows), out.split(rows))
+    for some, lengths, into in zip(*parts):
+        found = _indexer_top_k(
+            some, lengths.contiguous(), out.shape[1], return_val=False, deterministic=True
+        )
+        into.copy_(found["indices"])

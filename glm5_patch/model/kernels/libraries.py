@@ -1,0 +1,166 @@
+"""Kernels of other libraries for single operations, where they are installed and fit.
+
+FlashMLA (https://github.com/deepseek-ai/FlashMLA) computes the forward of sparse attention, cuDNN's
+frontend (https://github.com/NVIDIA/cudnn-frontend) the backward and a top-k; the rest stays with
+Triton. Nothing of theirs is taken on trust: the first result of each operation is compared with
+that of this package's own kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import env
+from ...core.host import installed_version
+from ...errors import GLM5PatchError
+
+MOST_DIFFERENCE = 5e-3
+"""What a few roundings of bf16 come to."""
+
+
+class Library(NamedTuple):
+    """One that can be asked for."""
+
+    name: str
+    """In ``GLM5_PATCH_KERNELS``."""
+    module: str
+    """What is imported of it."""
+    distribution: str
+    does: str
+    """Its operations, in words."""
+    adapter: str
+    """The module of this package that calls it."""
+
+
+LIBRARIES = {
+    library.name: library
+    for library in (
+        Library("flash_mla", "flash_mla", "flash_mla", "forward", "flash_mla"),
+        Library("cudnn", "cudnn", "nvidia-cudnn-frontend", "backward and top-k", "cudnn_dsa"),
+    )
+}
+
+CUDNN_MOST_TOPK = 2048
+
+_compared: set[tuple[str, str]] = set()
+_refused: dict[str, str] = {}
+
+
+def why_not(name: str, device: torch.device) -> str | None:
+    """Why a library computes nothing on this device; None where it does what it can."""
+    asked = env.kernels()
+    library = LIBRARIES[name]
+    if asked not in ("auto", name):
+        return f"{env.KERNELS}={asked}"
+    if not _is_installed(library.module):
+        return f"{library.distribution} is not installed"
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major != 9:
+        return f"it was tried on Hopper alone, and this is compute capability {major}.{minor}"
+    return _refused.get(name) or _why_not_loaded(name)
+
+
+@functools.cache
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+@functools.cache
+def _why_not_loaded(name: str) -> str | None:
+    try:
+        adapter_of(name)
+    except (ImportError, OSError, AttributeError, RuntimeError) as error:
+        return f"{LIBRARIES[name].distribution} does not load: {error}"
+    return None
+
+
+def adapter_of(name: str) -> ModuleType:
+    return importlib.import_module(f".{LIBRARIES[name].adapter}", __package__)
+
+
+def takes(name: str, query: Tensor, latent_dim: int, k: int) -> bool:
+    """Whether a library computes its part of attention on such tensors.
+
+    Args:
+        name: of the library.
+        query: absorbed, [s, b, n, latent + rope].
+        latent_dim: how much of a key is its value.
+        k: size of the top-k.
+
+    Raises:
+        GLM5PatchError: ``GLM5_PATCH_KERNELS`` asks for this library, and it can't.
+    """
+    reason = why_not(name, query.device)
+    if reason is None:
+        reason = adapter_of(name).why_not_shape(query, latent_dim, k)
+    if reason is not None and env.kernels() == name:
+        raise GLM5PatchError(f"{env.KERNELS}={name}: {reason}; unset it, or set it to triton")
+    return reason is None
+
+
+def compared(
+    name: str,
+    operation: str,
+    theirs: Callable[[], tuple[Tensor, ...]],
+    ours: Callable[[], tuple[Tensor, ...]],
+    most: float = MOST_DIFFERENCE,
+) -> tuple[Tensor, ...]:
+    """What a library computes, the first time only if this package's own kernel agrees.
+
+    Args:
+        name: of the library.
+        operation: in words.
+        theirs, ours: each computes the operation; ``ours`` is called the first time alone.
+        most: by how much they may differ, relative, in the Frobenius norm.
+
+    Raises:
+        GLM5PatchError: they differ, and ``GLM5_PATCH_KERNELS`` asks for this library.
+
+    Warns:
+        RuntimeWarning: they differ. The library is not used any more, and this result is ours.
+    """
+    if (name, operation) in _compared:
+        return theirs()
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return ours()  # looking at a result is no part of a graph
+    found, expected = theirs(), ours()
+    difference = max(_difference(*pair) for pair in zip(found, expected))
+    if difference <= most:
+        _compared.add((name, operation))
+        return found
+    if not all(tensor.isfinite().all() for tensor in expected):
+        return expected  # says nothing about the library
+    distribution = LIBRARIES[name].distribution
+    reason = (
+        f"the {operation} of {distribution} {installed_version(distribution) or ''} is off by "
+        f"{difference:.1e} from glm5-patch's own, where {most:.0e} is allowed"
+    )
+    if env.kernels() == name:
+        raise GLM5PatchError(f"{env.KERNELS}={name}: {reason}; unset it, or set it to triton")
+    _refused[name] = reason
+    message = f"glm5-patch: {reason}; it is not used in this process"
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return expected
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Relative, in fp32; 0 of equal tensors, also of zeros."""
+    distance = (found.float() - expected.float()).norm()
+    return 0.0 if distance == 0 else (distance / expected.float().norm()).item()
+
+
+def in_words(device: torch.device) -> str:
+    """What the libraries that compute here do; empty where none does."""
+    there = [library for library in LIBRARIES.values() if why_not(library.name, device) is None]
+    return " and ".join(f"{library.does} by {library.name}" for library in there)
