@@ -5,16 +5,18 @@
 Every kernel is checked before it is timed: attention against fp64 on some rows and its gradients
 against dense fp32, the top-k by its values. Then all run in this process on the same tensors: bf16,
 batch 1, latent 512 + rotary 64, heads of 192 + 64 and values of 256, top-k 2048 of random causal
-keys in ascending order, index heads 32 of 128. Peers are torch, and what the installed
-megatron-core has: up to 0.18 its unfused attention, from 0.19 on, with TileLang, its fused one. A
-figure is the median of 30 runs or 250 ms, by CUDA events; memory is the peak above what the inputs
-take, so the results count. TF counts valid pairs of query and key. Writes kernels.json and
-kernels.png, and prints kernels.json as a table with --table.
+keys in ascending order, index heads 32 of 128. Peers are torch, FlashMLA and cuDNN's frontend where
+they are installed ("plugin (libraries)" takes them), and what the installed megatron-core has: up
+to 0.18 its unfused attention, from 0.19 on, with TileLang, its fused one. A figure is the median of
+30 runs or 250 ms, by CUDA events; memory is the peak above what the inputs take, so the results
+count. TF counts valid pairs of query and key. Writes kernels.json and kernels.png, and prints
+kernels.json as a table with --table.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -31,8 +33,9 @@ import record
 import torch
 from torch import Tensor
 
+from glm5_patch import env
 from glm5_patch.model.blocks import Rows, selected_keys
-from glm5_patch.model.kernels import absorbed, indexer, indexer_loss, sparse_mla
+from glm5_patch.model.kernels import absorbed, indexer, indexer_loss, libraries, sparse_mla
 from glm5_patch.model.sparse_attention import sparse_attention
 from glm5_patch.model.sparse_mla import MLADims, keys_and_values
 from glm5_patch.model.sparse_mla import sparse_mla as attend
@@ -157,6 +160,24 @@ def host(name: str):
     return importlib.import_module(f"{DSA}.{name}")
 
 
+@contextlib.contextmanager
+def computed_by(kernels: str):
+    """With ``GLM5_PATCH_KERNELS`` set to it."""
+    before = os.environ[env.KERNELS]
+    os.environ[env.KERNELS] = kernels
+    try:
+        yield
+    finally:
+        os.environ[env.KERNELS] = before
+
+
+def library(name: str):
+    """This package's calls of a library; None where it is not there."""
+    with computed_by("auto"):
+        reason = libraries.why_not(name, torch.device("cuda"))
+    return libraries.adapter_of(name) if reason is None else None
+
+
 class Peers:
     """What this process can compare with."""
 
@@ -203,6 +224,13 @@ def kernels_of(heads: int, length: int, peers: Peers):
         lambda: ours.backward(query, latent, *where, *rest, *last),
         backward,
     )
+    flash_mla, cudnn = library("flash_mla"), library("cudnn")
+    if flash_mla and flash_mla.why_not_shape(query, DIMS.latent, TOPK) is None:
+        theirs = lambda: flash_mla.forward(query, latent, *where, DIMS.latent, SCALE)
+        yield measure("kernel, forward", "FlashMLA", length, heads, theirs, forward)
+    if cudnn and cudnn.why_not_shape(query, DIMS.latent, TOPK) is None:
+        theirs = lambda: cudnn.backward(query, latent, *where, d_out, out, lse, SCALE)
+        yield measure("kernel, backward", "cuDNN", length, heads, theirs, backward)
     if heads == 64 and length <= 16384:
         yield measure(
             "kernel, backward",
@@ -255,21 +283,24 @@ def core_of(heads: int, length: int, peers: Peers):
         key, value = keys_and_values(*inputs[1:], DIMS)
         return peers.unfused(inputs[0], key, value, indices, SCALE)
 
-    runs = {"plugin (Triton)": fused}
+    runs = {"plugin (Triton)": ("triton", fused)}
+    if library("flash_mla") or library("cudnn"):
+        runs["plugin (libraries)"] = ("auto", fused)
     if length <= 8192:
-        runs["plugin (torch)"] = blocked
+        runs["plugin (torch)"] = ("torch", blocked)
     if peers.unfused is not None:
-        runs[peers.release] = unfused
-    for who, run in runs.items():
-        with torch.no_grad():
-            yield measure("core, forward", who, length, heads, run)
-        yield measure(
-            "core, forward + backward",
-            who,
-            length,
-            heads,
-            lambda run=run: torch.autograd.grad(run(), inputs, batch.upstream),
-        )
+        runs[peers.release] = ("triton", unfused)
+    for who, (kernels, run) in runs.items():
+        with computed_by(kernels):
+            with torch.no_grad():
+                yield measure("core, forward", who, length, heads, run)
+            yield measure(
+                "core, forward + backward",
+                who,
+                length,
+                heads,
+                lambda run=run: torch.autograd.grad(run(), inputs, batch.upstream),
+            )
 
 
 def selection_of(length: int, peers: Peers):
@@ -311,13 +342,19 @@ def selection_of(length: int, peers: Peers):
         INDEX_HEADS,
         lambda: [scores.topk(TOPK, sorted=False) for _ in blocks],
     )
-    yield measure(
-        "selection",
-        "plugin (Triton)",
-        length,
-        INDEX_HEADS,
-        lambda: indexer.select(query, key, weights, rows, TOPK, scale),
-    )
+
+    def select():
+        return indexer.select(query, key, weights, rows, TOPK, scale)
+
+    yield measure("selection", "plugin (Triton)", length, INDEX_HEADS, select)
+    if cudnn := library("cudnn"):
+        theirs = lambda: [
+            cudnn.topk(scores[: block.stop - block.start], positions[block], found)
+            for block in blocks
+        ]
+        yield measure("top-k", "cuDNN", length, INDEX_HEADS, theirs)
+        with computed_by("auto"):
+            yield measure("selection", "plugin (libraries)", length, INDEX_HEADS, select)
     if peers.index_scores is not None:
         unfused = SimpleNamespace(index_n_heads=INDEX_HEADS, index_topk=TOPK)
         mask = torch.full((length, length), float("-inf"), device="cuda").triu_(1)
@@ -418,7 +455,10 @@ def check(heads: int, length: int = 3072) -> list[str]:
         probs = (query[row, 0].double() @ kv.T * SCALE).softmax(-1)
         expected.append(probs @ kv[:, : DIMS.latent])
     hopper = absorbed.hopper_kernels(query, latent, DIMS.latent)
-    for name, kernels in (("Triton", sparse_mla), ("Gluon", hopper)):
+    flash_mla = library("flash_mla")
+    if flash_mla and flash_mla.why_not_shape(query, DIMS.latent, TOPK) is not None:
+        flash_mla = None
+    for name, kernels in (("Triton", sparse_mla), ("Gluon", hopper), ("FlashMLA", flash_mla)):
         if kernels is not None:
             _fill_with_nan(2 * query.numel())
             out, _ = kernels.forward(query, latent, *where, DIMS.latent, SCALE)
@@ -430,11 +470,14 @@ def check(heads: int, length: int = 3072) -> list[str]:
     )
     expected = torch.autograd.grad(truth, reference, batch.upstream.float())
     kinds = {
-        "as they come": absorbed.absorbed_attention,
-        "deterministic": absorbed.absorbed_attention,
-        "core": attend,
+        "as they come": ("triton", absorbed.absorbed_attention),
+        "deterministic": ("triton", absorbed.absorbed_attention),
+        "core": ("triton", attend),
     }
-    for kind, attention in kinds.items():
+    if library("flash_mla") or library("cudnn"):
+        kinds["core by libraries"] = ("auto", attend)
+    for kind, (kernels, attention) in kinds.items():
+        os.environ[env.KERNELS] = kernels
         torch.use_deterministic_algorithms(kind == "deterministic")
         _fill_with_nan(2 * query.numel())
         output = attention(*inputs, batch.topk, batch.rows, DIMS, SCALE)
@@ -446,6 +489,7 @@ def check(heads: int, length: int = 3072) -> list[str]:
             if not all(torch.equal(a, b) for a, b in zip(found, again)):
                 problems.append(f"{heads} heads: the deterministic gradients are not repeatable")
     torch.use_deterministic_algorithms(False)
+    os.environ[env.KERNELS] = "triton"
     return problems
 
 
@@ -459,6 +503,9 @@ def check_selection(length: int) -> list[str]:
     rows = Rows(torch.zeros(length, dtype=torch.int64, device="cuda"), longest=length)
     scale = INDEX_DIM**-0.5
     ours = indexer.select(query, key, weights, rows, TOPK, scale)[0]
+    with computed_by("auto"):
+        if not torch.equal(indexer.select(query, key, weights, rows, TOPK, scale)[0], ours):
+            return [f"the top-k at {length} by a library is another"]
     worst = 0.0
     for row in range(0, length, max(1, length // 40)):
         products = (query[row, 0].double() @ key[: row + 1, 0].double().T * scale).relu()
@@ -586,6 +633,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("benchmarks/kernels.py needs a CUDA device", file=sys.stderr)
         return 2
+    os.environ[env.KERNELS] = "triton"
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # for the deterministic mode
     torch.backends.cuda.matmul.allow_tf32 = False
     problems = [p for heads in options.heads for p in check(heads)]

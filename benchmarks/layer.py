@@ -28,6 +28,7 @@ import record
 import torch
 
 import glm5_patch
+from glm5_patch.announce import libraries
 from glm5_patch.cpu_host import single_process
 from glm5_patch.model.build import gpt_model, transformer_config
 from glm5_patch.model.hf_config import HFConfig
@@ -153,10 +154,13 @@ def main() -> int:
         )
 
     short = [length for length in options.lengths if length <= QUADRATIC_UP_TO]
+    runs = {"triton": options.lengths, "torch": short}
+    if None in libraries().values():
+        runs["auto"] = options.lengths
     with single_process("cuda"):
         for layers, pattern in PATTERNS.items():
             model = build(pattern)
-            for kernels, lengths in (("triton", options.lengths), ("torch", short)):
+            for kernels, lengths in runs.items():
                 os.environ["GLM5_PATCH_KERNELS"] = kernels
                 for length in lengths:
                     add(model, layers, length, kernels)

@@ -51,7 +51,7 @@ def flash_mla(monkeypatch):
 
     def flash_mla_sparse_fwd(q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk_length=None):
         keys = indices[:, 0].clone()
-        keys[torch.arange(keys.shape[1]) >= topk_length[:, None]] = -1
+        keys[torch.arange(keys.shape[1], device=keys.device) >= topk_length[:, None]] = -1
         logits, chosen = attention(q, kv[:, 0], keys, sm_scale)
         lse = logits.logsumexp(-1)
         empty = lse == float("-inf")
@@ -69,7 +69,7 @@ def cudnn_dsa(monkeypatch):
     def backward(q, kv, out, dout, lse, attn_sink, topk_idxs, softmax_scale, topk_length):
         assert (attn_sink == float("-inf")).all()
         keys = topk_idxs.clone()
-        keys[torch.arange(keys.shape[1]) >= topk_length[:, None]] = -1
+        keys[torch.arange(keys.shape[1], device=keys.device) >= topk_length[:, None]] = -1
         logits, chosen = attention(q, kv, keys, softmax_scale)
         probs = (logits - lse.double()[..., None]).exp()
         values, dout = chosen[..., : out.shape[-1]], dout.double()
@@ -82,15 +82,29 @@ def cudnn_dsa(monkeypatch):
         dq = torch.einsum("shk,skd->shd", d_logits, chosen)
         return {"dq": dq.to(q.dtype), "dkv": dkv.to(kv.dtype)}
 
-    def top_k(input_values, seq_lens, top_k, return_val, deterministic):
-        assert deterministic and not return_val
-        indices = torch.full((len(input_values), top_k), -1, dtype=torch.int32)
-        for row, length in enumerate(seq_lens.tolist()):
-            order = input_values[row, :length].sort(descending=True, stable=True)[1][:top_k]
-            indices[row, : len(order)] = order.sort()[0].int()
-        return {"indices": indices}
+    class IndexerTopK:
+        def __init__(self, sample_input_values, sample_seq_lens, top_k, return_val, deterministic):
+            assert deterministic and not return_val
+            self.shape, self.k, self.compiled = sample_input_values.shape, top_k, False
 
-    functions = dict(sparse_attention_backward_wrapper=backward, indexer_top_k_wrapper=top_k)
+        def check_support(self):
+            return True
+
+        def compile(self):
+            self.compiled = True
+
+        def scratch_workspace_bytes(self):
+            return 8 * self.shape.numel()
+
+        def execute(self, input_values, seq_lens, *, out_indices, workspace):
+            assert self.compiled and input_values.shape == self.shape
+            assert len(workspace) == self.scratch_workspace_bytes()
+            out_indices.fill_(-1)
+            for row, length in enumerate(seq_lens.tolist()):
+                order = input_values[row, :length].sort(descending=True, stable=True)[1][: self.k]
+                out_indices[row, : len(order)] = order.sort()[0].int()
+
+    functions = dict(sparse_attention_backward_wrapper=backward, IndexerTopK=IndexerTopK)
     yield from adapter("cudnn", monkeypatch, DSA=SimpleNamespace(**functions))
 
 
@@ -142,7 +156,7 @@ def test_cudnn_gets_what_it_documents(lengths, batch, seed, cudnn_dsa):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_the_top_k_of_cudnn_fills_a_block_part_by_part(seed, cudnn_dsa, monkeypatch):
-    monkeypatch.setattr(cudnn_dsa, "_SCRATCH_BYTES", 7 * 40 * 4)
+    monkeypatch.setattr(cudnn_dsa, "_SCORES_BYTES", 7 * 40 * 4)
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(0, 9, (25, 40), generator=generator).float().to(DEVICE)  # with ties
     starts, positions = layout([40]).spans()
@@ -249,6 +263,6 @@ def test_shapes_that_a_library_does_not_take(flash_mla, cudnn_dsa):
     assert "not float32" in cudnn_dsa.why_not_shape(fits.float(), 512, 2048)
     assert "multiple of 128, not 96" in flash_mla.why_not_shape(fits, 512, 96)
     for module in (flash_mla, cudnn_dsa):
-        assert "not 12" in module.why_not_shape(few, 512, 2048)
+        assert " 12" in module.why_not_shape(few, 512, 2048)
         assert "not 256 + 64" in module.why_not_shape(narrow, 256, 2048)
         assert "32 bits" in module.why_not_shape(long, 512, 2048)

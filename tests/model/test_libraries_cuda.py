@@ -50,10 +50,10 @@ def run(lengths, batch, heads, k, seed):
     [([1500], 1), ([1500], 2), ([1, 700, 40, 759], 1)],
     ids="one two thd".split(),
 )
-@pytest.mark.parametrize("heads", [64, 32, 16, 8])
+@pytest.mark.parametrize("heads", [64, 32])
 @pytest.mark.parametrize("seed", range(2))
 def test_attention(library, lengths, batch, heads, seed, monkeypatch):
-    if library == "flash_mla" and heads != 64:
+    if library == "flash_mla" and heads == 32:
         heads = 128
     found = run(lengths, batch, heads, 256, seed)
     assert any(name == library for name, _ in libraries._compared)

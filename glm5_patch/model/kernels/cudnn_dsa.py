@@ -12,9 +12,10 @@ from torch import Tensor
 from .sparse_mla import flat_keys
 
 _sparse_attention_backward = DSA.sparse_attention_backward_wrapper
-_indexer_top_k = DSA.indexer_top_k_wrapper
+_IndexerTopK = DSA.IndexerTopK
 
-_SCRATCH_BYTES = 64 << 20  # of scores at a time: its top-k takes twice as much beside them
+_SCORES_BYTES = 128 << 20  # at a time: its top-k takes twice as much beside them
+_plans: dict[tuple, object] = {}
 
 
 def why_not_shape(query: Tensor, latent_dim: int, k: int) -> str | None:
@@ -22,8 +23,8 @@ def why_not_shape(query: Tensor, latent_dim: int, k: int) -> str | None:
     heads, width = query.shape[2:]
     if query.dtype not in (torch.bfloat16, torch.float16):
         return f"cuDNN takes bfloat16 and float16, not {str(query.dtype).removeprefix('torch.')}"
-    if heads not in (8, 16, 32, 64):
-        return f"cuDNN was tried with 8, 16, 32 and 64 heads of a rank, not {heads}"
+    if heads not in (32, 64):
+        return f"cuDNN is faster with 32 and 64 heads of a rank, and Triton is used with {heads}"
     if (latent_dim, width) != (512, 576):
         return f"cuDNN takes a latent of 512 + 64, not {latent_dim} + {width - latent_dim}"
     if query.numel() >= 2**31:
@@ -63,10 +64,22 @@ def topk(scores: Tensor, positions: Tensor, out: Tensor) -> None:
         positions: int32 [block], where each query of the block stands.
         out: int32 [block, k], contiguous.
     """
-    rows = max(1, _SCRATCH_BYTES // (scores.shape[1] * 4))
+    rows = max(1, _SCORES_BYTES // (scores.shape[1] * 4))
     parts = (scores.split(rows), (positions + 1).split(rows), out.split(rows))
     for some, lengths, into in zip(*parts):
-        found = _indexer_top_k(
-            some, lengths.contiguous(), out.shape[1], return_val=False, deterministic=True
+        plan = _plan(some, lengths, out.shape[1])
+        scratch = torch.empty(
+            plan.scratch_workspace_bytes(), dtype=torch.uint8, device=scores.device
         )
-        into.copy_(found["indices"])
+        plan.execute(some, lengths, out_indices=into, workspace=scratch)
+
+
+def _plan(scores: Tensor, lengths: Tensor, k: int):
+    """Of a top-k that takes the lower place among equals and returns places in ascending order."""
+    key = (scores.device, scores.shape, k)
+    if key not in _plans:
+        plan = _IndexerTopK(scores, lengths, k, return_val=False, deterministic=True)
+        plan.check_support()
+        plan.compile()
+        _plans[key] = plan
+    return _plans[key]
