@@ -1,4 +1,5 @@
-"""One line, when the first GLM-5 of a process is built: what it was built with."""
+"""Lines for people: above all the one, when the first GLM-5 of a process is built, that says with
+what."""
 
 from __future__ import annotations
 
@@ -16,16 +17,22 @@ _announced = False
 
 
 def announce(config: Any) -> None:
-    """Say it once, on rank 0 alone: logged at INFO where that is listened to, else on stderr.
+    """Say it once.
 
     Args:
         config: the ``TransformerConfig`` of a model that passed the gate.
     """
     global _announced
-    if _announced or _rank() != 0:
+    if _announced:
         return
     _announced = True
-    line = describe(config)
+    say(describe(config))
+
+
+def say(line: str) -> None:
+    """On rank 0 alone: logged at INFO where that is listened to, else on stderr."""
+    if _rank() != 0:
+        return
     if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
         logger.info(line)
     else:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 from glm5_patch.demo import forward, randomize
@@ -59,6 +61,29 @@ def hf_model(config, seed: int = 0):
 def saved(directory: Path, seed: int = 0, **config) -> HFCheckpoint:
     hf_model(hf_config(**config), seed).save_pretrained(directory)
     return HFCheckpoint(directory)
+
+
+def add_mtp_layer(directory: Path) -> dict[str, torch.Tensor]:
+    """Give a saved model of 8 layers an MTP layer, which transformers lacks; returns its tensors."""
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    h, dtype = tensors["model.norm.weight"].numel(), tensors["model.norm.weight"].dtype
+    made = {
+        name.replace(".layers.6.", ".layers.8."): torch.randn_like(tensor)
+        for name, tensor in tensors.items()
+        if name.startswith("model.layers.6.")  # a MoE layer that computes its top-k
+    }
+    for name, shape in {
+        "enorm.weight": (h,),
+        "hnorm.weight": (h,),
+        "eh_proj.weight": (h, 2 * h),
+        "shared_head.norm.weight": (h,),
+    }.items():
+        made[f"model.layers.8.{name}"] = torch.randn(shape, dtype=dtype)
+    save_file({**tensors, **made}, path, metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    return made
 
 
 def megatron_config(hf: HFConfig, **overrides):

@@ -36,10 +36,38 @@ def gpt_model(hf: HFConfig, config, *, pre_process: bool = True, post_process: b
         post_process=post_process,
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         position_embedding_type="none",
+        mtp_block_spec=mtp_block_spec(config, spec),
     )
     if not torch.cuda.is_available() or config.use_cpu_initialization:
         return model
     return model.cuda()
+
+
+def mtp_block_spec(config, spec, vp_stage: int | None = None):
+    """Multi-token-prediction layers like the last decoder layer; None of a model without any.
+
+    Args:
+        config: ``mtp_num_layers`` of it counts.
+        spec: of this stage's decoder layers.
+        vp_stage: the virtual pipeline stage.
+    """
+    if not config.mtp_num_layers:
+        return None
+    from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    from .local import LocalDSASpecProvider
+
+    if not spec.layer_specs:  # as Megatron-LM does: the layer is that of another stage
+        build = specs.get_transformer_block_with_experimental_attention_variant_spec
+        spec = build(config, vp_stage=vp_stage, pp_rank=0)
+    if config.transformer_impl == "transformer_engine":
+        return gpt_layer_specs.get_gpt_mtp_block_spec(
+            config, spec, use_transformer_engine=True, vp_stage=vp_stage
+        )
+    return gpt_layer_specs.get_gpt_mtp_block_spec_for_backend(
+        config, spec, backend=LocalDSASpecProvider(), vp_stage=vp_stage
+    )
 
 
 HF_LATENT_NORM_EPSILON = 1e-6

@@ -9,10 +9,11 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,8 +32,13 @@ _INDEXER = re.compile(r"model\.layers\.(\d+)\.self_attn\.indexer\.")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
-def expected_tensors(hf: HFConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint of this model must have, without MTP."""
+def expected_tensors(hf: HFConfig, mtp_layers: int = 0) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint must have for this model.
+
+    Args:
+        hf: the model.
+        mtp_layers: multi-token-prediction layers that it is built with; each computes its top-k.
+    """
     h, heads = hf.hidden_size, hf.num_attention_heads
     qk_head_dim = hf.qk_nope_head_dim + hf.qk_rope_head_dim
     shapes: dict[str, tuple[int, ...]] = {
@@ -75,6 +81,15 @@ def expected_tensors(hf: HFConfig) -> dict[str, tuple[int, ...]]:
         if hf.schedule.computes(index + 1):
             layer.update(indexer)
         shapes.update({f"model.layers.{index}.{name}": shape for name, shape in layer.items()})
+    mtp = {
+        "enorm.weight": (h,),
+        "hnorm.weight": (h,),
+        "eh_proj.weight": (h, 2 * h),
+        "shared_head.norm.weight": (h,),
+    }
+    for index in range(hf.num_hidden_layers, hf.num_hidden_layers + mtp_layers):
+        layer = {**attention, **indexer, **moe, **mtp}
+        shapes.update({f"model.layers.{index}.{name}": shape for name, shape in layer.items()})
     return shapes
 
 
@@ -84,6 +99,50 @@ def _mlp(prefix: str, hidden: int, ffn: int) -> dict[str, tuple[int, ...]]:
         f"{prefix}.up_proj.weight": (ffn, hidden),
         f"{prefix}.down_proj.weight": (hidden, ffn),
     }
+
+
+class Survey(NamedTuple):
+    """The names of a checkpoint's tensors, beside those that a model needs."""
+
+    read: tuple[str, ...]
+    """What the model takes."""
+    missing: tuple[str, ...]
+    expected_absent: tuple[str, ...]
+    """Indexer tensors of skip layers, as they would be called: rightly not there."""
+    dropped: tuple[str, ...]
+    """Indexer tensors of skip layers, as some conversions write them; not read."""
+    mtp: tuple[str, ...]
+    """Tensors of multi-token-prediction layers that the model is built without; not read."""
+    unexpected: tuple[str, ...]
+
+    @classmethod
+    def of(cls, names: Iterable[str], hf: HFConfig, mtp_layers: int = 0) -> Survey:
+        """Args as of ``expected_tensors``, and the names that the checkpoint has."""
+        names, expected = set(names), expected_tensors(hf, mtp_layers).keys()
+        dropped, mtp, unexpected = [], [], []
+        for name in sorted(names - expected):
+            layer = _LAYER.match(name)
+            if layer and int(layer[1]) >= hf.num_hidden_layers:
+                mtp.append(name)
+            elif _INDEXER.match(name):
+                dropped.append(name)
+            elif name != "lm_head.weight":  # a tied head may be written out
+                unexpected.append(name)
+        indexer = {_INDEXER.sub("", name) for name in expected if _INDEXER.match(name)}
+        skip = sorted(set(range(1, hf.num_hidden_layers + 1)) - set(hf.schedule.computing_layers))
+        of_skip_layers = [
+            f"model.layers.{number - 1}.self_attn.indexer.{name}"
+            for number in skip
+            for name in sorted(indexer)
+        ]
+        return cls(
+            read=tuple(sorted(names & expected)),
+            missing=tuple(sorted(expected - names)),
+            expected_absent=tuple(name for name in of_skip_layers if name not in names),
+            dropped=tuple(dropped),
+            mtp=tuple(mtp),
+            unexpected=tuple(unexpected),
+        )
 
 
 @dataclass(frozen=True)
@@ -140,32 +199,30 @@ class HFCheckpoint:
         Raises:
             CheckpointError: a tensor is missing, has another shape, or is unknown.
         """
-        expected = expected_tensors(self.config)
+        return self._report(0)
+
+    def _report(self, mtp_layers: int) -> CheckpointReport:
+        expected = expected_tensors(self.config, mtp_layers)
+        survey = Survey.of(self.shapes, self.config, mtp_layers)
         schedule = self.config.schedule
         for name, shape in expected.items():
             if name not in self.shapes:
-                raise CheckpointError(f"{self.directory}: {name} is missing{self._hint(name)}")
+                hint = missing_hint(name, self.config)
+                raise CheckpointError(f"{self.directory}: {name} is missing{hint}")
             if self.shapes[name] != shape:
                 raise CheckpointError(
                     f"{self._files[name]}: {name} has shape {list(self.shapes[name])}, "
                     f"config.json makes it {list(shape)}"
                 )
-        dropped, mtp = [], []
-        for name in sorted(self.shapes.keys() - expected.keys()):
-            layer = _LAYER.match(name)
-            if layer and int(layer[1]) >= schedule.num_layers:
-                mtp.append(name)
-            elif _INDEXER.match(name):
-                dropped.append(name)
-            elif name != "lm_head.weight":  # a tied head may be written out
-                raise CheckpointError(f"{self._files[name]}: {name} is no tensor of this model")
+        for name in survey.unexpected:
+            raise CheckpointError(f"{self._files[name]}: {name} is no tensor of this model")
         computing = len(schedule.computing_layers)
         return CheckpointReport(
             tensors=len(expected),
             computing_layers=computing,
             skip_layers=schedule.num_layers - computing,
-            dropped=tuple(dropped),
-            mtp=tuple(mtp),
+            dropped=survey.dropped,
+            mtp=survey.mtp,
         )
 
     def read(self, name: str) -> Tensor:
@@ -182,7 +239,7 @@ class HFCheckpoint:
         Raises:
             CheckpointError: a parameter of the model has no tensor, or none of its shape.
         """
-        report = self.report
+        report = self._report(model.config.mtp_num_layers or 0)
         with torch.no_grad():
             for name, target, sources in pieces(model):
                 absent = [source for source in sources if source not in self.shapes]
@@ -222,14 +279,18 @@ class HFCheckpoint:
         except SafetensorError as error:
             raise CheckpointError(f"{path}: damaged or truncated: {error}") from None
 
-    def _hint(self, name: str) -> str:
-        indexer = _INDEXER.match(name)
-        if not indexer:
-            return ""
-        return (
-            f": layer {int(indexer[1]) + 1} computes its own top-k by config.json's schedule "
-            f"({self.config.schedule})"
-        )
+
+def missing_hint(name: str, hf: HFConfig) -> str:
+    """Why a tensor should be there, if that is not plain."""
+    indexer = _INDEXER.match(name)
+    if not indexer:
+        return ""
+    if int(indexer[1]) >= hf.num_hidden_layers:
+        return ": the MTP layer computes its own top-k"
+    return (
+        f": layer {int(indexer[1]) + 1} computes its own top-k by config.json's schedule "
+        f"({hf.schedule})"
+    )
 
 
 def shapes_in(directory: Path, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -273,7 +334,7 @@ def save(
         CheckpointError: ``output`` has files in it, or the model is split between ranks.
     """
     output = free_directory(output)
-    expected = expected_tensors(config)
+    expected = expected_tensors(config, model.config.mtp_num_layers or 0)
     tensors = dict(_unpacked(model, expected))
     absent = expected.keys() - tensors.keys()
     if absent:
@@ -285,7 +346,8 @@ def save(
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
     try:
         if source is not None:
-            tensors.update({name: source.read(name) for name in source.report.mtp})
+            carried = [name for name in source.report.mtp if name not in tensors]
+            tensors.update({name: source.read(name) for name in carried})
             for path in source.extra_files():
                 shutil.copy2(path, partial / path.name)
         dtype = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
@@ -356,7 +418,17 @@ _TOP_NAMES = {
     "output_layer.weight": ("lm_head.weight",),
 }
 
+MTP_NAMES = {
+    "enorm.weight": ("enorm.weight",),
+    "hnorm.weight": ("hnorm.weight",),
+    "eh_proj.weight": ("eh_proj.weight",),
+    "final_layernorm.weight": ("shared_head.norm.weight",),
+}
+MTP_LAYERS = ("transformer_layer", "mtp_model_layer")
+"""The decoder layer inside an MTP layer, on megatron-core 0.16 and on later ones."""
+
 _MEGATRON_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_MTP_LAYER = re.compile(rf"mtp\.layers\.(\d+)\.(?:(?:{'|'.join(MTP_LAYERS)})\.)?(.+)")
 _FC = {"1": ("gate_proj.weight", "up_proj.weight"), "2": ("down_proj.weight",)}
 _MLP = re.compile(r"(mlp|mlp\.shared_experts)\.linear_fc([12])\.weight$")
 # SequentialMLP, then Transformer Engine's grouped MLP.
@@ -434,6 +506,10 @@ def pieces(model: torch.nn.Module) -> Iterator[tuple[str, Tensor, tuple[str, ...
             # layer_number counts from 1 over all pipeline stages.
             prefix = f"model.layers.{layers[int(match[1])].layer_number - 1}."
             in_layer = _layer_sources(match[2], first_expert)
+            sources = in_layer and tuple(prefix + source for source in in_layer)
+        elif match := _MTP_LAYER.match(name):
+            prefix = f"model.layers.{model.config.num_layers + int(match[1])}."
+            in_layer = MTP_NAMES.get(match[2]) or _layer_sources(match[2], first_expert)
             sources = in_layer and tuple(prefix + source for source in in_layer)
         if sources is None:
             raise CheckpointError(f"{name}: no tensor of a GLM-5 checkpoint corresponds to it")

@@ -15,6 +15,7 @@ MODULES = (
     "megatron.core.extensions.transformer_engine",
     "transformers.models.glm_moe_dsa.configuration_glm_moe_dsa",
     "megatron.bridge.models.glm_moe_dsa.glm5_bridge",
+    "megatron.bridge.models.conversion.auto_bridge",
     "megatron.bridge.peft.utils",
 )
 """Every module that a patch changes."""

@@ -1,7 +1,9 @@
 """The table of contents: every patch, in the order in which one host module's are applied."""
 
+from .megatron_bridge.conversion import Conversion
 from .megatron_bridge.glm5_mappings import GLM5Mappings
 from .megatron_bridge.glm5_provider import GLM5Provider
+from .megatron_bridge.leftover_tensors import LeftoverTensors
 from .megatron_bridge.local_lora import LocalLoRA
 from .megatron_core.block_spec import BlockSpec
 from .megatron_core.checkpoint_recompute import CheckpointRecompute
@@ -41,5 +43,7 @@ PATCHES = (
     GlmMoeDsaConfigWeights(),
     GLM5Provider(),
     GLM5Mappings(),
+    Conversion(),
+    LeftoverTensors(),
     LocalLoRA(),
 )

@@ -3,8 +3,10 @@
 import copy
 import importlib.util
 import json
+import logging
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -14,9 +16,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 import glm5_patch
+from glm5_patch.errors import CheckpointError
+from glm5_patch.model.conversion import checked, report
 from glm5_patch.model.hf_config import HFConfig
+from glm5_patch.patches import PATCHES
 from glm5_patch.patches.megatron_bridge.glm5_provider import _DESCRIBES_THE_MODEL
 from tests.bridge import standin
 from tests.bridge.helpers import (
@@ -31,7 +37,7 @@ from tests.bridge.helpers import (
     write_checkpoint,
 )
 from tests.hosts import tables
-from tests.tiny import tokens
+from tests.tiny import add_mtp_layer, tokens
 
 if importlib.util.find_spec("megatron.bridge") is None:
     pytest.skip("megatron-bridge is not installed", allow_module_level=True)
@@ -125,10 +131,73 @@ def run(request, world, tmp_path_factory):
 
 
 def test_the_patches_are_in_place(run):
-    ids = "bridge_provider", "bridge_mappings", "bridge_local_lora"
+    ids = [patch.id for patch in PATCHES if patch.host == "megatron.bridge"]
     rows = glm5_patch.require(*ids)
     recorded = tables.read()["megatron-bridge"][version("megatron-bridge")]["states"]
     assert {i: rows[i].state.value for i in ids} == {i: recorded[i][0] for i in ids}
+
+
+def copied(run, folder, change=lambda tensors: None):
+    """The checkpoint of a run with other tensors, and an AutoBridge of it."""
+    directory = Path(shutil.copytree(run.source, folder / "copy"))
+    tensors = tensors_in(directory)
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory, AutoBridge.from_hf_pretrained(str(directory))
+
+
+def test_the_report_of_a_conversion(run, caplog, tmp_path):
+    survey = report(run.bridge, run.plain)
+    assert survey.read == tuple(sorted(tensors_in(run.source)))
+    skip = {"5.2": (3, 4, 5, 7), "5.1": ()}[run.flavour]
+    absent = {int(name.split(".")[2]) for name in survey.expected_absent}
+    assert absent == set(skip) and len(survey.expected_absent) == 5 * len(skip)
+    assert not (survey.missing or survey.dropped or survey.mtp or survey.unexpected)
+    caplog.set_level(logging.INFO, "glm5_patch")
+    run.bridge.save_hf_pretrained([build(run.bridge, CPU)], str(tmp_path / "out"))
+    lines = [r.getMessage() for r in caplog.records if r.name == "glm5_patch"]
+    count = len(survey.read)
+    assert f"{count} tensors read; {len(survey.expected_absent)} indexer tensors of" in lines[-2]
+    assert lines[-1] == f"glm5-patch: {count} tensors written"
+
+
+@pytest.mark.parametrize("name", ["self_attn.indexer.wk.weight", "mlp.experts.3.up_proj.weight"])
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(name, run, tmp_path):
+    """Bridge itself warns, and leaves the parameter as it was drawn."""
+    name = f"model.layers.6.{name}"
+    _, bridge = copied(run, tmp_path, lambda tensors: tensors.pop(name))
+    with pytest.raises(CheckpointError, match=f"{name} is missing"):
+        build(bridge, CPU)
+
+
+def test_what_the_model_does_not_have_is_left_out_when_it_is_written(run, tmp_path):
+    """An MTP layer, an indexer on a skip layer, a stranger: in the one file with all the rest."""
+
+    def change(tensors):
+        tensors["model.stranger"] = torch.ones(2)
+        if run.flavour == "5.2":
+            extra = tensors["model.layers.2.self_attn.indexer.wk.weight"].clone()
+            tensors["model.layers.3.self_attn.indexer.wk.weight"] = extra
+
+    directory, _ = copied(run, tmp_path, change)
+    mtp = add_mtp_layer(directory)
+    bridge = AutoBridge.from_hf_pretrained(str(directory))
+    with pytest.warns(RuntimeWarning, match="model.stranger is no tensor of this model"):
+        model = build(bridge, CPU)
+    survey = report(bridge, [model])
+    assert survey.mtp == tuple(sorted(mtp)) and survey.unexpected == ("model.stranger",)
+    assert len(survey.dropped) == (run.flavour == "5.2")
+    bridge.save_hf_pretrained([model], str(tmp_path / "out"))
+    before, after = tensors_in(run.source), tensors_in(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_conversion_that_stops_short_is_an_error(run):
+    whole = [(name, tensor) for name, tensor in tensors_in(run.source).items()]
+    assert list(checked(whole, run.bridge.hf_pretrained, run.plain)) == whole
+    with pytest.raises(CheckpointError, match=f"and not {whole[5][0]} .of 1 such.*no whole model"):
+        list(checked(whole[:5] + whole[6:], run.bridge.hf_pretrained, run.plain))
 
 
 @pytest.mark.parametrize("what", ["source", "full", "merged", "adapter"])

@@ -1,6 +1,7 @@
 """On a GPU, with real Transformer Engine and without any stand-in: what users run."""
 
 import importlib.util
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import transformers
 from glm5_patch.core.host import has_transformer_engine
 from glm5_patch.cpu_host import single_process
 from tests.bridge.helpers import EXPERTS, MLA, build, logits, tensors_in, train, write_checkpoint
-from tests.tiny import relative, tokens
+from tests.tiny import add_mtp_layer, relative, tokens
 
 if importlib.util.find_spec("megatron.bridge") is None:
     pytest.skip("megatron-bridge is not installed", allow_module_level=True)
@@ -100,27 +101,8 @@ def test_ten_full_steps(bridge, ids, tmp_path):
 
 
 def test_the_mtp_layer_goes_there_and_back(source, tmp_path):
-    """transformers has no such layer, so its tensors are made here."""
-    import json
-    import shutil
-
-    from safetensors.torch import save_file
-
     directory = shutil.copytree(source, tmp_path / "with_mtp")
-    tensors = tensors_in(directory)
-    h = tensors["model.norm.weight"].numel()
-    last = {n: t for n, t in tensors.items() if n.startswith("model.layers.6.")}
-    made = {name.replace("layers.6.", "layers.8."): torch.randn_like(t) for name, t in last.items()}
-    for name, shape in {
-        "enorm.weight": (h,),
-        "hnorm.weight": (h,),
-        "eh_proj.weight": (h, 2 * h),
-        "shared_head.norm.weight": (h,),
-    }.items():
-        made[f"model.layers.8.{name}"] = torch.randn(shape, dtype=torch.bfloat16)
-    save_file({**tensors, **made}, directory / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    made = add_mtp_layer(directory)
     bridge = AutoBridge.from_hf_pretrained(str(directory))
     model = build(bridge, {**BF16, "mtp_num_layers": 1})
     bridge.save_hf_pretrained([model], str(tmp_path / "written"))

@@ -25,7 +25,6 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec_for_backend
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -33,9 +32,9 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from glm5_patch import cpu_host
 from glm5_patch.errors import PipelineSplitError
+from glm5_patch.model.build import mtp_block_spec
 from glm5_patch.model.checkpoint import HFCheckpoint, save
 from glm5_patch.model.hf_config import HFConfig
-from glm5_patch.model.local import LocalDSASpecProvider
 from glm5_patch.model.parity import recorded
 from tests.distributed.cases import CHECKPOINT, CONTIGUOUS, READERS, Case
 from tests.tiny import hf_config, megatron_config, packed, tokens
@@ -120,22 +119,12 @@ def build(case: Case, folder: Path) -> list[DistributedDataParallel]:
                 post_process=parallel_state.is_pipeline_last_stage(**ends),
                 position_embedding_type="none",
                 vp_stage=vp_stage,
-                mtp_block_spec=_mtp_spec(config, spec, vp_stage),
+                mtp_block_spec=mtp_block_spec(config, spec, vp_stage),
             )
         )
     load(models, folder / f"{'mtp' if config.mtp_num_layers else 'plain'}.pt")
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=case.distributed_optimizer)
     return [DistributedDataParallel(config, ddp_config, model) for model in models]
-
-
-def _mtp_spec(config, spec, vp_stage):
-    if not config.mtp_num_layers:
-        return None
-    if not spec.layer_specs:  # as Megatron-LM does: the layer is that of another stage
-        spec = build_block_spec(config, vp_stage=vp_stage, pp_rank=0)
-    return get_gpt_mtp_block_spec_for_backend(
-        config, spec, backend=LocalDSASpecProvider(), vp_stage=vp_stage
-    )
 
 
 def load(models, path: Path) -> None:

@@ -58,6 +58,7 @@ IMPORTS = {
     "megatron-bridge": """
 from tests.bridge import standin
 standin.install()
+import megatron.bridge.models.conversion.auto_bridge
 import megatron.bridge.models.glm_moe_dsa.glm5_bridge, megatron.bridge.peft.utils
 """,
 }

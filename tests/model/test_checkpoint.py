@@ -12,8 +12,8 @@ from glm5_patch import cli
 from glm5_patch.demo import forward
 from glm5_patch.errors import CheckpointError
 from glm5_patch.model import checkpoint as checkpoint_module
-from glm5_patch.model.checkpoint import HFCheckpoint, save
-from tests.tiny import hf_config, hf_model, megatron_model, saved, tokens
+from glm5_patch.model.checkpoint import HFCheckpoint, pieces, save
+from tests.tiny import add_mtp_layer, hf_config, hf_model, megatron_model, saved, tokens
 
 INDEXER = "model.layers.6.self_attn.indexer.wk.weight"
 
@@ -118,6 +118,28 @@ def test_saving_gives_back_every_tensor_and_every_file(world, copy, tmp_path, mo
     assert all(torch.equal(again.read(name), source.read(name)) for name in source.shapes)
     assert (tmp_path / "out" / "tokenizer.json").exists()
     assert not list(tmp_path.glob(".*partial*"))
+
+
+def test_an_mtp_layer_is_loaded_and_saved_with_a_model_that_has_one(world, copy, tmp_path):
+    made = add_mtp_layer(copy)
+    source = HFCheckpoint(copy)
+    model = megatron_model(source, mtp_num_layers=1)
+    own = {source for _, _, sources in pieces(model) for source in sources}
+    assert own == source.shapes.keys()
+    save(model, source.config, tmp_path / "out")
+    again = HFCheckpoint(tmp_path / "out")
+    assert again.shapes == source.shapes
+    assert all(torch.equal(again.read(name), source.read(name)) for name in source.shapes)
+    assert all(torch.equal(again.read(name), tensor) for name, tensor in made.items())
+
+
+@pytest.mark.parametrize("name", ["enorm.weight", "self_attn.indexer.wk.weight"])
+def test_an_incomplete_mtp_layer_is_refused_by_a_model_that_has_one(name, world, copy):
+    add_mtp_layer(copy)
+    edit(copy, lambda tensors: tensors.pop(f"model.layers.8.{name}"))
+    megatron_model(HFCheckpoint(copy))
+    with pytest.raises(CheckpointError, match=f"model.layers.8.{name} is missing"):
+        megatron_model(HFCheckpoint(copy), mtp_num_layers=1)
 
 
 def test_saving_over_files_is_refused(world, good, copy):

@@ -33,25 +33,17 @@ class GLM5Mappings(Patch):
         seams.wrap(module.GLM5Bridge, "mapping_registry", mapping_registry)
 
 
-_MTP_NAMES = {
-    "enorm.weight": "enorm.weight",
-    "hnorm.weight": "hnorm.weight",
-    "eh_proj.weight": "eh_proj.weight",
-    "final_layernorm.weight": "shared_head.norm.weight",
-}
-
-
 def _mappings(module, bridge):
     """Everything that a release may lack, by Bridge's own classes."""
-    from ...model.checkpoint import LAYER_NAMES
+    from ...model.checkpoint import LAYER_NAMES, MTP_LAYERS, MTP_NAMES
 
     yield from _experts(module, "decoder.layers.*.mlp", "model.layers.*.mlp")
     config = bridge.hf_config
     for number in range(getattr(config, "num_nextn_predict_layers", None) or 0):
         mtp, hf = f"mtp.layers.{number}", f"model.layers.{config.num_hidden_layers + number}"
-        for ours, theirs in _MTP_NAMES.items():
+        for ours, (theirs,) in MTP_NAMES.items():
             yield module.AutoMapping(megatron_param=f"{mtp}.{ours}", hf_param=f"{hf}.{theirs}")
-        for layer in ("transformer_layer", "mtp_model_layer"):  # core 0.16, and later ones
+        for layer in MTP_LAYERS:
             for ours, (theirs,) in LAYER_NAMES.items():
                 yield module.AutoMapping(
                     megatron_param=f"{mtp}.{layer}.{ours}", hf_param=f"{hf}.{theirs}"

@@ -1,0 +1,49 @@
+"""``GLM5Bridge``'s conversions: a strict report of what was read and written."""
+
+from __future__ import annotations
+
+from ...core.patch import Finding, Patch, argument
+from ...core.wrapper import host_wrapper
+
+
+class Conversion(Patch):
+    id = "bridge_conversion"
+    module = "megatron.bridge.models.glm_moe_dsa.glm5_bridge"
+    attribute = "GLM5Bridge.load_weights_hf_to_megatron"
+    why = "A tensor that the checkpoint lacks is a warning, and its parameter stays random."
+    upstream = "none"
+    remove_when = "Bridge refuses a checkpoint without an indexer of a computing layer"
+    on_request = True
+
+    def needed(self, module) -> Finding:
+        return Finding(True, "no release looks at what it read")
+
+    def apply(self, module, seams) -> None:
+        for name, around in (
+            ("load_weights_hf_to_megatron", _load),
+            ("stream_weights_megatron_to_hf", _stream),
+        ):
+            inherited = getattr(module.GLM5Bridge, name)
+            seams.add(module.GLM5Bridge, name, host_wrapper(inherited, around, method=True))
+
+
+def _load(wrapped, instance, args, kwargs):
+    from ...announce import say
+    from ...model.conversion import check_before_loading, describe_loading
+
+    hf_pretrained = argument(wrapped, args, kwargs, "hf_pretrained")
+    survey = check_before_loading(hf_pretrained, argument(wrapped, args, kwargs, "megatron_model"))
+    loaded = wrapped(*args, **kwargs)
+    if survey is not None:
+        say(f"glm5-patch: {describe_loading(survey)}")
+    return loaded
+
+
+def _stream(wrapped, instance, args, kwargs):
+    from ...model.conversion import checked
+
+    tensors = wrapped(*args, **kwargs)
+    if argument(wrapped, args, kwargs, "conversion_tasks") is not None:
+        return tensors  # a part that the caller chose
+    hf_pretrained = argument(wrapped, args, kwargs, "hf_pretrained")
+    return checked(tensors, hf_pretrained, argument(wrapped, args, kwargs, "megatron_model"))

@@ -1,0 +1,48 @@
+"""``AutoBridge.save_hf_weights``: a checkpoint with tensors that its model does not have."""
+
+from __future__ import annotations
+
+import functools
+
+from ...core.patch import Finding, Patch, argument
+
+
+class LeftoverTensors(Patch):
+    id = "bridge_leftovers"
+    module = "megatron.bridge.models.conversion.auto_bridge"
+    attribute = "AutoBridge.save_hf_weights"
+    why = "A file with a tensor that the model lacks (MTP, a skip layer's indexer) is not written."
+    upstream = "Megatron-Bridge 0.6.0 leaves the MTP layer out"
+    remove_when = "Bridge writes what the model has, whatever else the source had"
+    on_request = True
+
+    def needed(self, module) -> Finding:
+        return Finding(True, "a file is written once every tensor of its source has come")
+
+    def apply(self, module, seams) -> None:
+        seams.wrap(module.AutoBridge, "save_hf_weights", _save, reads=("model",))
+
+
+def _save(wrapped, instance, args, kwargs):
+    from ...model.conversion import report
+
+    config = instance.hf_pretrained.config
+    source = getattr(getattr(instance.hf_pretrained, "state", None), "source", None)
+    if getattr(config, "model_type", None) != "glm_moe_dsa" or not hasattr(
+        source, "save_generator"
+    ):
+        return wrapped(*args, **kwargs)
+    survey = report(instance, argument(wrapped, args, kwargs, "model"))
+    leftover = (*survey.mtp, *survey.dropped, *survey.unexpected)
+    save = source.save_generator
+
+    @functools.wraps(save)
+    def save_generator(*args, ignored_source_key_prefixes=None, **kwargs):
+        ignored = (*(ignored_source_key_prefixes or ()), *leftover)
+        return save(*args, ignored_source_key_prefixes=ignored, **kwargs)
+
+    source.save_generator = save_generator
+    try:
+        return wrapped(*args, **kwargs)
+    finally:
+        del source.save_generator
