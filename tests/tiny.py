@@ -64,7 +64,7 @@ def saved(directory: Path, seed: int = 0, **config) -> HFCheckpoint:
 
 
 def add_mtp_layer(directory: Path) -> dict[str, torch.Tensor]:
-    """Give a saved model of 8 layers an MTP layer, which transformers lacks; returns its tensors."""
+    """Give a saved model of 8 layers an MTP layer, which transformers lacks; its tensors."""
     path = directory / "model.safetensors"
     tensors = load_file(path)
     h, dtype = tensors["model.norm.weight"].numel(), tensors["model.norm.weight"].dtype

@@ -155,8 +155,7 @@ def test_cudnn_gets_what_it_documents(lengths, batch, seed, cudnn_dsa):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_the_top_k_of_cudnn_fills_a_block_part_by_part(seed, cudnn_dsa, monkeypatch):
-    monkeypatch.setattr(cudnn_dsa, "_SCORES_BYTES", 7 * 40 * 4)
+def test_the_top_k_of_cudnn_gets_what_it_documents(seed, cudnn_dsa):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(0, 9, (25, 40), generator=generator).float().to(DEVICE)  # with ties
     starts, positions = layout([40]).spans()
@@ -177,7 +176,7 @@ def test_the_selection_takes_the_top_k_of_cudnn_for_long_rows(cudnn_dsa, monkeyp
     ours = indexer_kernels.select(*inputs, rows, 8, 0.3)
     real = cudnn_dsa.topk
     monkeypatch.setattr(libraries, "why_not", lambda name, device: None)
-    monkeypatch.setattr(indexer_kernels, "IN_REGISTERS", 30)
+    monkeypatch.setattr(indexer_kernels, "CUDNN_ABOVE", 30)
     monkeypatch.setattr("glm5_patch.model.blocks.BLOCK_BYTES", 16 * 40 * 4)
     monkeypatch.setattr(cudnn_dsa, "topk", lambda *args: calls.append(args) or real(*args))
     assert torch.equal(indexer_kernels.select(*inputs, rows, 8, 0.3), ours)

@@ -14,7 +14,6 @@ from .sparse_mla import flat_keys
 _sparse_attention_backward = DSA.sparse_attention_backward_wrapper
 _IndexerTopK = DSA.IndexerTopK
 
-_SCORES_BYTES = 128 << 20  # at a time: its top-k takes twice as much beside them
 _plans: dict[tuple, object] = {}
 
 
@@ -57,21 +56,17 @@ def backward(
 
 
 def topk(scores: Tensor, positions: Tensor, out: Tensor) -> None:
-    """As ``indexer.topk`` of a block of one sequence.
+    """As ``indexer.topk`` of a block of one sequence; takes twice the memory of the scores.
 
     Args:
         scores: fp32 [block, t], contiguous.
         positions: int32 [block], where each query of the block stands.
         out: int32 [block, k], contiguous.
     """
-    rows = max(1, _SCORES_BYTES // (scores.shape[1] * 4))
-    parts = (scores.split(rows), (positions + 1).split(rows), out.split(rows))
-    for some, lengths, into in zip(*parts):
-        plan = _plan(some, lengths, out.shape[1])
-        scratch = torch.empty(
-            plan.scratch_workspace_bytes(), dtype=torch.uint8, device=scores.device
-        )
-        plan.execute(some, lengths, out_indices=into, workspace=scratch)
+    plan, lengths = _plan(scores, positions, out.shape[1]), positions + 1
+    size = plan.scratch_workspace_bytes()
+    scratch = torch.empty(size, dtype=torch.uint8, device=scores.device)
+    plan.execute(scores, lengths, out_indices=out, workspace=scratch)
 
 
 def _plan(scores: Tensor, lengths: Tensor, k: int):

@@ -13,6 +13,9 @@ from . import libraries
 IN_REGISTERS = 4096
 """Scores of a row that a program holds in registers to select from; of longer rows, candidates."""
 
+CUDNN_ABOVE = 8192
+"""Keys of a query above which cuDNN's top-k is worth the memory that it takes."""
+
 
 @triton.jit
 def _scores(
@@ -344,7 +347,7 @@ def select(query: Tensor, key: Tensor, weights: Tensor, rows: Rows, k: int, scal
         for batch in range(b):
             scores(query, key, weights, starts, positions, block, batch, scale, out)
             chosen = topk_indices[batch, block]
-            if by_cudnn and longest > IN_REGISTERS:
+            if by_cudnn and longest > CUDNN_ABOVE:
                 _topk_by_cudnn(out, starts, positions, block, longest, chosen)
             else:
                 topk(out, starts, positions, block, longest, chosen)
