@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -63,6 +66,25 @@ def train(model, ids) -> list[float]:
 def logits(model, ids):
     with torch.no_grad():
         return forward(model.eval(), ids)
+
+
+def hugging_face(places, ids, folder: Path, dtype: str = "float32") -> dict[str, torch.Tensor]:
+    """Logits of saved models by the newest transformers, which Bridge may not import under.
+
+    Args:
+        places: directories, or ``DIRECTORY+ADAPTER``.
+        ids: on the device to compute on.
+        folder: where files may be written.
+    """
+    torch.save(ids, folder / "ids.pt")
+    command = [dtype, folder / "ids.pt", folder / "logits.pt", *places]
+    subprocess.run(
+        [sys.executable, "-m", "tests.bridge.oracle", *map(str, command)],
+        check=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONPATH": ""},
+    )
+    return torch.load(folder / "logits.pt")
 
 
 def tensors_in(directory: Path) -> dict[str, torch.Tensor]:

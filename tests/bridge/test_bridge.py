@@ -4,11 +4,8 @@ import copy
 import importlib.util
 import json
 import logging
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +27,7 @@ from tests.bridge.helpers import (
     MLA,
     STEPS,
     build,
+    hugging_face,
     logits,
     provider_of,
     tensors_in,
@@ -113,15 +111,7 @@ class Run:
             "merged": str(self.merged),
             "adapter": f"{self.source}+{self.adapter}",
         }
-        torch.save(self.ids, folder / "ids.pt")
-        command = [folder / "ids.pt", folder / "logits.pt", *places.values()]
-        subprocess.run(
-            [sys.executable, "-m", "tests.bridge.oracle", *command],
-            check=True,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": ""},
-        )
-        found = torch.load(folder / "logits.pt")
+        found = hugging_face(places.values(), self.ids, folder)
         return {name: found[where] for name, where in places.items()}
 
 

@@ -5,11 +5,19 @@ import shutil
 
 import pytest
 import torch
-import transformers
 
 from glm5_patch.core.host import has_transformer_engine
 from glm5_patch.cpu_host import single_process
-from tests.bridge.helpers import EXPERTS, MLA, build, logits, tensors_in, train, write_checkpoint
+from tests.bridge.helpers import (
+    EXPERTS,
+    MLA,
+    build,
+    hugging_face,
+    logits,
+    tensors_in,
+    train,
+    write_checkpoint,
+)
 from tests.tiny import add_mtp_layer, relative, tokens
 
 if importlib.util.find_spec("megatron.bridge") is None:
@@ -54,18 +62,12 @@ def ids():
     return tokens(3, 2, 64).cuda()
 
 
-def hugging_face(directory, ids, dtype):
-    model = transformers.GlmMoeDsaForCausalLM.from_pretrained(
-        directory, dtype=dtype, attn_implementation="eager"
-    )
-    with torch.no_grad():
-        return model.cuda().eval()(ids, use_cache=False).logits.float()
-
-
 def assert_as_near_as_hugging_face(ours, directory, ids):
     """In bf16 one flipped key changes all that follows: no farther from fp32 than its own bf16."""
-    exact = hugging_face(directory, ids, torch.float32)
-    rounded = hugging_face(directory, ids, torch.bfloat16)
+    exact, rounded = (
+        hugging_face([directory], ids, directory.parent, dtype)[str(directory)]
+        for dtype in ("float32", "bfloat16")
+    )
     assert relative(ours.float(), exact) < 1.5 * relative(rounded, exact)
 
 
