@@ -24,6 +24,8 @@ _DISTRIBUTIONS = (
     "megatron-bridge",
     "transformers",
     "wrapt",
+    "nvidia-cudnn-frontend",
+    "flash_mla",
 )
 _SWITCHES = ("GLM5_PATCH", "TORCH_DEVICE_BACKEND_AUTOLOAD", "CUDA_VISIBLE_DEVICES")
 
