@@ -18,7 +18,12 @@ def report(bridge: Any, model: Any) -> Survey:
     Args:
         bridge: an ``AutoBridge`` of a Hugging Face directory.
         model: the Megatron model, or a list of its chunks; whole or split.
+
+    Raises:
+        CheckpointError: the ``AutoBridge`` was made of a configuration, without tensors.
     """
+    if not _has_tensors(bridge.hf_pretrained):
+        raise CheckpointError("this AutoBridge was made of a configuration: it has no tensors")
     return _survey(bridge.hf_pretrained, model)
 
 

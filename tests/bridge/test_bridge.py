@@ -151,6 +151,12 @@ def test_the_report_of_a_conversion(run, caplog, tmp_path):
     assert lines[-1] == f"glm5-patch: {count} tensors written"
 
 
+def test_a_configuration_has_no_report(run):
+    bridge = AutoBridge.from_hf_config(run.bridge.hf_pretrained.config)
+    with pytest.raises(CheckpointError, match="made of a configuration"):
+        report(bridge, run.plain)
+
+
 @pytest.mark.parametrize("name", ["self_attn.indexer.wk.weight", "mlp.experts.3.up_proj.weight"])
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(name, run, tmp_path):
     """Bridge itself warns, and leaves the parameter as it was drawn."""

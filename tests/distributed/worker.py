@@ -413,12 +413,14 @@ def main(rank: int, world: int, folder: Path) -> None:
     cpu_host.enable("cpu")
     store = torch.distributed.FileStore(str(folder / f"store-{world}"), world)
     timeout = timedelta(minutes=TIMEOUT_MINUTES)
-    torch.distributed.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world, timeout=timeout
-    )
     results: dict[str, object] = {}
 
     def attempt(name: str, action, *args) -> None:
+        """In a world of its own: the threads of its process groups end with it."""
+        own = torch.distributed.PrefixStore(name, store)
+        torch.distributed.init_process_group(
+            "gloo", store=own, rank=rank, world_size=world, timeout=timeout
+        )
         try:
             with cpu_host.CudaLiterals():
                 results[name] = action(*args)
@@ -426,6 +428,7 @@ def main(rank: int, world: int, folder: Path) -> None:
             results[name] = {"error": f"{type(error).__name__}: {error}"}
             print(f"rank {rank}, {name}:\n{traceback.format_exc()}", file=sys.stderr)
         torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
     for fields in json.loads((folder / "cases.json").read_text())[str(world)]:
         case = Case(**fields)
@@ -442,9 +445,8 @@ def main(rank: int, world: int, folder: Path) -> None:
         if case.world == world and (folder / "hugging_face").exists():
             attempt(f"read, {case.name}", load_hugging_face, case, folder)
     if world > 1:
-        results["refused"] = refused_split(Case("", pp=world))
+        attempt("refused", refused_split, Case("", pp=world))
     (folder / f"{world}-{rank}.json").write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -15,11 +15,13 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
@@ -88,7 +90,8 @@ class Host:
 
     def install(self) -> None:
         for one, folder in self.folders.items():
-            options = ["-q", *PIP_OPTIONS[one.partition("==")[0]], "--target", folder]
+            options = ["-q", "--no-compile", "--target", folder]
+            options += PIP_OPTIONS[one.partition("==")[0]]
             done = subprocess.run([self.python, "-m", "pip", "install", *options, one])
             if done.returncode:
                 raise HostFailed(f"{one} can't be installed")
@@ -150,22 +153,33 @@ def _printed(result: subprocess.CompletedProcess) -> dict:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def on_each(hosts: list[tuple[str, str]], action: Callable[[Host], dict]) -> dict[str, dict]:
-    """Install every host in turn and act on it; one that fails has {"failed": 1}."""
+def on_each(requested: list[tuple[str, str]], action: Callable[[Host], dict]) -> dict[str, dict]:
+    """Act on every host, and meanwhile install the next; one that fails has {"failed": 1}."""
     table = {}
-    for number, (python, requirement) in enumerate(hosts, 1):
-        print(f"[{number}/{len(hosts)}] {requirement}", flush=True)
-        start = time.perf_counter()
-        with tempfile.TemporaryDirectory(prefix=f"{requirement}-") as folder:
-            host = Host(python, requirement, folder)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as installer:
+        hosts = [
+            Host(python, requirement, os.path.join(folder, str(number)))
+            for number, (python, requirement) in enumerate(requested)
+        ]
+        installed = installer.submit(hosts[0].install)
+        for number, host in enumerate(hosts, 1):
+            print(f"[{number}/{len(hosts)}] {host.requirement}", flush=True)
+            start = time.perf_counter()
             try:
-                host.install()
-                table[requirement] = action(host)
+                this, installed = installed, installer.submit(_install_next, hosts[number:])
+                this.result()
+                table[host.requirement] = action(host)
             except HostFailed as error:
                 print("   ", error)
-                table[requirement] = {"failed": 1}
-        print(f"    {time.perf_counter() - start:.0f} s", flush=True)
+                table[host.requirement] = {"failed": 1}
+            shutil.rmtree(host.folder, ignore_errors=True)
+            print(f"    {time.perf_counter() - start:.0f} s", flush=True)
     return table
+
+
+def _install_next(hosts: list[Host]) -> None:
+    if hosts:
+        hosts[0].install()
 
 
 def print_counts(table: dict[str, dict[str, int]]) -> bool:
