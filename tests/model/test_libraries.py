@@ -226,6 +226,30 @@ def test_a_wrong_library_that_was_asked_for_is_an_error(monkeypatch):
         libraries.compared("flash_mla", "forward", results(2.0), results(1.0))
 
 
+def test_a_library_that_fails_is_not_used(monkeypatch):
+    def fail():
+        raise ValueError("no such architecture")
+
+    ours = lambda: (torch.ones(3),)
+    monkeypatch.setenv("GLM5_PATCH_KERNELS", "auto")
+    with pytest.warns(RuntimeWarning, match="top-k of nvidia-cudnn-.* failed: ValueError: no such"):
+        (found,) = libraries.compared("cudnn", "top-k", fail, ours)
+    assert found.tolist() == [1.0] * 3 and "failed" in libraries._refused["cudnn"]
+    monkeypatch.setenv("GLM5_PATCH_KERNELS", "cudnn")
+    with pytest.raises(GLM5PatchError, match="=cudnn: the top-k of .* failed: ValueError"):
+        libraries.compared("cudnn", "top-k", fail, ours)
+
+
+def test_a_library_that_does_not_load_is_named(monkeypatch):
+    """As an older cuDNN, without DSA."""
+    monkeypatch.setitem(sys.modules, "cudnn", ModuleType("cudnn"))
+    monkeypatch.delitem(sys.modules, f"{libraries.__package__}.cudnn_dsa", raising=False)
+    libraries._why_not_loaded.cache_clear()
+    says = libraries._why_not_loaded("cudnn")
+    libraries._why_not_loaded.cache_clear()
+    assert says.startswith("nvidia-cudnn-frontend does not load: ImportError: cannot import name")
+
+
 def test_numbers_that_are_not_finite_say_nothing_about_a_library(monkeypatch):
     nan = lambda: (torch.full((3,), float("nan")),)
     assert libraries.compared("cudnn", "backward", nan, nan)[0].isnan().all()

@@ -80,8 +80,8 @@ def _is_installed(module: str) -> bool:
 def _why_not_loaded(name: str) -> str | None:
     try:
         adapter_of(name)
-    except (ImportError, OSError, AttributeError, RuntimeError) as error:
-        return f"{LIBRARIES[name].distribution} does not load: {error}"
+    except Exception as error:  # whatever an import of somebody else's may raise
+        return f"{LIBRARIES[name].distribution} does not load: {type(error).__name__}: {error}"
     return None
 
 
@@ -125,34 +125,45 @@ def compared(
         most: by how much they may differ, relative, in the Frobenius norm.
 
     Raises:
-        GLM5PatchError: they differ, and ``GLM5_PATCH_KERNELS`` asks for this library.
+        GLM5PatchError: they differ, or the library fails, and ``GLM5_PATCH_KERNELS`` asks for it.
 
     Warns:
-        RuntimeWarning: they differ. The library is not used any more, and this result is ours.
+        RuntimeWarning: likewise. The library is not used any more, and this result is ours.
     """
     if (name, operation) in _compared:
         return theirs()
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return ours()  # looking at a result is no part of a graph
-    found, expected = theirs(), ours()
+    expected, the_operation = ours(), f"the {operation} of {_release(name)}"
+    try:
+        found = theirs()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # it may not compile here
+        _refuse(name, f"{the_operation} failed: {type(error).__name__}: {error}")
+        return expected
     differences = [_difference(*pair) for pair in zip(found, expected)]
     wrong = [difference for difference in differences if not difference <= most]  # or not a number
     if not wrong:
         _compared.add((name, operation))
         return found
-    if not all(tensor.isfinite().all() for tensor in expected):
-        return expected  # says nothing about the library
+    if all(tensor.isfinite().all() for tensor in expected):  # else it says nothing
+        own = f"glm5-patch's own, where {most:.0e} is allowed"
+        _refuse(name, f"{the_operation} is off by {wrong[0]:.1e} from {own}")
+    return expected
+
+
+def _release(name: str) -> str:
     distribution = LIBRARIES[name].distribution
-    reason = (
-        f"the {operation} of {distribution} {installed_version(distribution) or ''} is off by "
-        f"{wrong[0]:.1e} from glm5-patch's own, where {most:.0e} is allowed"
-    )
+    return f"{distribution} {installed_version(distribution) or '(no version)'}"
+
+
+def _refuse(name: str, reason: str) -> None:
     if env.kernels() == name:
         raise GLM5PatchError(f"{env.KERNELS}={name}: {reason}; unset it, or set it to triton")
     _refused[name] = reason
     message = f"glm5-patch: {reason}; it is not used in this process"
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
-    return expected
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
