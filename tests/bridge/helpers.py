@@ -19,6 +19,26 @@ MLA = ["linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_
 EXPERTS = ["*.mlp.experts.*linear_fc1", "*.mlp.experts.*linear_fc2"]
 
 
+CPU = dict(
+    transformer_impl="local",
+    params_dtype=torch.float32,
+    pipeline_dtype=torch.float32,
+    use_cpu_initialization=True,
+    gradient_accumulation_fusion=False,
+    persist_layer_norm=False,
+    bias_activation_fusion=False,
+    bias_dropout_fusion=False,
+    masked_softmax_fusion=False,
+    moe_token_dispatcher_type="allgather",
+    moe_flex_dispatcher_backend=None,
+    moe_grouped_gemm=False,
+    moe_permute_fusion=False,
+    moe_shared_expert_overlap=False,
+    make_vocab_size_divisible_by=1,
+)
+"""What a provider needs to be told without CUDA and Transformer Engine; none of it is of GLM-5."""
+
+
 def write_checkpoint(directory: Path, flavour: str, dtype=torch.float32, **config) -> None:
     """A small random GLM-5 with a tokenizer, as Bridge expects one."""
     from tokenizers import Tokenizer, models
@@ -38,12 +58,16 @@ def provider_of(bridge, settings: dict):
 
 def build(bridge, settings: dict):
     """The model of this rank, loaded."""
+    from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     provider = provider_of(bridge, settings)
     provider.finalize()
     provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
-    model = provider.provide(pre_process=True, post_process=True)
+    model = provider.provide(
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
     if torch.cuda.is_available():
         model.cuda()
     bridge.load_hf_weights([model])

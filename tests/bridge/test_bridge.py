@@ -23,6 +23,7 @@ from glm5_patch.patches import PATCHES
 from glm5_patch.patches.megatron_bridge.glm5_provider import _DESCRIBES_THE_MODEL
 from tests.bridge import standin
 from tests.bridge.helpers import (
+    CPU,
     EXPERTS,
     MLA,
     STEPS,
@@ -45,24 +46,6 @@ from megatron.bridge import AutoBridge  # noqa: E402
 from megatron.bridge.peft.lora import LoRA  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-CPU = dict(
-    transformer_impl="local",
-    params_dtype=torch.float32,
-    pipeline_dtype=torch.float32,
-    use_cpu_initialization=True,
-    gradient_accumulation_fusion=False,
-    persist_layer_norm=False,
-    bias_activation_fusion=False,
-    bias_dropout_fusion=False,
-    masked_softmax_fusion=False,
-    moe_token_dispatcher_type="allgather",
-    moe_flex_dispatcher_backend=None,
-    moe_grouped_gemm=False,
-    moe_permute_fusion=False,
-    moe_shared_expert_overlap=False,
-    make_vocab_size_divisible_by=1,
-)
-"""What a provider needs to be told without CUDA and Transformer Engine; none of it is of GLM-5."""
 
 
 class Run:
