@@ -134,10 +134,13 @@ def test_the_report_of_a_conversion(run, caplog, tmp_path):
     assert lines[-1] == f"glm5-patch: {count} tensors written"
 
 
-def test_a_configuration_has_no_report(run):
+def test_a_model_is_written_by_its_configuration_alone(run, tmp_path):
+    """Without a checkpoint to compare with there is no report."""
     bridge = AutoBridge.from_hf_config(run.bridge.hf_pretrained.config)
     with pytest.raises(CheckpointError, match="made of a configuration"):
         report(bridge, run.plain)
+    bridge.save_hf_weights([run.plain], str(tmp_path / "out"))
+    assert tensors_in(tmp_path / "out").keys() == tensors_in(run.source).keys()
 
 
 @pytest.mark.parametrize("name", ["self_attn.indexer.wk.weight", "mlp.experts.3.up_proj.weight"])

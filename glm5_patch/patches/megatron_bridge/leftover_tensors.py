@@ -26,11 +26,10 @@ class LeftoverTensors(Patch):
 def _save(wrapped, instance, args, kwargs):
     from ...model.conversion import report
 
-    config = instance.hf_pretrained.config
+    config = getattr(instance.hf_pretrained, "config", None)  # it may be a configuration itself
     source = getattr(getattr(instance.hf_pretrained, "state", None), "source", None)
-    if getattr(config, "model_type", None) != "glm_moe_dsa" or not hasattr(
-        source, "save_generator"
-    ):
+    is_glm5 = getattr(config, "model_type", None) == "glm_moe_dsa"
+    if not is_glm5 or not hasattr(source, "save_generator"):
         return wrapped(*args, **kwargs)
     survey = report(instance, argument(wrapped, args, kwargs, "model"))
     leftover = (*survey.mtp, *survey.dropped, *survey.unexpected)
