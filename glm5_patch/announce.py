@@ -23,7 +23,7 @@ def announce(config: Any) -> None:
         config: the ``TransformerConfig`` of a model that passed the gate.
     """
     global _announced
-    if _announced:
+    if _announced or _rank() != 0:  # describing it imports what computes
         return
     _announced = True
     say(describe(config))
@@ -66,7 +66,7 @@ def sparse_attention_by(dtype: torch.dtype, host_backend: str = "none") -> str:
         host_backend: ``dsa_kernel_backend`` of its configuration, where that knows one.
     """
     from .core.ledger import LEDGER, State
-    from .model.kernels import computed_by, why_torch, with_libraries
+    from .model.kernels import computed_by, triton_and_libraries, why_torch
 
     device = _device()
     spec, hooks = (LEDGER[i] if i in LEDGER else None for i in ("dsa_spec", "dsa_kernels"))
@@ -79,7 +79,9 @@ def sparse_attention_by(dtype: torch.dtype, host_backend: str = "none") -> str:
         reason = f"dsa_kernel_backend={host_backend}"
     else:
         reason = why_torch(device, dtype)
-    return with_libraries(device) if reason is None else f"megatron-core's own code ({reason})"
+    if reason is None:
+        return triton_and_libraries(device)
+    return f"megatron-core's own code ({reason})"
 
 
 def libraries() -> dict[str, str | None]:

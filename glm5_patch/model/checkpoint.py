@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -116,9 +116,9 @@ class Survey(NamedTuple):
     unexpected: tuple[str, ...]
 
     @classmethod
-    def of(cls, names: Iterable[str], hf: HFConfig, mtp_layers: int = 0) -> Survey:
-        """Args as of ``expected_tensors``, and the names that the checkpoint has."""
-        names, expected = set(names), expected_tensors(hf, mtp_layers).keys()
+    def of(cls, names: Iterable[str], hf: HFConfig, expected: Collection[str]) -> Survey:
+        """Of the names that a checkpoint has, and those that ``expected_tensors`` gives."""
+        names, expected = set(names), set(expected)
         dropped, mtp, unexpected = [], [], []
         for name in sorted(names - expected):
             layer = _LAYER.match(name)
@@ -129,10 +129,10 @@ class Survey(NamedTuple):
             elif name != "lm_head.weight":  # a tied head may be written out
                 unexpected.append(name)
         indexer = {_INDEXER.sub("", name) for name in expected if _INDEXER.match(name)}
-        skip = sorted(set(range(1, hf.num_hidden_layers + 1)) - set(hf.schedule.computing_layers))
         of_skip_layers = [
             f"model.layers.{number - 1}.self_attn.indexer.{name}"
-            for number in skip
+            for number in range(1, hf.num_hidden_layers + 1)
+            if not hf.schedule.computes(number)
             for name in sorted(indexer)
         ]
         return cls(
@@ -203,7 +203,7 @@ class HFCheckpoint:
 
     def _report(self, mtp_layers: int) -> CheckpointReport:
         expected = expected_tensors(self.config, mtp_layers)
-        survey = Survey.of(self.shapes, self.config, mtp_layers)
+        survey = Survey.of(self.shapes, self.config, expected)
         schedule = self.config.schedule
         for name, shape in expected.items():
             if name not in self.shapes:

@@ -31,7 +31,7 @@ def _survey(hf_pretrained: Any, model: Any) -> Survey:
     names = hf_pretrained.state.source.get_all_keys()
     # Of a quantised tensor the scales, which Bridge reads with it.
     names = [name for name in names if not name.endswith("_scale_inv")]
-    return Survey.of(names, _config(hf_pretrained), _mtp_layers(model))
+    return Survey.of(names, _config(hf_pretrained), _expected(hf_pretrained, model))
 
 
 def check_before_loading(hf_pretrained: Any, model: Any) -> Survey | None:
@@ -87,7 +87,7 @@ def checked(tensors: Iterable[Any], hf_pretrained: Any, model: Any) -> Iterator[
     for tensor in tensors:
         written.add(tensor[0].replace(".base_layer.", "."))
         yield tensor
-    missing = sorted(expected_tensors(_config(hf_pretrained), _mtp_layers(model)).keys() - written)
+    missing = sorted(_expected(hf_pretrained, model) - written)
     if missing:
         raise CheckpointError(
             f"Bridge converted {len(written)} tensors, and not {missing[0]} "
@@ -113,6 +113,6 @@ def _config(hf_pretrained: Any) -> HFConfig:
     return HFConfig(getattr(hf_pretrained, "config", hf_pretrained).to_dict())
 
 
-def _mtp_layers(model: Any) -> int:
+def _expected(hf_pretrained: Any, model: Any) -> set[str]:
     first = model[0] if isinstance(model, list) else model
-    return first.config.mtp_num_layers or 0
+    return set(expected_tensors(_config(hf_pretrained), first.config.mtp_num_layers or 0))

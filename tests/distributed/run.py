@@ -22,13 +22,16 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 900
 
 
-def world(size: int, folder: Path, **env: str) -> list[dict]:
-    """What each rank of one world found.
+def world(
+    size: int, folder: Path, worker: str = "tests.distributed.worker", **env: str
+) -> list[dict]:
+    """What each rank of one world found: it runs ``worker`` with its rank, the size and the folder,
+    and writes ``SIZE-RANK.json``.
 
     Raises:
         RuntimeError: a rank died or took too long; its output is in the message.
     """
-    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.worker"]
+    command = [sys.executable, "-W", "ignore", "-m", worker]
     (folder / f"store-{size}").unlink(missing_ok=True)
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import env
 from ...errors import GLM5PatchError
-from .libraries import in_words
+from .libraries import triton_and_libraries
 
 _NARROWEST = {"kv_lora_rank": 64, "qk_pos_emb_head_dim": 16, "dsa_indexer_head_dim": 16}
 """Widths below these make products that tensor cores don't take."""
@@ -67,13 +67,7 @@ def why_torch(device: torch.device, dtype: torch.dtype, **widths: int) -> str | 
 def computed_by(device: torch.device, dtype: torch.dtype) -> str:
     """What computes sparse attention on such tensors, in words."""
     reason = why_torch(device, dtype)
-    return with_libraries(device) if reason is None else f"torch ({reason})"
-
-
-def with_libraries(device: torch.device) -> str:
-    """What computes sparse attention where Triton does, in words."""
-    libraries = in_words(device)
-    return f"triton, {libraries}" if libraries else "triton"
+    return triton_and_libraries(device) if reason is None else f"torch ({reason})"
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import torch
 from cudnn import DSA
 from torch import Tensor
 
+from .libraries import why_not_latent
 from .sparse_mla import flat_keys
 
 _sparse_attention_backward = DSA.sparse_attention_backward_wrapper
@@ -19,16 +20,12 @@ _plans: dict[tuple, object] = {}
 
 def why_not_shape(query: Tensor, latent_dim: int, k: int) -> str | None:
     """Why it can't compute on such queries; args as of ``libraries.takes``."""
-    heads, width = query.shape[2:]
+    heads = query.shape[2]
     if query.dtype not in (torch.bfloat16, torch.float16):
         return f"cuDNN takes bfloat16 and float16, not {str(query.dtype).removeprefix('torch.')}"
     if heads not in (32, 64):
-        return f"cuDNN is faster with 32 and 64 heads of a rank, and Triton is used with {heads}"
-    if (latent_dim, width) != (512, 576):
-        return f"cuDNN takes a latent of 512 + 64, not {latent_dim} + {width - latent_dim}"
-    if query.numel() >= 2**31:
-        return "the queries are more numbers than 32 bits count"
-    return None
+        return f"cuDNN is taken with 32 and 64 heads of a rank, not {heads}"
+    return why_not_latent(query, latent_dim)
 
 
 def backward(

@@ -8,6 +8,7 @@ import torch
 from flash_mla import flash_mla_sparse_fwd
 from torch import Tensor
 
+from .libraries import why_not_latent
 from .sparse_mla import LOG2_E, flat_keys
 
 if "topk_length" not in inspect.signature(flash_mla_sparse_fwd).parameters:
@@ -16,18 +17,14 @@ if "topk_length" not in inspect.signature(flash_mla_sparse_fwd).parameters:
 
 def why_not_shape(query: Tensor, latent_dim: int, k: int) -> str | None:
     """Why it can't compute on such queries; args as of ``libraries.takes``."""
-    heads, width = query.shape[2:]
+    heads = query.shape[2]
     if query.dtype != torch.bfloat16:
         return f"FlashMLA takes bfloat16, not {str(query.dtype).removeprefix('torch.')}"
     if heads not in (64, 128):
         return f"FlashMLA takes 64 or 128 heads of a rank, not {heads}"
-    if (latent_dim, width) != (512, 576):
-        return f"FlashMLA takes a latent of 512 + 64, not {latent_dim} + {width - latent_dim}"
     if k % 128:
         return f"FlashMLA takes a top-k of a multiple of 128, not {k}"
-    if query.numel() >= 2**31:
-        return "the queries are more numbers than 32 bits count"
-    return None
+    return why_not_latent(query, latent_dim)
 
 
 def forward(query, latent, topk_indices, starts, positions, latent_dim, softmax_scale):

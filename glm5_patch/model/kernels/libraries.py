@@ -109,6 +109,15 @@ def takes(name: str, query: Tensor, latent_dim: int, k: int) -> bool:
     return reason is None
 
 
+def why_not_latent(query: Tensor, latent_dim: int) -> str | None:
+    """Why no library takes such queries; args as of ``takes``."""
+    if (latent_dim, query.shape[-1]) != (512, 576):
+        return f"a latent of 512 + 64 is taken, not {latent_dim} + {query.shape[-1] - latent_dim}"
+    if query.numel() >= 2**31:
+        return "the queries are more numbers than 32 bits count"
+    return None
+
+
 def compared(
     name: str,
     operation: str,
@@ -172,7 +181,8 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     return 0.0 if distance == 0 else (distance / expected.float().norm()).item()
 
 
-def in_words(device: torch.device) -> str:
-    """What the libraries that compute here do; empty where none does."""
+def triton_and_libraries(device: torch.device) -> str:
+    """What computes sparse attention where Triton does, in words."""
     there = [library for library in LIBRARIES.values() if why_not(library.name, device) is None]
-    return " and ".join(f"{library.does} by {library.name}" for library in there)
+    does = " and ".join(f"{library.does} by {library.name}" for library in there)
+    return f"triton, {does}" if does else "triton"
