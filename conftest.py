@@ -22,7 +22,7 @@ warnings.filterwarnings(
 @pytest.fixture(scope="session")
 def world():
     """megatron-core's model parallelism with one rank, on the CPU."""
-    from glm5_patch.cpu_host import single_process
+    from glm5_patch.testing.cpu_host import single_process
 
     with single_process("cpu"):
         yield

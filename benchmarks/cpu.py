@@ -28,9 +28,9 @@ def measure(who: str, length: int) -> dict[str, float]:
     import torch
     from megatron.core.transformer.experimental_attention_variant.dsa import unfused_dsa_fn
 
-    from glm5_patch.model.blocks import Rows, visible_topk
-    from glm5_patch.model.sparse_attention import sparse_attention
-    from glm5_patch.model.sparse_mla import MLADims, keys_and_values
+    from glm5_patch.ops.rows import Rows, visible_topk
+    from glm5_patch.ops.sparse_attention.operation import MLADims, keys_and_values
+    from glm5_patch.ops.sparse_attention.reference import sparse_attention
 
     torch.set_num_threads(1)
     dims = MLADims(latent=512, nope=192, rope=64, value=256)

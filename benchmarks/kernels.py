@@ -34,11 +34,15 @@ import torch
 from torch import Tensor
 
 from glm5_patch import env
-from glm5_patch.model.blocks import Rows, selected_keys
-from glm5_patch.model.kernels import absorbed, indexer, indexer_loss, libraries, sparse_mla
-from glm5_patch.model.sparse_attention import sparse_attention
-from glm5_patch.model.sparse_mla import MLADims, keys_and_values
-from glm5_patch.model.sparse_mla import sparse_mla as attend
+from glm5_patch.ops import compared as libraries
+from glm5_patch.ops.index_loss import triton as indexer_loss
+from glm5_patch.ops.index_topk import triton as indexer
+from glm5_patch.ops.rows import Rows, selected_keys
+from glm5_patch.ops.sparse_attention import absorption as absorbed
+from glm5_patch.ops.sparse_attention import triton as sparse_mla
+from glm5_patch.ops.sparse_attention.operation import MLADims, keys_and_values
+from glm5_patch.ops.sparse_attention.operation import sparse_mla as attend
+from glm5_patch.ops.sparse_attention.reference import sparse_attention
 
 DIMS = MLADims(latent=512, nope=192, rope=64, value=256)
 SCALE = (DIMS.nope + DIMS.rope) ** -0.5

@@ -28,10 +28,10 @@ import record
 import torch
 
 import glm5_patch
-from glm5_patch.announce import libraries
-from glm5_patch.cpu_host import single_process
-from glm5_patch.model.build import gpt_model, transformer_config
-from glm5_patch.model.hf_config import HFConfig
+from glm5_patch.attention.build import gpt_model, transformer_config
+from glm5_patch.config.huggingface import HFConfig
+from glm5_patch.patches.announce import libraries
+from glm5_patch.testing.cpu_host import single_process
 
 LAYERS, RUNS = 4, 5
 PATTERNS = {"every layer computes": "FFFF", "one of four computes": "FSSS"}
@@ -69,7 +69,7 @@ def as_released():
     from megatron.core.transformer.experimental_attention_variant import dsa
     from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
-    from glm5_patch.model import spec
+    from glm5_patch.attention import spec
 
     def host_spec(found, config, backend):
         ours = glm5_spec(found, config, backend)

@@ -30,17 +30,13 @@ from pathlib import Path
 import torch
 
 import glm5_patch
-from glm5_patch import cpu_host
-from glm5_patch.model.build import gpt_model, transformer_config
-from glm5_patch.model.checkpoint import (
-    HFCheckpoint,
-    expected_tensors,
-    own_part,
-    pieces,
-    write_shards,
-)
-from glm5_patch.model.hf_config import HFConfig
-from glm5_patch.model.trainable import set_phase
+from glm5_patch.attention.build import gpt_model, transformer_config
+from glm5_patch.checkpoint.names import expected_tensors, own_part, pieces
+from glm5_patch.checkpoint.reader import HFCheckpoint
+from glm5_patch.checkpoint.writer import write_shards
+from glm5_patch.config.huggingface import HFConfig
+from glm5_patch.testing import cpu_host
+from glm5_patch.training.phases import set_phase
 
 STEPS, MICROBATCHES, RANK = 10, 2, 16
 BOUND = {"cuda": 3e-2, "cpu": 5e-6}

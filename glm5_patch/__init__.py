@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .core.ledger import Status
+    from .patching.ledger import Status
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "disable", "enable", "require", "status"]
@@ -23,7 +23,7 @@ def enable() -> Status:
 
     Idempotent. Obeys the ``GLM5_PATCH*`` environment variables (``glm5_patch.env``).
     """
-    from .core import hooks
+    from .patching import imports as hooks
 
     hooks.enable()
     return status()
@@ -31,7 +31,7 @@ def enable() -> Status:
 
 def disable() -> Status:
     """Put every original object of every host back, and arm nothing until ``enable()``."""
-    from .core import hooks
+    from .patching import imports as hooks
 
     hooks.disable()
     return status()
@@ -39,7 +39,7 @@ def disable() -> Status:
 
 def status() -> Status:
     """What became of each patch in this process, and why."""
-    from .core.ledger import LEDGER
+    from .patching.ledger import LEDGER
 
     return LEDGER.status()
 
@@ -55,7 +55,7 @@ def require(*ids: str) -> Status:
             patch, its seam and the cause. An uninstalled host is no error, unless none is there.
         ValueError: an id that no patch has.
     """
-    from .core import hooks
+    from .patching import imports as hooks
 
     hooks.require(ids)
     return status()

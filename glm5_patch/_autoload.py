@@ -14,7 +14,7 @@ def activate() -> None:
     if os.environ.get("GLM5_PATCH", "").strip().lower() in ("0", "false", "off", "no"):
         return
     try:
-        from .core import hooks
+        from .patching import imports as hooks
 
         hooks.enable()
     except Exception as error:

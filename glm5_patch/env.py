@@ -79,3 +79,13 @@ def kernels() -> str:
     if asked not in _KERNELS:
         raise GLM5PatchError(f"{KERNELS}={asked} is none of {', '.join(_KERNELS)}")
     return asked
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version of an installed distribution; None where there is none, or a folder alone."""
+    import importlib.metadata  # here: `import torch` need not pay for it
+
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from glm5_patch.model.checkpoint import HFCheckpoint
-from glm5_patch.model.indexer_order import ROPE_LAST, convert
+from glm5_patch.checkpoint.indexer_order import ROPE_LAST, convert
+from glm5_patch.checkpoint.reader import HFCheckpoint
 from tests.tiny import saved
 
 ROOT = Path(__file__).parents[1]

@@ -10,10 +10,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
-from glm5_patch.demo import forward, randomize
-from glm5_patch.model.build import gpt_model, transformer_config
-from glm5_patch.model.checkpoint import HFCheckpoint
-from glm5_patch.model.hf_config import HFConfig
+from glm5_patch.attention.build import gpt_model, transformer_config
+from glm5_patch.checkpoint.reader import HFCheckpoint
+from glm5_patch.config.huggingface import HFConfig
+from glm5_patch.tools.demo import forward, randomize
 
 SHARING = {"index_topk_freq": 4, "index_skip_topk_offset": 3}
 FLAVOURS = {"5.2": SHARING, "5.1": {}}

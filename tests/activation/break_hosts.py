@@ -103,7 +103,7 @@ def builds():
     from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
     from megatron.core.transformer.transformer_block import TransformerBlock
 
-    from glm5_patch.cpu_host import single_process
+    from glm5_patch.testing.cpu_host import single_process
 
     small = dict(num_layers=2, hidden_size=64, num_attention_heads=4, use_cpu_initialization=True)
     with single_process("cpu"):

@@ -97,7 +97,7 @@ def test_a_reload_of_any_host_module_is_noticed_and_repaired(expected):
     code = f"""
 {ALL}
 {REPORT}
-from glm5_patch.core.hooks import raise_unless_in_place
+from glm5_patch.patching.imports import raise_unless_in_place
 from tests.activation.fork import in_a_fork
 
 def after_reload(name):
@@ -127,7 +127,7 @@ def function(): return 1
 """
 FAKE_PATCH = """
 import sys, glm5_patch.patches as table
-from glm5_patch.core.patch import Finding, Patch
+from glm5_patch.patching.patch import Finding, Patch
 class Fake(Patch):
     id, module, attribute = "fake", "fake_host", "function"
     why = upstream = remove_when = "."
@@ -159,7 +159,7 @@ def test_a_half_imported_module_that_fails_is_patched_on_its_next_import(tmp_pat
 def test_switched_off_nothing_is_armed_and_the_host_refuses_as_ever():
     code = f"""
     import sys, torch
-    assert not any(m.startswith(("glm5_patch.core", "wrapt")) for m in sys.modules)
+    assert not any(m.startswith(("glm5_patch.patching", "wrapt")) for m in sys.modules)
     import {SPECS} as specs
     from megatron.core.transformer.transformer_config import MLATransformerConfig
     config = MLATransformerConfig(

@@ -8,8 +8,8 @@ import pytest
 import torch  # noqa: F401  loads the plugin
 
 import glm5_patch
-from glm5_patch.cpu_host import single_process
 from glm5_patch.errors import GLM5PatchError
+from glm5_patch.testing.cpu_host import single_process
 from tests.activation import other_model
 
 SPECS = "megatron.core.models.gpt.experimental_attention_variant_module_specs"

@@ -30,12 +30,13 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from glm5_patch import cpu_host
+from glm5_patch.attention.build import mtp_block_spec
+from glm5_patch.checkpoint.reader import HFCheckpoint
+from glm5_patch.checkpoint.writer import save
+from glm5_patch.config.huggingface import HFConfig
 from glm5_patch.errors import PipelineSplitError
-from glm5_patch.model.build import mtp_block_spec
-from glm5_patch.model.checkpoint import HFCheckpoint, save
-from glm5_patch.model.hf_config import HFConfig
-from glm5_patch.model.parity import recorded
+from glm5_patch.testing import cpu_host
+from glm5_patch.testing.parity import recorded
 from tests.distributed.cases import CHECKPOINT, CONTIGUOUS, READERS, Case
 from tests.tiny import hf_config, megatron_config, packed, tokens
 

@@ -34,7 +34,7 @@ def main() -> None:
         others = {patch.id for patch in PATCHES} - RUNS_HERE
         os.environ["GLM5_PATCH_DISABLE"] = ",".join(sorted(others))
     import glm5_patch.auto  # noqa: F401
-    from glm5_patch.cpu_host import single_process
+    from glm5_patch.testing.cpu_host import single_process
 
     if released:
         run_as_released()
@@ -51,7 +51,7 @@ def run_as_released() -> None:
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear
     from megatron.core.transformer.experimental_attention_variant import dsa
 
-    from glm5_patch.model.local import LocalDSASpecProvider
+    from glm5_patch.attention.local_backend import LocalDSASpecProvider
 
     class NormAndLinear(ColumnParallelLinear):
         """What Transformer Engine's layer of that kind computes."""
@@ -108,9 +108,9 @@ def measure(flavour: str, released: bool) -> dict | None:
 def _one_seed(flavour: str, seed: int, released: bool) -> dict[str, float]:
     import torch
 
-    from glm5_patch.demo import forward
-    from glm5_patch.model.checkpoint import HFCheckpoint
-    from glm5_patch.model.parity import kept_share, recorded, recorded_hf, same_input_shares
+    from glm5_patch.checkpoint.reader import HFCheckpoint
+    from glm5_patch.testing.parity import kept_share, recorded, recorded_hf, same_input_shares
+    from glm5_patch.tools.demo import forward
     from tests.tiny import hf_config, hf_model, loss_of, tokens
 
     record = recorded if not released else _recorded_as_released
@@ -151,7 +151,7 @@ def _model(checkpoint, **overrides):
     import torch
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-    from glm5_patch.model.build import gpt_model
+    from glm5_patch.attention.build import gpt_model
 
     known = MLATransformerConfig.__dataclass_fields__
     schedule = {
@@ -179,7 +179,7 @@ def _two_microbatches(model, seed: int):
     """The gradient of two forwards followed by two backwards."""
     import torch
 
-    from glm5_patch.demo import forward
+    from glm5_patch.tools.demo import forward
     from tests.tiny import loss_of, tokens
 
     model.train()
@@ -193,7 +193,7 @@ def _gradient_error(ours, theirs) -> float:
     """Relative error over all parameters that both sides have one by one (not the experts)."""
     import torch
 
-    from glm5_patch.model.checkpoint import pieces
+    from glm5_patch.checkpoint.names import pieces
 
     references = dict(theirs.named_parameters())
     pairs = [
@@ -212,8 +212,8 @@ def _recorded_as_released(model):
     import torch
     from megatron.core.transformer.experimental_attention_variant import dsa
 
-    from glm5_patch.core.host import shares_topk
-    from glm5_patch.model.parity import Recording, recorded
+    from glm5_patch.patches.probes.megatron_core import shares_topk
+    from glm5_patch.testing.parity import Recording, recorded
 
     if shares_topk(dsa):
         with recorded(model) as found:

@@ -30,7 +30,7 @@ PARITY = ["tests/patches/test_parity.py", "tests/patches/test_config_fields.py",
 TESTS = {
     "megatron-core": PARITY,
     "transformers": ["tests/patches/test_hf_config.py", "tests/hosts"],
-    "megatron-bridge": ["tests/bridge"],
+    "megatron-bridge": ["tests/hosts/bridge"],
     # It has too little of GLM-5 to be patched.
     "megatron-core==0.16.0rc0.dev132713": ["tests/activation/test_unsupported.py"],
     # The README's command runs the whole suite on 0.16.1; 0.18 has another checkpoint and schedule.
@@ -42,10 +42,10 @@ TESTS = {
     # 0.19 shares top-k by itself, and differs in everything that touches it.
     "megatron-core==0.19.2": [
         "tests/patches",
-        "tests/core",
+        "tests/patching",
         "tests/hosts",
-        "tests/model/test_indexer_loss.py",
-        "tests/model/test_kernels.py::test_a_model_on_the_kernels_equals_one_on_torch",
+        "tests/ops/test_index_loss.py",
+        "tests/ops/test_triton.py::test_a_model_on_the_kernels_equals_one_on_torch",
         "tests/activation/test_faults.py",
         "tests/activation/test_orders.py",
         "tests/distributed",
@@ -53,12 +53,12 @@ TESTS = {
 }
 PARALLEL = ("0.16.1", "0.18.2", "0.19.2")
 # transformers brings tokenizers of the version it insists on; megatron-core's needs are all there.
-# Bridge's needs are in tests/bridge/requirements.txt.
+# Bridge's needs are in tests/hosts/bridge/requirements.txt.
 PIP_OPTIONS = {"megatron-core": ["--no-deps"], "megatron-bridge": ["--no-deps"], "transformers": []}
 IMPORTS = {
     "transformers": "import transformers.models.glm_moe_dsa.configuration_glm_moe_dsa",
     "megatron-bridge": """
-from tests.bridge import standin
+from tests.hosts.bridge import standin
 standin.install()
 import megatron.bridge.models.conversion.auto_bridge
 import megatron.bridge.models.glm_moe_dsa.glm5_bridge, megatron.bridge.peft.utils

@@ -11,7 +11,7 @@ from tests.distributed.cases import CASES
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "docs" / "hosts.json"
-PACKAGED = ROOT / "glm5_patch" / "hosts.json"
+PACKAGED = ROOT / "glm5_patch" / "tools" / "hosts.json"
 """What ``glm5-patch explain`` says of hosts: patch -> release -> patched or native."""
 WORDS = {"applied": "patched", "not_needed": "native"}
 

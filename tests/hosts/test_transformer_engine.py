@@ -5,8 +5,8 @@ import inspect
 import pytest
 import torch
 
-from glm5_patch.core.host import has_transformer_engine
-from glm5_patch.cpu_host import single_process
+from glm5_patch.patches.probes.megatron_core import has_transformer_engine
+from glm5_patch.testing.cpu_host import single_process
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or not has_transformer_engine(),

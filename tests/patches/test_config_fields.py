@@ -7,9 +7,9 @@ import pytest
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 import glm5_patch
+from glm5_patch.config.fields import ALIASES, GLM5Fields
+from glm5_patch.config.schedule import IndexSchedule
 from glm5_patch.errors import GLM5PatchError, ScheduleError
-from glm5_patch.model.config_fields import ALIASES, GLM5Fields
-from glm5_patch.model.schedule import IndexSchedule
 
 BASE = dict(
     num_layers=8, hidden_size=64, num_attention_heads=4, ffn_hidden_size=64, add_bias_linear=False
@@ -107,7 +107,7 @@ def test_a_class_derived_while_patched_survives_disable_and_enable():
 
 @pytest.fixture
 def host_refuses_context_parallelism():
-    from glm5_patch.core.host import refuses_context_parallel
+    from glm5_patch.patches.probes.megatron_core import refuses_context_parallel
 
     glm5_patch.disable()
     try:

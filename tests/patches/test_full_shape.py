@@ -8,9 +8,9 @@ SCRIPT = """
 import collections, sys, warnings
 warnings.filterwarnings("ignore")
 import torch
-from glm5_patch.cpu_host import single_process
-from glm5_patch.model.build import gpt_model, transformer_config
-from glm5_patch.model.hf_config import HFConfig
+from glm5_patch.testing.cpu_host import single_process
+from glm5_patch.attention.build import gpt_model, transformer_config
+from glm5_patch.config.huggingface import HFConfig
 import json
 hf = HFConfig(json.loads(open(sys.argv[1]).read()))
 with single_process("meta"):

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, GlmMoeDsaConfig
 
-from glm5_patch.model.hf_config import ROPE_WIDTH_TENSORS, HFConfig
-from glm5_patch.model.schedule import IndexSchedule
+from glm5_patch.config.huggingface import ROPE_WIDTH_TENSORS, HFConfig
+from glm5_patch.config.schedule import IndexSchedule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GLM_5_2 = IndexSchedule.from_freq(78, 4, 3)

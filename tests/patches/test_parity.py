@@ -5,20 +5,13 @@ import random
 import pytest
 import torch
 
-from glm5_patch.demo import forward
-from glm5_patch.model.build import HF_LATENT_NORM_EPSILON, set_latent_norm_epsilon
-from glm5_patch.model.checkpoint import HFCheckpoint, pieces
-from glm5_patch.model.parity import compare_topk, kept_share, recorded, recorded_hf
-from glm5_patch.model.schedule import IndexSchedule
-from tests.tiny import (
-    hf_config,
-    hf_model,
-    loss_of,
-    megatron_model,
-    relative,
-    saved,
-    tokens,
-)
+from glm5_patch.attention.build import HF_LATENT_NORM_EPSILON, set_latent_norm_epsilon
+from glm5_patch.checkpoint.names import pieces
+from glm5_patch.checkpoint.reader import HFCheckpoint
+from glm5_patch.config.schedule import IndexSchedule
+from glm5_patch.testing.parity import compare_topk, kept_share, recorded, recorded_hf
+from glm5_patch.tools.demo import forward
+from tests.tiny import hf_config, hf_model, loss_of, megatron_model, relative, saved, tokens
 
 # One sequence length and index_topk for each seed.
 SIZES = {0: (64, 8), 1: (128, 16), 2: (256, 32), 3: (512, 64), 4: (192, 8)}

@@ -5,9 +5,9 @@ import torch
 from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from glm5_patch.config.huggingface import HFConfig
 from glm5_patch.errors import PipelineSplitError
-from glm5_patch.model.hf_config import HFConfig
-from tests.model.test_schedule import published
+from tests.config.test_schedule import published
 
 
 def glm_5_2(pp, **fields):

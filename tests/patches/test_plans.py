@@ -10,12 +10,12 @@ import megatron.core
 import pytest
 from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
 
-from glm5_patch import cli
+from glm5_patch.config.huggingface import HFConfig
+from glm5_patch.config.pipeline_split import best_splits
 from glm5_patch.errors import PipelineSplitError
-from glm5_patch.model.hf_config import HFConfig
-from glm5_patch.model.pipeline import best_splits
-from glm5_patch.plan import layout, why_not_uniform
-from tests.model.test_schedule import published
+from glm5_patch.tools import cli
+from glm5_patch.tools.plan import layout, why_not_uniform
+from tests.config.test_schedule import published
 from tests.patches.test_pipeline_split import glm_5_2
 
 

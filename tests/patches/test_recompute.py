@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import glm5_patch
-from glm5_patch.core.hooks import enable
-from glm5_patch.demo import forward
 from glm5_patch.errors import GLM5PatchError
+from glm5_patch.patching.imports import enable
+from glm5_patch.tools.demo import forward
 from tests.tiny import loss_of, megatron_model, pack_forward, packed, relative, saved, tokens
 
 FULL = dict(recompute_granularity="full")
@@ -116,7 +116,7 @@ def test_a_pack_equals_its_documents_one_by_one(our_core, checkpoint, lower_posi
 
 
 def test_a_recompute_selects_nothing_again(our_core, checkpoint, monkeypatch):
-    from glm5_patch.model.indexer import LightningIndexer
+    from glm5_patch.attention.indexer import LightningIndexer
 
     calls = []
     select = LightningIndexer.select
@@ -157,7 +157,7 @@ def test_padding_inside_a_pack_changes_nothing(our_core, checkpoint, lower_posit
 
 
 def test_topk_is_freed_after_its_last_reader_or_with_its_graph(our_core, checkpoint, monkeypatch):
-    from glm5_patch.model.topk_carrier import TopkCarrier
+    from glm5_patch.topk.carrier import TopkCarrier
 
     held, carriers = [], []
     publish = TopkCarrier.publish

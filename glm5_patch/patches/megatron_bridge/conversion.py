@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ...core.patch import Finding, Patch, argument
-from ...core.wrapper import host_wrapper
+from ...patching.patch import Finding, Patch, argument
+from ...patching.seams import host_wrapper
 
 
 class Conversion(Patch):
@@ -28,8 +28,8 @@ class Conversion(Patch):
 
 
 def _load(wrapped, instance, args, kwargs):
-    from ...announce import say
-    from ...model.conversion import check_before_loading, describe_loading
+    from ...checkpoint.bridge_report import check_before_loading, describe_loading
+    from ..announce import say
 
     hf_pretrained = argument(wrapped, args, kwargs, "hf_pretrained")
     survey = check_before_loading(hf_pretrained, argument(wrapped, args, kwargs, "megatron_model"))
@@ -40,7 +40,7 @@ def _load(wrapped, instance, args, kwargs):
 
 
 def _stream(wrapped, instance, args, kwargs):
-    from ...model.conversion import checked
+    from ...checkpoint.bridge_report import checked
 
     tensors = wrapped(*args, **kwargs)
     if argument(wrapped, args, kwargs, "conversion_tasks") is not None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ...core.host import unmapped_glm5_parameters
-from ...core.patch import Finding, Patch
+from ...patching.patch import Finding, Patch
+from ..probes.megatron_bridge import unmapped_glm5_parameters
 
 
 class GLM5Mappings(Patch):
@@ -35,7 +35,7 @@ class GLM5Mappings(Patch):
 
 def _mappings(module, bridge):
     """Everything that a release may lack, by Bridge's own classes."""
-    from ...model.checkpoint import LAYER_NAMES, MTP_LAYERS, MTP_NAMES
+    from ...checkpoint.names import LAYER_NAMES, MTP_LAYERS, MTP_NAMES
 
     yield from _experts(module, "decoder.layers.*.mlp", "model.layers.*.mlp")
     config = bridge.hf_config

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...core.host import why_glm5_provider_is_wrong
-from ...core.patch import Finding, Patch, argument
+from ...patching.patch import Finding, Patch, argument
+from ..probes.megatron_bridge import why_glm5_provider_is_wrong
 
 _DESCRIBES_THE_MODEL = (
     "qk_head_dim",
@@ -38,7 +38,7 @@ class GLM5Provider(Patch):
 
 
 def _provider_bridge(wrapped, instance, args, kwargs):
-    from ...model.hf_config import HFConfig
+    from ...config.huggingface import HFConfig
 
     hf_config = argument(wrapped, args, kwargs, "hf_pretrained").config
     hf = HFConfig(hf_config.to_dict())

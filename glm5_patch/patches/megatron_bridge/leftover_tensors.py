@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from ...core.patch import Finding, Patch, argument
+from ...patching.patch import Finding, Patch, argument
 
 
 class LeftoverTensors(Patch):
@@ -24,7 +24,7 @@ class LeftoverTensors(Patch):
 
 
 def _save(wrapped, instance, args, kwargs):
-    from ...model.conversion import report
+    from ...checkpoint.bridge_report import report
 
     config = getattr(instance.hf_pretrained, "config", None)  # it may be a configuration itself
     source = getattr(getattr(instance.hf_pretrained, "state", None), "source", None)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ...core.host import knows_only_named_linears
-from ...core.patch import Finding, Patch, argument
+from ...patching.patch import Finding, Patch, argument
+from ..probes.megatron_bridge import knows_only_named_linears
 
 
 class LocalLoRA(Patch):
@@ -22,7 +22,7 @@ class LocalLoRA(Patch):
 
     def apply(self, module, seams) -> None:
         def attributes(wrapped, instance, args, kwargs):
-            from ...model.duplicated_linear import DuplicatedLinear
+            from ...attention.local_backend import DuplicatedLinear
 
             linear = argument(wrapped, args, kwargs, "m")
             if not isinstance(linear, DuplicatedLinear):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ...core.host import what_hf_config_spoils
-from ...core.patch import Finding, Patch
+from ...patching.patch import Finding, Patch
+from ..probes.transformers import what_hf_config_spoils
 
 
 class GlmMoeDsaConfigValues(Patch):
@@ -30,7 +30,7 @@ def _init(wrapped, instance, args, kwargs):
         return wrapped(
             *args, **kwargs
         )  # defaults only: transformers builds such configs to compare
-    from ...model.hf_config import HFConfig  # here: `import torch` need not pay for it
+    from ...config.huggingface import HFConfig  # here: `import torch` need not pay for it
 
     raw = HFConfig(kwargs)
     kwargs = dict(kwargs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ...core.patch import Finding, Patch
+from ...patching.patch import Finding, Patch
 
 
 class GlmMoeDsaConfigWeights(Patch):
@@ -46,8 +46,8 @@ def _believe(config_dict: dict, directory: str | os.PathLike | None) -> dict:
         return config_dict
     from pathlib import Path
 
-    from ...model.checkpoint import shapes_in  # here: `import torch` need not pay for it
-    from ...model.hf_config import ROPE_WIDTH_TENSORS, HFConfig
+    from ...checkpoint.reader import shapes_in  # here: `import torch` need not pay for it
+    from ...config.huggingface import ROPE_WIDTH_TENSORS, HFConfig
 
     shapes = shapes_in(Path(directory), ROPE_WIDTH_TENSORS)
     return HFConfig(config_dict).agreeing_with(shapes, Path(directory) / "config.json").raw

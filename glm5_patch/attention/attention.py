@@ -1,0 +1,177 @@
+"""The sparse core of multi-latent attention, sharing one layer's top-k with the layers after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.experimental_attention_variant.dsa import (
+    DSAIndexerLossAutoScaler,
+    DSAIndexerLossLoggingHelper,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor
+
+from ..config.schedule import IndexSchedule
+from ..errors import GLM5PatchError
+from ..ops.index_loss.reference import indexer_loss
+from ..ops.rows import visible_topk
+from ..ops.sparse_attention.operation import MLADims, sparse_mla
+from ..topk.carrier import current_carrier, require_carrier
+from ..topk.tokens import Layout
+
+
+class CrossLayerDSAttention(MegatronModule):
+    """Core attention of one layer: computes a top-k and publishes it, or reuses its source's.
+
+    A skip layer has no indexer, hence no indexer parameters. Takes the place of the host's
+    ``DSAttention``, with its constructor; its keys and values are still the latent, as
+    ``CrossLayerMLASelfAttention`` hands it over.
+    """
+
+    observer: Callable[[int, Tensor], None] | None = None
+    """Called with the layer number and the top-k that each forward attends to; for metrics."""
+
+    def __init__(
+        self,
+        config,
+        submodules,
+        layer_number: int,
+        attn_mask_type,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        cp_comm_type: str = "p2p",
+        pg_collection=None,
+    ) -> None:
+        """Raises GLM5PatchError for a setting that would be computed wrongly."""
+        super().__init__(config=config)
+        if attn_mask_type != AttnMaskType.causal:
+            raise GLM5PatchError(f"attn_mask_type={attn_mask_type}: only a causal mask is possible")
+        self.layer_number = layer_number
+        self.schedule = IndexSchedule.from_megatron(config)
+        # Layers of multi-token prediction are numbered after the decoder's, or from 0.18 on from 1
+        # again. They run outside a block's forward, find no carrier, and share with no one.
+        self.is_mtp = layer_number > self.schedule.num_layers
+        self.source = layer_number if self.is_mtp else self.schedule.source(layer_number)
+        self.softmax_scale = (k_channels or config.kv_channels) ** -0.5
+        if softmax_scale is not None:
+            self.softmax_scale = softmax_scale
+        self.dims = MLADims.of(config)
+        self.cp_group = None if pg_collection is None else pg_collection.cp
+        self.indexer = None
+        if self.source == layer_number:
+            self.indexer = build_module(
+                submodules.indexer, config=config, pg_collection=pg_collection
+            )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        x: Tensor,
+        qr: Tensor,
+        attn_mask_type=None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params=None,
+    ) -> Tensor:
+        """Sparse attention of one layer.
+
+        Args:
+            query: [s, b, n, qk_head_dim + rope]; heads of this tensor-parallel rank.
+            key: the latent [t, b, 1, kv_lora_rank + rope]; under context parallelism of the whole
+                sequence.
+            value: what makes keys and values of the latent,
+                [kv_lora_rank, n * (qk_head_dim + v_head_dim)].
+            attention_mask: ignored: the mask is causal, within documents if packed.
+            x: hidden states [s, b, h] ([s / tp, b, h] under sequence parallelism).
+            qr: normalised query latent [s, b, q_lora_rank] likewise.
+            packed_seq_params: documents of a pack.
+
+        Returns:
+            [s, b, n * v_head_dim].
+
+        Raises:
+            MissingTopkError: a skip layer found no top-k of its source.
+            GLM5PatchError: query and key differ in length (a KV cache).
+        """
+        layout = Layout.of(self.config, self.cp_group, packed_seq_params, len(query), query.device)
+        if layout.rows.keys != len(key):
+            raise GLM5PatchError(
+                f"layer {self.layer_number}: {len(query)} queries for {len(key)} keys; "
+                "decoding with a KV cache is not supported, run whole sequences"
+            )
+        # No gradient flows from the indexer into the model.
+        x, qr = x.detach(), qr.detach()
+        wants_loss = (
+            self.indexer is not None
+            and self._loss_coefficient > 0
+            and self.training
+            and torch.is_grad_enabled()
+        )
+        with torch.set_grad_enabled(wants_loss):
+            topk_indices, inputs = self._topk(x, qr, layout, wants_loss)
+        if self.observer is not None:
+            everything = topk_indices is None
+            self.observer(
+                self.layer_number,
+                visible_topk(layout.rows, query.shape[1]) if everything else topk_indices,
+            )
+        output = sparse_mla(
+            query, key, value, topk_indices, layout.rows, self.dims, self.softmax_scale
+        )
+        if wants_loss:
+            output = self._attach_loss(output, inputs, query, key, value, topk_indices, layout)
+        return output
+
+    @property
+    def _loss_coefficient(self) -> float:
+        return self.config.dsa_indexer_loss_coeff or 0.0
+
+    def _topk(self, x, qr, layout: Layout, wants_inputs: bool):
+        """The top-k of this layer (None: every visible key), and the indexer's inputs if wanted.
+
+        A skip layer reads its source's. A computing layer publishes its own, and in a recompute
+        takes the one found in the forward pass, so that both passes attend to the same keys and
+        no second selection is paid for. Where every key fits, nobody selects.
+        """
+        everything = layout.rows.all_fit(self.config.dsa_indexer_topk)
+        if self.indexer is None:
+            carrier = require_carrier(self.layer_number, self.source)
+            topk_indices = None if everything else carrier.read(self.layer_number, self.source)
+            return topk_indices, None
+        carrier = None if self.is_mtp else current_carrier()
+        topk_indices = None if carrier is None else carrier.published(self.layer_number)
+        selects = topk_indices is None and not everything
+        inputs = self.indexer.inputs(x, qr, layout) if selects or wants_inputs else None
+        if selects:
+            topk_indices = self.indexer.select(inputs, layout.rows)
+            if carrier is not None:
+                carrier.publish(self.layer_number, topk_indices, self.schedule)
+        return topk_indices, inputs
+
+    def _attach_loss(self, output, inputs, query, key, value, topk_indices, layout) -> Tensor:
+        loss = indexer_loss(
+            self.indexer,
+            inputs,
+            query,
+            key,
+            value,
+            topk_indices,
+            layout.rows,
+            self.dims,
+            softmax_scale=self.softmax_scale,
+            coefficient=self._loss_coefficient,
+            sparse=self.config.dsa_indexer_use_sparse_loss,
+            per_token=self.config.calculate_per_token_loss,
+        )
+        DSAIndexerLossLoggingHelper.save_loss_to_tracker(
+            loss=loss, layer_number=self.layer_number, num_layers=self.config.num_layers
+        )
+        return DSAIndexerLossAutoScaler.apply(output, loss)

@@ -1,0 +1,177 @@
+"""The kernels of this plugin behind megatron-core 0.19's hooks for fused DSA kernels.
+
+Each function has the name and the arguments of a hook of ``dsa_kernels`` and returns None where it
+declines; the host then runs its own torch code. Keys are counted from the start of the sequence
+there, not of the document, and a query sees those of [start, end).
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.enums import AttnBackend
+from torch import Tensor
+
+from ..ops.registry import LOSS_HEADS, triton_computes, use_triton
+from ..ops.rows import Rows, visible_topk
+from .indexer import IndexerInputs
+
+
+def serves(config) -> bool:
+    """Whether these hooks take part: of a model that asks for no other kernels.
+
+    Raises:
+        GLM5PatchError: ``GLM5_PATCH_KERNELS=triton``, and Triton can't.
+    """
+    if config.dsa_kernel_backend != "none" or config.attention_backend == AttnBackend.unfused:
+        return False
+    return triton_computes(
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        config.params_dtype,
+        kv_lora_rank=config.kv_lora_rank,
+        qk_pos_emb_head_dim=config.qk_pos_emb_head_dim,
+        dsa_indexer_n_heads=config.dsa_indexer_n_heads,
+        dsa_indexer_head_dim=config.dsa_indexer_head_dim,
+    )
+
+
+def run_fused_qk_topk(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    index_topk: int,
+    starts: Tensor,
+    ends: Tensor,
+    use_relu: bool = True,
+    use_local_indexer_varlen: bool = False,
+    **_,
+) -> tuple[Tensor, Tensor] | None:
+    """Top-k of each query, and how many keys each has.
+
+    Args:
+        q: [s, b, heads, dim], positions rotated in.
+        k: [t, b, dim].
+        weights: [s, b, heads], with every scale.
+        index_topk: keys to select.
+        starts, ends: int32 [s].
+        use_relu: what GLM-5's scores have.
+        use_local_indexer_varlen: the host cuts the keys of packs under context parallelism up.
+
+    Returns:
+        int32 [b, s, min(index_topk, t)], ascending, then -1; and int32 [b, s].
+    """
+    if not use_relu or use_local_indexer_varlen or not use_triton(q):
+        return None
+    inputs = IndexerInputs(q.detach(), k.detach(), weights.detach().float())
+    rows = _rows(starts, ends, len(k))
+    local = _select(inputs, rows, index_topk)
+    return _from_the_start(local, rows), _lengths(local, rows)
+
+
+def run_fused_qk_topk_with_loss(
+    config,
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    index_topk: int,
+    starts: Tensor,
+    ends: Tensor,
+    query: Tensor,
+    key: Tensor,
+    softmax_scale: float,
+    loss_coeff: float,
+    pg_collection,
+    query_valid_rows: Tensor | None = None,
+    calculate_per_token_loss: bool = False,
+    use_relu: bool = True,
+    use_local_indexer_varlen: bool = False,
+    **_,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """As ``run_fused_qk_topk``, and the indexer's loss over the selected keys, a scalar.
+
+    Args:
+        query: absorbed, [s, b, n, latent + rope]; no gradient flows into it.
+        key: the latent, [t, b, 1, latent + rope]; likewise.
+        softmax_scale, loss_coeff: of the attention and of the loss.
+        query_valid_rows: bool [s, b] of a pack with rows that do not count; declined.
+        calculate_per_token_loss: sum the rows up instead of averaging them.
+    """
+    declined = not use_relu or use_local_indexer_varlen or query_valid_rows is not None
+    fits = key.shape[2] == 1 and query.shape[2] <= LOSS_HEADS and q.shape[2] >= 16
+    if declined or not fits or not use_triton(query) or not use_triton(q):
+        return None
+    from ..ops.index_loss.triton import sparse_indexer_loss, target  # imports triton
+
+    inputs = IndexerInputs(q, k, weights.float())
+    rows = _rows(starts, ends, len(k))
+    local = _select(IndexerInputs(*(tensor.detach() for tensor in inputs)), rows, index_topk)
+    attended = target(
+        query.contiguous(),
+        key.squeeze(2).contiguous(),
+        local,
+        *rows.spans(),
+        config.kv_lora_rank,
+        softmax_scale,
+    )
+    if pg_collection.tp.size() > 1:
+        torch.distributed.all_reduce(attended, group=pg_collection.tp)
+    s, b = q.shape[:2]
+    loss_scale = loss_coeff if calculate_per_token_loss else loss_coeff / (s * b)
+    loss = sparse_indexer_loss(inputs, attended, local, rows, 1.0, loss_scale)
+    return _from_the_start(local, rows), _lengths(local, rows), loss
+
+
+def run_fused_absorbed_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    topk_indices: Tensor,
+    softmax_scale: float,
+    v_channels: int,
+    topk_length: Tensor | None = None,
+) -> Tensor | None:
+    """Attention over the selected keys, [s, b, n, v_channels].
+
+    Args:
+        query: absorbed, [s, b, n, latent + rope].
+        key: the latent, [t, b, 1, latent + rope].
+        topk_indices: int32 [b, s, k].
+        softmax_scale: factor of the logits.
+        v_channels: how much of a key is its value.
+        topk_length: int32 [b, s], how many keys each query has, the same in every sequence of the
+            batch; None of a selection by the host's own code, whose order these kernels don't know.
+    """
+    if topk_length is None or not use_triton(query):
+        return None
+    from ..ops.sparse_attention.absorption import latent_attention  # imports triton
+
+    starts = torch.zeros_like(topk_length[0])
+    return latent_attention(
+        query,
+        key.squeeze(2),
+        topk_indices.contiguous(),
+        starts,
+        topk_length[0] - 1,
+        v_channels,
+        softmax_scale,
+    )
+
+
+def _rows(starts: Tensor, ends: Tensor, num_keys: int) -> Rows:
+    return Rows(starts.long(), ends.long() - 1, num_keys)
+
+
+def _select(inputs: IndexerInputs, rows: Rows, index_topk: int) -> Tensor:
+    """int32 [b, s, k], counted from the document's start; every visible key where that is all."""
+    if rows.keys <= index_topk:
+        return visible_topk(rows, inputs.query.shape[1]).contiguous()
+    from ..ops.index_topk.triton import select  # imports triton
+
+    return select(*inputs, rows, index_topk, 1.0)
+
+
+def _from_the_start(local: Tensor, rows: Rows) -> Tensor:
+    return torch.where(local < 0, -1, local + rows.starts[:, None].int())
+
+
+def _lengths(topk_indices: Tensor, rows: Rows) -> Tensor:
+    b, _, k = topk_indices.shape
+    return (rows.local_positions + 1).clamp(0, k).int().expand(b, -1)

@@ -1,0 +1,138 @@
+"""Multi-latent attention that hands its core the latent instead of every head's keys and values.
+
+64 heads of GLM-5 have keys and values of 32768 numbers a token; the latent they are made of, with
+its rotary part, has 576. The core makes keys and values of it, or folds that into the queries.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from torch import Tensor
+
+from ..errors import GLM5PatchError
+from ..ops.sparse_attention.operation import MLADims
+from ..topk.tokens import Layout
+from .rope import Rope
+
+
+class CrossLayerMLASelfAttention(MLASelfAttention):
+    """The host's module, parameters and forward, with other keys and values, see
+    ``CrossLayerDSAttention.forward``."""
+
+    _core_inputs: tuple[Tensor, Tensor] | None = None
+
+    def __init__(self, config, *args, **kwargs) -> None:
+        """Raises GLM5PatchError where the latent can't be split evenly between ranks."""
+        super().__init__(config, *args, **kwargs)
+        self.dims = MLADims.of(config)
+        self._rope = Rope(config, self.rotary_pos_emb, self.pg_collection.cp)
+        tp_size = self.pg_collection.tp.size()
+        if config.sequence_parallel and self.dims.latent % tp_size:
+            raise GLM5PatchError(
+                f"kv_lora_rank={self.dims.latent} is no multiple of tensor_model_parallel_size="
+                f"{tp_size}, which sequence_parallel needs"
+            )
+
+    def get_query_key_value_tensors(
+        self,
+        hidden_states: Tensor,
+        key_value_states=None,
+        position_ids=None,
+        packed_seq_params=None,
+        inference_context=None,
+        *,
+        inference_params=None,
+    ):
+        """Project, normalise, rotate.
+
+        Args:
+            hidden_states: [s, b, h], or [s / tp, b, h] under sequence parallelism.
+            packed_seq_params: documents of a pack.
+
+        Returns:
+            The core's query, key and value, and the normalised query and key-value latents.
+
+        Raises:
+            GLM5PatchError: decoding with a KV cache.
+        """
+        if inference_context is not None or inference_params is not None:
+            raise GLM5PatchError("decoding with a KV cache is not supported, run whole sequences")
+        q_latent = self.q_layernorm(self.linear_q_down_proj(hidden_states)[0])
+        compressed, k_rope = self.linear_kv_down_proj(hidden_states)[0].split(
+            [self.dims.latent, self.dims.rope], dim=-1
+        )
+        kv_latent = self.kv_layernorm(compressed)
+
+        def project(q_latent: Tensor, kv_latent: Tensor, k_rope: Tensor):
+            return self._project(q_latent, kv_latent, k_rope, packed_seq_params)
+
+        if self.recompute_up_proj:
+            quantized = self.config.fp8 or self.config.fp4
+            self.qkv_up_checkpoint = tensor_parallel.CheckpointWithoutOutput(fp8=quantized)
+            project_once = project
+
+            def project(*latents):
+                return self.qkv_up_checkpoint.checkpoint(project_once, *latents)
+
+        query, key, value = project(q_latent, kv_latent, k_rope)
+        if self.checkpoint_core_attention and self.training:
+            self._core_inputs = (hidden_states, q_latent)
+        return query, key, value, q_latent, kv_latent
+
+    def _project(self, q_latent: Tensor, kv_latent: Tensor, k_rope: Tensor, packed_seq_params):
+        query = self.linear_q_up_proj(q_latent)[0]
+        query = query.unflatten(-1, (-1, self.dims.nope + self.dims.rope))
+        layout = Layout.of(
+            self.config, self.pg_collection.cp, packed_seq_params, len(query), query.device
+        )
+        angles = self._rope.frequencies(layout.rows)
+        q_nope, q_rope = query.split([self.dims.nope, self.dims.rope], dim=-1)
+        query = torch.cat([q_nope, self._rope.rotate(q_rope, *angles)], dim=-1)
+
+        # Every rank's heads see the whole latent, and its gradient is the sum over all heads.
+        latent = torch.cat([kv_latent, k_rope], dim=-1)
+        if self.config.sequence_parallel:
+            latent = gather_from_sequence_parallel_region(latent, group=self.pg_collection.tp)
+        else:
+            latent = copy_to_tensor_model_parallel_region(latent, group=self.pg_collection.tp)
+        kv_latent, k_rope = latent.unsqueeze(2).split([self.dims.latent, self.dims.rope], dim=-1)
+        key = torch.cat([kv_latent, self._rope.rotate(k_rope, *angles)], dim=-1)
+        return query, layout.gather(key), self._up(query)
+
+    def _up(self, like: Tensor) -> Tensor:
+        """What ``linear_kv_up_proj`` multiplies by, [latent, n * (nope + value)].
+
+        Asked of the module itself, by handing it the identity: whatever wraps it (an adapter), its
+        hooks and its gradient's way count.
+        """
+        basis = torch.eye(self.dims.latent, dtype=like.dtype, device=like.device)
+        if self.config.sequence_parallel:
+            tp = self.pg_collection.tp
+            basis = basis.chunk(tp.size())[tp.rank()]
+        return self.linear_kv_up_proj(basis.unsqueeze(1))[0].squeeze(1)
+
+    def _checkpointed_attention_forward(
+        self, query, key, value, attention_mask, *args, packed_seq_params=None, **kwargs
+    ):
+        """The released megatron-core 0.16 to 0.18 give the core no ``x`` and ``qr`` here."""
+        (x, qr), self._core_inputs = self._core_inputs, None
+
+        def core(query, key, value, x, qr):
+            return self.core_attention(
+                query,
+                key,
+                value,
+                attention_mask,
+                x=x,
+                qr=qr,
+                attn_mask_type=self.attn_mask_type,
+                packed_seq_params=packed_seq_params,
+            )
+
+        return tensor_parallel.checkpoint(core, False, query, key, value, x, qr)

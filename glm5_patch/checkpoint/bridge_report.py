@@ -1,0 +1,119 @@
+"""What a conversion by Megatron-Bridge takes from a checkpoint of a GLM-5, and what it writes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from ..config.huggingface import HFConfig
+from ..errors import CheckpointError
+from ..patches.announce import say
+from .names import expected_tensors
+from .survey import Survey, missing_hint
+
+
+def report(bridge: Any, model: Any) -> Survey:
+    """The tensors of ``AutoBridge``'s checkpoint, beside those that a model needs.
+
+    Args:
+        bridge: an ``AutoBridge`` of a Hugging Face directory.
+        model: the Megatron model, or a list of its chunks; whole or split.
+
+    Raises:
+        CheckpointError: the ``AutoBridge`` was made of a configuration, without tensors.
+    """
+    if not _has_tensors(bridge.hf_pretrained):
+        raise CheckpointError("this AutoBridge was made of a configuration: it has no tensors")
+    return _survey(bridge.hf_pretrained, model)
+
+
+def _survey(hf_pretrained: Any, model: Any) -> Survey:
+    names = hf_pretrained.state.source.get_all_keys()
+    # Of a quantised tensor the scales, which Bridge reads with it.
+    names = [name for name in names if not name.endswith("_scale_inv")]
+    return Survey.of(names, _config(hf_pretrained), _expected(hf_pretrained, model))
+
+
+def check_before_loading(hf_pretrained: Any, model: Any) -> Survey | None:
+    """As ``report``; None of a configuration without tensors.
+
+    Raises:
+        CheckpointError: a tensor is missing. Bridge would leave what it makes as it was drawn.
+
+    Warns:
+        RuntimeWarning: a tensor is none of this model's.
+    """
+    if not _has_tensors(hf_pretrained):
+        return None
+    survey, where = _survey(hf_pretrained, model), hf_pretrained.model_name_or_path
+    if survey.missing:
+        name = survey.missing[0]
+        more = f" (and {len(survey.missing) - 1} more)" if len(survey.missing) > 1 else ""
+        hint = missing_hint(name, _config(hf_pretrained))
+        raise CheckpointError(f"{where}: {name} is missing{more}{hint}")
+    if survey.unexpected:
+        message = (
+            f"glm5-patch: {where}: {survey.unexpected[0]} is no tensor of this model, and is not "
+            f"read (of {len(survey.unexpected)} such)"
+        )
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return survey
+
+
+def describe_loading(survey: Survey) -> str:
+    parts = [
+        f"{len(survey.read)} tensors read",
+        f"{len(survey.expected_absent)} indexer tensors of skip layers rightly not there",
+    ]
+    if survey.dropped:
+        parts.append(f"{len(survey.dropped)} indexer tensors of skip layers not read")
+    if survey.mtp:
+        parts.append(f"{len(survey.mtp)} of the MTP layer, which this model does not have")
+    if survey.unexpected:
+        parts.append(f"{len(survey.unexpected)} unexpected")
+    return "; ".join(parts)
+
+
+def checked(tensors: Iterable[Any], hf_pretrained: Any, model: Any) -> Iterator[Any]:
+    """Pass named tensors on, and look at the end whether they were all of the model's.
+
+    Args:
+        tensors: tuples that start with a Hugging Face name.
+
+    Raises:
+        CheckpointError: a tensor that the model must have was not among them.
+    """
+    written = set()
+    for tensor in tensors:
+        written.add(tensor[0].replace(".base_layer.", "."))
+        yield tensor
+    missing = sorted(_expected(hf_pretrained, model) - written)
+    if missing:
+        raise CheckpointError(
+            f"Bridge converted {len(written)} tensors, and not {missing[0]} "
+            f"(of {len(missing)} such): what was written is no whole model"
+        )
+    say(f"glm5-patch: {describe_writing(written, hf_pretrained)}")
+
+
+def describe_writing(written: set[str], hf_pretrained: Any) -> str:
+    text = f"{len(written)} tensors written"
+    if _has_tensors(hf_pretrained):
+        left = set(hf_pretrained.state.source.get_all_keys()) - written
+        if left:
+            text += f"; {len(left)} of {hf_pretrained.model_name_or_path} not: {min(left)}, ..."
+    return text
+
+
+def _has_tensors(hf_pretrained: Any) -> bool:
+    return hasattr(getattr(hf_pretrained, "state", None), "source")
+
+
+def _config(hf_pretrained: Any) -> HFConfig:
+    return HFConfig(getattr(hf_pretrained, "config", hf_pretrained).to_dict())
+
+
+def _expected(hf_pretrained: Any, model: Any) -> set[str]:
+    first = model[0] if isinstance(model, list) else model
+    return set(expected_tensors(_config(hf_pretrained), first.config.mtp_num_layers or 0))

@@ -1,0 +1,105 @@
+"""Lines for people: above all the one, when the first GLM-5 of a process is built, that says with
+what."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..env import logger
+
+if TYPE_CHECKING:
+    import torch
+
+_announced = False
+
+
+def announce(config: Any) -> None:
+    """Say it once.
+
+    Args:
+        config: the ``TransformerConfig`` of a model that passed the gate.
+    """
+    global _announced
+    if _announced or _rank() != 0:  # describing it imports what computes
+        return
+    _announced = True
+    say(describe(config))
+
+
+def say(line: str) -> None:
+    """On rank 0 alone: logged at INFO where that is listened to, else on stderr."""
+    if _rank() != 0:
+        return
+    if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
+        logger.info(line)
+    else:
+        print(line, file=sys.stderr)
+
+
+def describe(config: Any) -> str:
+    """Versions, patches, index schedule and kernels of a model."""
+    from ..config.schedule import IndexSchedule
+    from ..env import installed_version
+    from ..patching.ledger import LEDGER, State
+
+    states = [entry.state for entry in LEDGER]
+    core = installed_version("megatron-core") or "from a folder on the path"
+    attention = sparse_attention_by(
+        config.params_dtype, getattr(config, "dsa_kernel_backend", "none")
+    )
+    return (
+        f"glm5-patch {__version__}: a GLM-5 on megatron-core {core}; "
+        f"{states.count(State.APPLIED)} patches applied, "
+        f"{states.count(State.NOT_NEEDED)} not needed; {IndexSchedule.from_megatron(config)}; "
+        f"sparse attention by {attention}"
+    )
+
+
+def sparse_attention_by(dtype: torch.dtype, host_backend: str = "none") -> str:
+    """What computes sparse attention here, and why nothing faster does.
+
+    Args:
+        dtype: of the model.
+        host_backend: ``dsa_kernel_backend`` of its configuration, where that knows one.
+    """
+    from ..ops.registry import computed_by, triton_and_libraries, why_torch
+    from ..patching.ledger import LEDGER, State
+
+    device = _device()
+    spec, hooks = (LEDGER[i] if i in LEDGER else None for i in ("dsa_spec", "dsa_kernels"))
+    if spec is not None and spec.state is State.APPLIED:
+        return computed_by(device, dtype)
+    if hooks is None or hooks.state is not State.APPLIED:
+        entry = hooks if spec is not None and spec.state is State.NOT_NEEDED else spec
+        reason = f"{entry.patch.id} {entry.state.value}" if entry else "nothing is armed"
+    elif host_backend != "none":
+        reason = f"dsa_kernel_backend={host_backend}"
+    else:
+        reason = why_torch(device, dtype)
+    if reason is None:
+        return triton_and_libraries(device)
+    return f"megatron-core's own code ({reason})"
+
+
+def libraries() -> dict[str, str | None]:
+    """Libraries whose kernels can take part: why each does not here, or None where it does."""
+    from ..ops.compared import LIBRARIES, why_not
+
+    return {name: why_not(name, _device()) for name in LIBRARIES}
+
+
+def _device() -> torch.device:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _rank() -> int:
+    import torch
+
+    distributed = torch.distributed
+    initialized = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_rank() if initialized else 0

@@ -1,0 +1,42 @@
+"""``TransformerBlock.__init__``: no GLM-5 model is built while a needed patch is missing."""
+
+from __future__ import annotations
+
+from ....config.fields import is_dsa
+from ....patching.patch import Finding, Patch, argument
+
+
+class Gate(Patch):
+    id = "gate"
+    module = "megatron.core.transformer.transformer_block"
+    attribute = "TransformerBlock.__init__"
+    why = "A patch that silently did not apply would train a wrong model."
+    upstream = "none: it guards this package"
+    remove_when = "no other patch is left"
+
+    def needed(self, module) -> Finding:
+        return Finding(True, "every GLM-5 model passes here")
+
+    def apply(self, module, seams) -> None:
+        seams.wrap(module.TransformerBlock, "__init__", _init, reads=("config",))
+
+
+def _init(wrapped, instance, args, kwargs):
+    config = argument(wrapped, args, kwargs, "config")
+    if is_dsa(config):
+        check_gate(config)
+        from ...announce import announce  # here: `import torch` need not pay for it
+
+        announce(config)
+    return wrapped(*args, **kwargs)
+
+
+def check_gate(config) -> None:
+    """Raise GLM5PatchError if a patch that this model needs is not in place.
+
+    The spec builders call it too: whichever of the three places is still patched speaks up.
+    """
+    from ....patching.imports import raise_unless_in_place
+    from ... import PATCHES
+
+    raise_unless_in_place(PATCHES, config)

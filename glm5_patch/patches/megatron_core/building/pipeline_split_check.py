@@ -1,0 +1,54 @@
+"""``get_transformer_block_with_experimental_attention_variant_spec``: the pipeline split check."""
+
+from __future__ import annotations
+
+from ....config.fields import is_dsa
+from ....patching.patch import Finding, Patch, argument
+from .gate import check_gate
+
+
+class BlockSpec(Patch):
+    id = "pipeline_split_check"
+    module = "megatron.core.models.gpt.experimental_attention_variant_module_specs"
+    attribute = "get_transformer_block_with_experimental_attention_variant_spec"
+    why = "A pipeline stage that starts on a skip layer has no top-k to reuse."
+    upstream = "megatron-core 0.19.0 checks freq and offset, not a list of types"
+    remove_when = "the host checks every schedule, and its message names a valid split"
+
+    def needed(self, module) -> Finding:
+        return Finding(True, "the host does not check every schedule")
+
+    def apply(self, module, seams) -> None:
+        def build(wrapped, instance, args, kwargs):
+            config = argument(wrapped, args, kwargs, "config")
+            if is_dsa(config):
+                check_gate(config)
+                _check_split(module, config)
+            return wrapped(*args, **kwargs)
+
+        seams.wrap(module, self.attribute, build, reads=("config",))
+
+
+def _check_split(module, config) -> None:
+    """Look at every chunk of every rank, so that all ranks raise, with the same message."""
+    from ....config.pipeline_split import check_split, chunk_label
+    from ....config.schedule import IndexSchedule
+
+    chunks, labels = [], []
+    last_layer = 0
+    virtual = config.virtual_pipeline_model_parallel_size
+    for vp_stage in range(virtual) if virtual else (None,):
+        for pp_rank in range(config.pipeline_model_parallel_size):
+            count = _layers_in_chunk(module, config, vp_stage, pp_rank)
+            chunks.append(range(last_layer + 1, last_layer + count + 1))
+            last_layer += count
+            labels.append(chunk_label(pp_rank, vp_stage))
+    check_split(IndexSchedule.from_megatron(config), chunks, labels)
+
+
+def _layers_in_chunk(module, config, vp_stage, pp_rank) -> int:
+    layout = config.pipeline_model_parallel_layout
+    if layout is None:
+        return module.get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    # Its own methods answer for this rank's global state; the table is the same everywhere.
+    return layout.layout[pp_rank][vp_stage or 0].count(module.LayerType.decoder)

@@ -1,0 +1,50 @@
+"""``DSAttention.__init__``: the host's own index sharing, by any schedule."""
+
+from __future__ import annotations
+
+import copy
+
+from ....patching.patch import Finding, Patch, argument
+from ...probes.megatron_core import shares_by_freq_only
+
+
+class IndexShareSchedule(Patch):
+    id = "index_share_schedule"
+    module = "megatron.core.transformer.experimental_attention_variant.dsa"
+    attribute = "DSAttention.__init__"
+    why = "A per-layer list of indexer types is not obeyed: every layer would compute."
+    upstream = "none: megatron-core 0.19 knows freq and offset"
+    remove_when = "the host reads a per-layer list of indexer types"
+
+    def needed(self, module) -> Finding:
+        if shares_by_freq_only(module):
+            return Finding(True, "the host's schedule is freq and offset only")
+        return Finding(False, "the host's DSAttention shares nothing; ours takes its place")
+
+    def apply(self, module, seams) -> None:
+        seams.wrap(module.DSAttention, "__init__", _init, reads=("config", "layer_number"))
+
+    def guards(self, config) -> bool:
+        return getattr(config, "dsa_indexer_types", None) is not None
+
+
+def _init(wrapped, instance, args, kwargs):
+    config = argument(wrapped, args, kwargs, "config")
+    layer_number = argument(wrapped, args, kwargs, "layer_number")
+    if config.dsa_indexer_types is None or layer_number > config.num_layers:
+        return wrapped(*args, **kwargs)
+    from ....config.schedule import IndexSchedule
+
+    schedule = IndexSchedule.from_megatron(config)
+    # A configuration under which the host itself makes this one layer compute, or skip.
+    as_host = copy.copy(config)
+    as_host.dsa_indexer_skip_topk_offset = 0
+    as_host.dsa_indexer_topk_freq = 1 if schedule.computes(layer_number) else layer_number + 1
+    if "config" in kwargs:
+        kwargs = {**kwargs, "config": as_host}
+    else:
+        args = (as_host, *args[1:])
+    wrapped(*args, **kwargs)
+    instance.config = config
+    instance.index_share = schedule.shares
+    instance.source_layer = schedule.source(layer_number)

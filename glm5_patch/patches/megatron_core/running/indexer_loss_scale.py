@@ -1,0 +1,52 @@
+"""``forward_step_calc_loss``: the indexer loss weighs what the main loss weighs."""
+
+from __future__ import annotations
+
+from ....config.fields import is_dsa
+from ....patching.patch import Finding, Patch, argument
+from ...probes.megatron_core import scales_indexer_loss
+
+
+class IndexerLossScale(Patch):
+    id = "indexer_loss_scale"
+    module = "megatron.core.pipeline_parallel.schedules"
+    attribute = "forward_step_calc_loss"
+    why = "The indexer's gradients are not those of a mean over microbatches and ranks."
+    upstream = "megatron-core 0.19.0, but for context parallelism"
+    remove_when = "the host's scale does not grow with the context-parallel size"
+
+    def needed(self, module) -> Finding:
+        if scales_indexer_loss(module):
+            # Each rank's loss is a mean already, and data parallelism averages over the ranks.
+            return Finding(True, "the scale is multiplied by the context-parallel size")
+        return Finding(True, "the schedules set no scale for the indexer loss")
+
+    def apply(self, module, seams) -> None:
+        seams.wrap(module, self.attribute, _calc_loss, reads=("config", "num_microbatches"))
+
+    def guards(self, config) -> bool:
+        return bool(config.dsa_indexer_loss_coeff)
+
+
+def _calc_loss(wrapped, instance, args, kwargs):
+    output_tensor, num_tokens = result = wrapped(*args, **kwargs)
+    config = argument(wrapped, args, kwargs, "config")
+    own_scale = getattr(config, "experimental_attention_variant_loss_scale_func", None)
+    if is_dsa(config) and config.dsa_indexer_loss_coeff and own_scale is None:
+        num_microbatches = argument(wrapped, args, kwargs, "num_microbatches")
+        _set_scale(config, num_microbatches, output_tensor.device)
+    return result
+
+
+def _set_scale(config, num_microbatches: int, device) -> None:
+    import torch
+    from megatron.core.transformer.experimental_attention_variant.dsa import (
+        DSAIndexerLossAutoScaler,
+    )
+
+    scale = torch.ones(1, device=device)
+    if config.grad_scale_func is not None:
+        scale = config.grad_scale_func(scale)
+    if not config.calculate_per_token_loss:
+        scale = scale / num_microbatches
+    DSAIndexerLossAutoScaler.set_loss_scale(scale.reshape(()))

@@ -1,0 +1,74 @@
+"""What a patch is: data first, then a probe and the change itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+if TYPE_CHECKING:
+    from .seams import Seams
+
+
+class Finding(NamedTuple):
+    """A probe's answer: whether the host lacks the thing, and what was seen."""
+
+    needed: bool
+    reason: str
+
+
+def argument(wrapped: Callable, args: tuple, kwargs: dict, name: str) -> Any:
+    """An argument of a wrapped call, however the caller passed it, or its default."""
+    call = inspect.signature(wrapped).bind(*args, **kwargs)
+    call.apply_defaults()
+    return call.arguments[name]
+
+
+class Patch:
+    """One change to one seam of one host.
+
+    The class attributes are the record that people read; ``needed`` looks at the host's shape and
+    never at its version; ``apply`` makes the change through ``seams``, which knows how to undo it.
+    """
+
+    id: ClassVar[str]
+    module: ClassVar[str]
+    """The host module whose import triggers the patch."""
+    attribute: ClassVar[str]
+    """The attribute of that module which is changed; dots reach into classes."""
+    why: ClassVar[str]
+    """One line: what goes wrong without it."""
+    upstream: ClassVar[str]
+    """Where the host mends, or could mend, this itself."""
+    remove_when: ClassVar[str]
+    """The condition under which this file can be deleted."""
+    on_request: ClassVar[bool] = False
+    """Its host takes long to import, so ``require`` does that only where the patch is named."""
+
+    @property
+    def host(self) -> str:
+        """The package that is patched: "megatron.core", "megatron.bridge" or "transformers"."""
+        parts = self.module.split(".")
+        return ".".join(parts[: 2 if parts[0] == "megatron" else 1])
+
+    @property
+    def distribution(self) -> str:
+        """What pip calls the host."""
+        return self.host.replace(".", "-")
+
+    @property
+    def seam(self) -> str:
+        return f"{self.module}:{self.attribute}"
+
+    def needed(self, module: ModuleType) -> Finding:
+        """Probe the imported host module. An exception counts as a failed patch."""
+        raise NotImplementedError
+
+    def apply(self, module: ModuleType, seams: Seams) -> None:
+        """Make the change. Whatever was done before an exception is undone by the caller."""
+        raise NotImplementedError
+
+    def guards(self, config: Any) -> bool:
+        """Whether a model of this configuration is wrong without the patch."""
+        return True

@@ -1,0 +1,105 @@
+"""megatron-core without a GPU: for the demo, the tests, and a look at a model on a laptop.
+
+megatron-core 0.16 to 0.19 ask ``torch.cuda`` for the device of rope tables and masks and for the
+random state of checkpoints. Here those few calls answer for the CPU. Nothing of this is used, and
+``enable()`` refuses, where CUDA is present.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ..patching.seams import Seams
+
+_seams: Seams | None = None
+
+
+def enable(device: str = "cpu") -> None:
+    """Make megatron-core run on ``device``: "cpu", or "meta" to build a model without memory.
+
+    Raises:
+        RuntimeError: CUDA is there, so the host needs no help.
+    """
+    global _seams
+    if torch.cuda.is_available():
+        raise RuntimeError("CUDA is available: megatron-core needs no CPU adapter here")
+    disable()
+    import megatron.core.tensor_parallel.random as random
+
+    _seams = Seams()
+    _seams.replace(torch.cuda, "current_device", lambda: torch.device(device))
+    _seams.replace(torch.cuda, "synchronize", lambda device=None: None)
+    _seams.replace(torch.cuda, "current_stream", lambda device=None: _Stream())
+    _seams.replace(torch.cuda, "manual_seed", lambda seed: None)
+    _seams.replace(torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state())
+    _seams.replace(random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state())
+    _seams.replace(
+        random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)
+    )
+
+
+class _Stream:
+    """The CPU does everything in order, so there is nothing to wait for."""
+
+    def wait_stream(self, stream) -> None: ...
+
+    def wait_event(self, event) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def disable() -> None:
+    """Put torch and megatron-core back as they were."""
+    global _seams
+    if _seams is not None:
+        _seams.undo()
+        _seams = None
+
+
+class CudaLiterals(TorchFunctionMode):
+    """Makes ``device="cuda"`` and ``.cuda()`` mean the CPU while it is entered.
+
+    megatron-core's schedules, optimizers and distributed checkpoints write the device out, and its
+    distributed optimizer asks for tensors by the type names of CUDA; context parallelism pins
+    memory. A mode sees every call of torch, so it is for these alone and not part of ``enable``.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.")
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs = {**kwargs, "device": "cpu"}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def single_process(device: str, seed: int = 0):
+    """A world of one rank, initialised as ``megatron.training`` would, torn down at the end."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    adapted = device != "cuda"
+    if adapted:
+        enable(device)
+    torch.manual_seed(seed)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group(
+        "gloo" if adapted else "nccl", store=store, rank=0, world_size=1
+    )
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(seed + 1)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+        if adapted:
+            disable()

@@ -1,0 +1,153 @@
+"""``glm5-patch plan``: which pipeline splits of a checkpoint are valid, best first."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ..config.costs import estimate
+from ..config.huggingface import HFConfig
+from ..config.pipeline_split import Split, best_splits, check_split, chunk_label, equal_middle_split
+from ..config.schedule import IndexSchedule
+from ..errors import CheckpointError, PipelineSplitError
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the plans; raises CheckpointError for a config.json that can't be read."""
+    hf = _config(options.config)
+    costs = estimate(hf, options.seq_length)
+    chunks = options.pp * options.vpp
+    splits = best_splits(
+        hf.schedule,
+        chunks,
+        costs.layers,
+        before=costs.embedding,
+        after=costs.output + (costs.mtp if options.mtp else 0.0),
+        count=options.top,
+    )
+    report = {
+        "schedule": str(hf.schedule),
+        "uniform": why_not_uniform(hf.schedule, options.pp, options.vpp),
+        "plans": [describe(split, options.pp, options.vpp, options.mtp) for split in splits],
+        "first_and_last": None,
+    }
+    if options.vpp == 1 and not options.mtp:
+        report["first_and_last"] = first_and_last(hf.schedule, options.pp)
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print(report, splits[0], hf.schedule, options)
+    return 0
+
+
+def _config(path: str) -> HFConfig:
+    given = Path(path)
+    if given.is_dir() or given.name == "config.json":
+        return HFConfig.from_directory(given if given.is_dir() else given.parent)
+    raise CheckpointError(f"--config {path}: give a config.json or the directory that holds one")
+
+
+def why_not_uniform(schedule: IndexSchedule, pp: int, vpp: int = 1) -> str | None:
+    """Why equal chunks are refused; None if they are valid."""
+    chunks = pp * vpp
+    if schedule.num_layers % chunks:
+        return f"{schedule.num_layers} layers do not divide into {chunks} equal chunks"
+    size = schedule.num_layers // chunks
+    pieces = [range(i * size + 1, (i + 1) * size + 1) for i in range(chunks)]
+    try:
+        check_split(schedule, pieces, [_label(i, pp, vpp) for i in range(chunks)])
+    except PipelineSplitError as error:
+        return str(error).partition(";")[0]
+    return None
+
+
+def layout(split: Split, mtp: bool = False) -> str:
+    """The value of ``--pipeline-model-parallel-layout``."""
+    chunks = [f"t*{size}" if size else "" for size in split.sizes]
+    chunks[0] = "E" + chunks[0]
+    chunks[-1] += "mL" if mtp else "L"
+    return "|".join(chunks)
+
+
+def describe(split: Split, pp: int, vpp: int, mtp: bool) -> dict:
+    """One plan: sizes, estimated balance, and how Megatron and Bridge are told."""
+    mean = sum(split.times) / len(split.times)
+    flags = {
+        "--pipeline-model-parallel-size": pp,
+        "--pipeline-model-parallel-layout": layout(split, mtp),
+    }
+    provider: dict = {
+        "pipeline_model_parallel_size": pp,
+        "pipeline_model_parallel_layout": layout(split, mtp),
+    }
+    if vpp > 1:
+        provider["virtual_pipeline_model_parallel_size"] = vpp
+    return {
+        "layers": list(split.sizes),
+        "slowest_over_mean": round(split.bottleneck / mean, 3),
+        "empty_chunks": split.sizes.count(0),
+        "megatron_flags": flags,
+        "bridge_provider": provider,
+    }
+
+
+def first_and_last(schedule: IndexSchedule, pp: int) -> dict | None:
+    """The most even split that two numbers can say, where no layout is wanted."""
+    sizes = equal_middle_split(schedule, pp)
+    return sizes and {
+        "layers": sizes,
+        "megatron_flags": {
+            "--pipeline-model-parallel-size": pp,
+            "--decoder-first-pipeline-num-layers": sizes[0],
+            "--decoder-last-pipeline-num-layers": sizes[-1],
+        },
+        "bridge_provider": {
+            "pipeline_model_parallel_size": pp,
+            "num_layers_in_first_pipeline_stage": sizes[0],
+            "num_layers_in_last_pipeline_stage": sizes[-1],
+        },
+    }
+
+
+def _label(chunk: int, pp: int, vpp: int) -> str:
+    return chunk_label(chunk % pp, chunk // pp if vpp > 1 else None)
+
+
+def _print(report: dict, best: Split, schedule: IndexSchedule, options) -> None:
+    print(f"{report['schedule']}; pipeline size {options.pp}, {options.vpp} chunks a stage")
+    if report["uniform"]:
+        print(f"equal chunks are refused: {report['uniform']}")
+    empty = best.sizes.count(0)
+    if empty:
+        print(
+            f"{empty} chunks stay empty: at most {len(schedule.computing_layers)} chunks can start "
+            "on a computing layer; a smaller pipeline size times virtual stages wastes none"
+        )
+    for number, plan in enumerate(report["plans"], 1):
+        sizes = ",".join(map(str, plan["layers"]))
+        print(f"{number:3}. {sizes}  slowest chunk {plan['slowest_over_mean']:.2f} x the mean")
+    print("\nthe first one (F computes its top-k, s reuses it):")
+    layer = 1
+    mean = sum(best.times) / len(best.times)
+    width = max(best.sizes)
+    for chunk, (size, time) in enumerate(zip(best.sizes, best.times)):
+        marks = "".join("F" if schedule.computes(n) else "s" for n in range(layer, layer + size))
+        layer += size
+        label = _label(chunk, options.pp, options.vpp)
+        print(f"  {label:32} {marks:{width}} {size:3} layers, {time / mean:.2f}")
+    _print_settings("with a layout", report["plans"][0])
+    if report["first_and_last"]:
+        sizes = ",".join(map(str, report["first_and_last"]["layers"]))
+        _print_settings(f"or with first and last counts ({sizes})", report["first_and_last"])
+
+
+def _print_settings(title: str, plan: dict) -> None:
+    flags = (
+        f"{k} '{v}'" if isinstance(v, str) else f"{k} {v}"
+        for k, v in plan["megatron_flags"].items()
+    )
+    print(f"\nMegatron-LM, {title}:\n  {' '.join(flags)}")
+    print(f"Megatron-Bridge provider, {title}:")
+    for name, value in plan["bridge_provider"].items():
+        print(f"  {name} = {value!r}")

@@ -1,0 +1,132 @@
+"""How a computing layer's top-k reaches the skip layers: one carrier per forward of a block.
+
+The carrier is found through a context variable while the forward runs, and through the closure of
+the checkpointed function while a recompute runs. It belongs to one forward alone, so two
+microbatches in flight can't see each other's (Megatron-LM #6793 is what happens otherwise).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ..errors import MissingTopkError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..config.schedule import IndexSchedule
+    from .tokens import Layout
+
+
+@dataclass
+class _Slot:
+    topk_indices: Tensor
+    readers_left: int
+    recomputed: bool
+    """Some layer of the group runs in a checkpoint, so the backward pass needs the top-k too."""
+
+
+@dataclass
+class TopkCarrier:
+    """What the layers of one forward share: the top-k of the computing layers, and the layout.
+
+    Top-k are int32 [b, s, index_topk], freed after the last skip layer that reads them, unless
+    a checkpoint will run one of the readers again; then they live as long as its graph.
+    """
+
+    layout: Layout | None = None
+    """Where the tokens of this forward stand; see ``Layout.of``."""
+    _slots: dict[int, _Slot] = field(default_factory=dict)
+    _in_checkpoint: bool = False
+
+    def publish(self, layer_number: int, topk_indices: Tensor, schedule: IndexSchedule) -> None:
+        """Keep a computing layer's top-k for the layers that reuse it."""
+        readers = len(schedule.consumers(layer_number))
+        if readers or self._in_checkpoint:
+            self._slots[layer_number] = _Slot(topk_indices, readers, self._in_checkpoint)
+
+    def published(self, layer_number: int) -> Tensor | None:
+        """What a computing layer published earlier in this forward: in a recompute, its own."""
+        slot = self._slots.get(layer_number)
+        return None if slot is None else slot.topk_indices
+
+    def read(self, layer_number: int, source: int) -> Tensor:
+        """The top-k of ``source`` for the skip layer ``layer_number``.
+
+        Raises:
+            MissingTopkError: nothing was published for ``source`` in this forward.
+        """
+        slot = self._slots.get(source)
+        if slot is None:
+            raise _missing(layer_number, source, "published no top-k in this forward")
+        slot.readers_left -= 1
+        slot.recomputed |= self._in_checkpoint
+        if slot.readers_left <= 0 and not slot.recomputed:
+            del self._slots[source]
+        return slot.topk_indices
+
+    @property
+    def held_layers(self) -> tuple[int, ...]:
+        """The computing layers whose top-k is in memory."""
+        return tuple(self._slots)
+
+
+_current: ContextVar[TopkCarrier | None] = ContextVar("glm5_patch_topk_carrier", default=None)
+
+
+def current_carrier() -> TopkCarrier | None:
+    """The carrier of the forward or recompute that is running in this thread."""
+    return _current.get()
+
+
+def require_carrier(layer_number: int, source: int) -> TopkCarrier:
+    """Raises MissingTopkError outside the forward of a transformer block."""
+    carrier = _current.get()
+    if carrier is None:
+        raise _missing(layer_number, source, "has no carrier: the layer runs outside its block")
+    return carrier
+
+
+@contextmanager
+def open_carrier(carrier: TopkCarrier | None = None) -> Iterator[TopkCarrier]:
+    """Make a carrier the current one: a new one for the forward of a block."""
+    carrier = TopkCarrier() if carrier is None else carrier
+    token = _current.set(carrier)
+    try:
+        yield carrier
+    finally:
+        _current.reset(token)
+
+
+def carried(function: Callable) -> Callable:
+    """``function``, to be run now and again in a recompute, always with today's carrier.
+
+    Returned unchanged where no carrier is open, so a model that is not GLM-5 pays nothing.
+    """
+    carrier = _current.get()
+    if carrier is None:
+        return function
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        before, carrier._in_checkpoint = carrier._in_checkpoint, True
+        try:
+            with open_carrier(carrier):
+                return function(*args, **kwargs)
+        finally:
+            carrier._in_checkpoint = before
+
+    return run
+
+
+def _missing(layer_number: int, source: int, cause: str) -> MissingTopkError:
+    return MissingTopkError(
+        f"layer {layer_number} is a skip layer and reuses the top-k of layer {source}, which "
+        f"{cause}. Layers {source} to {layer_number} must be on one pipeline stage and run in "
+        "order inside TransformerBlock.forward; check the pipeline split and `glm5-patch doctor`."
+    )

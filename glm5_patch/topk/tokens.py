@@ -1,0 +1,101 @@
+"""Where the tokens of one batch stand: worked out once a forward, for all its layers.
+
+Under context parallelism queries stay where they are. What the keys are made of is gathered: the
+indexer's key, and the key-value latent with its rotary part (576 wide, where the keys and values of
+64 heads are 32768).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from ..config.fields import CONTIGUOUS, ZIGZAG
+from ..errors import GLM5PatchError
+from ..ops.rows import Rows, document_bounds, document_starts, longest_document
+from .carrier import current_carrier
+
+
+class Layout(NamedTuple):
+    """The tokens of this rank among those of the batch."""
+
+    rows: Rows
+    split: ContextParallel | None = None
+    """If the sequence is split between ranks."""
+
+    @classmethod
+    def of(cls, config, cp_group, packed_seq_params, local_length: int, device) -> Layout:
+        """The layout of the forward that is running; bounds of a pack are read from the device
+        once."""
+        carrier = current_carrier()
+        if carrier is not None and carrier.layout is not None:
+            return carrier.layout
+        if config.context_parallel_size > 1:
+            order = config.dsa_context_parallel_order
+            split = ContextParallel(cp_group, packed_seq_params, local_length, device, order)
+            layout = cls(split.rows, split)
+        else:
+            layout = cls(Rows.of(packed_seq_params, local_length, device))
+        if carrier is not None:
+            carrier.layout = layout
+        return layout
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """[s / cp, ...] of every rank -> [s, ...] in natural order."""
+        return tensor if self.split is None else self.split.gather(tensor)
+
+
+class ContextParallel:
+    """How one batch is split between the ranks of ``group``."""
+
+    def __init__(self, group, packed_seq_params, local_length: int, device, order: str = ZIGZAG):
+        """Raises GLM5PatchError for a document that can't be cut into equal chunks (zigzag).
+
+        Args:
+            group: the context-parallel group.
+            packed_seq_params: documents of a pack.
+            local_length: tokens that each rank holds.
+            device: of the indices made here.
+            order: one of ``CONTEXT_PARALLEL_ORDERS``.
+        """
+        self.group = group
+        length = local_length * group.size()
+        bounds = document_bounds(packed_seq_params, length)
+        held = {ZIGZAG: _zigzag, CONTIGUOUS: _contiguous}[order]
+        positions = [held(bounds, rank, group.size()) for rank in range(group.size())]
+        own = positions[group.rank()]
+        self.rows = Rows(
+            document_starts(bounds)[own].to(device),
+            own.to(device),
+            length,
+            longest_document(bounds),
+        )
+        """What the queries of this rank see."""
+        self._order = torch.cat(positions).argsort().to(device)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """[s / cp, ...] of every rank -> [s, ...] in natural order; gradients go back summed."""
+        gathered = gather_from_sequence_parallel_region(tensor.contiguous(), group=self.group)
+        return gathered.index_select(0, self._order)
+
+
+def _contiguous(bounds: list[int], rank: int, size: int) -> Tensor:
+    part = bounds[-1] // size
+    return torch.arange(rank * part, (rank + 1) * part)
+
+
+def _zigzag(bounds: list[int], rank: int, size: int) -> Tensor:
+    parts = [torch.empty(0, dtype=torch.int64)]
+    for begin, end in zip(bounds, bounds[1:]):
+        chunk, rest = divmod(end - begin, 2 * size)
+        if rest:
+            raise GLM5PatchError(
+                f"a document of {end - begin} tokens can't be split between context_parallel_size="
+                f"{size} ranks; pad it to a multiple of {2 * size} (cu_seqlens_q_padded)"
+            )
+        for number in (rank, 2 * size - 1 - rank):
+            parts.append(torch.arange(begin + number * chunk, begin + (number + 1) * chunk))
+    return torch.cat(parts)

@@ -1,0 +1,78 @@
+"""The up-projection is asked of its module, so what wraps the module counts."""
+
+import pytest
+import torch
+
+from glm5_patch.errors import GLM5PatchError
+from glm5_patch.tools.demo import forward
+from tests.tiny import loss_of, megatron_model, relative, saved, tokens
+
+ONE_LAYER = dict(num_hidden_layers=1, index_topk_freq=1)
+pytestmark = pytest.mark.usefixtures("our_core")
+
+
+class LowRank(torch.nn.Module):
+    """As adapters wrap a linear layer of Megatron: the frozen layer, plus a product of two."""
+
+    def __init__(self, wrapped, seed, rank=3):
+        super().__init__()
+        self.to_wrap = wrapped
+        generator = torch.Generator().manual_seed(seed)
+        out_features, in_features = wrapped.weight.shape
+        self.down = torch.nn.Parameter(torch.randn(rank, in_features, generator=generator) / 8)
+        self.up = torch.nn.Parameter(torch.randn(out_features, rank, generator=generator) / 8)
+        wrapped.weight.requires_grad_(False)
+
+    def forward(self, x):
+        output, bias = self.to_wrap(x)
+        return output + x @ self.down.T @ self.up.T, bias
+
+
+def adapted(model):
+    for number, layer in enumerate(model.decoder.layers):
+        attention = layer.self_attention
+        attention.linear_kv_up_proj = LowRank(attention.linear_kv_up_proj, seed=number)
+    return model
+
+
+def merged(model):
+    for layer in model.decoder.layers:
+        adapter = layer.self_attention.linear_kv_up_proj
+        layer.self_attention.linear_kv_up_proj = adapter.to_wrap
+        with torch.no_grad():
+            adapter.to_wrap.weight += adapter.up @ adapter.down
+    return model
+
+
+@pytest.mark.parametrize(
+    "kernels, length", [("torch", 24), ("torch", 8), ("triton", 16)], ids=str
+)  # 8 keys all fit
+def test_an_adapter_on_the_up_projection_is_as_good_as_merged(
+    kernels, length, tmp_path, monkeypatch
+):
+    if kernels == "triton":
+        pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setenv("GLM5_PATCH_KERNELS", kernels)
+    torch.use_deterministic_algorithms(True)  # of equal scores the lower position wins
+    try:
+        model = megatron_model(saved(tmp_path, kv_lora_rank=64, **ONE_LAYER))
+        ids = tokens(0, 1, length)
+        plain = forward(model, ids).detach()
+        model = adapted(model).train()
+        logits = forward(model, ids)
+        loss_of(logits, ids).backward()
+        for layer in model.decoder.layers:
+            adapter = layer.self_attention.linear_kv_up_proj
+            assert adapter.to_wrap.weight.grad is None
+            assert adapter.down.grad.norm() > 0 and adapter.up.grad.norm() > 0
+        assert relative(logits, plain) > 0.01
+        assert relative(forward(merged(model), ids), logits) < 1e-5
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_decoding_with_a_cache_is_refused(tmp_path):
+    model = megatron_model(saved(tmp_path, **ONE_LAYER))
+    attention = model.decoder.layers[0].self_attention
+    with pytest.raises(GLM5PatchError, match="KV cache is not supported"):
+        attention.get_query_key_value_tensors(torch.zeros(4, 1, 64), inference_context=object())

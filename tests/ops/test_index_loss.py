@@ -1,0 +1,119 @@
+"""The indexer's loss against its plain definition, with everything in memory at once."""
+
+import itertools
+
+import pytest
+import torch
+
+from glm5_patch.attention.indexer import IndexerInputs
+from glm5_patch.ops import rows as blocks
+from glm5_patch.ops.index_loss.reference import indexer_loss
+from glm5_patch.ops.rows import Rows, document_starts, longest_document, selected_keys, visible_keys
+from glm5_patch.ops.sparse_attention.operation import MLADims, keys_and_values
+from glm5_patch.tools.demo import forward
+from tests.tiny import megatron_model, relative, saved, tokens
+
+S, B, HEADS, SCALE = 24, 2, 3, 0.3
+DIMS = MLADims(latent=64, nope=24, rope=16, value=8)
+
+
+def reference(inputs, query, key, mask, index_scale):
+    """KL(attention || indexer), mean over queries (megatron-core 0.19's definition)."""
+    scores = torch.einsum("sbhd,tbd->bsht", inputs.query, inputs.key) * index_scale
+    scores = torch.einsum("bsht,sbh->bst", scores.relu(), inputs.weights)
+    log_predicted = scores.masked_fill(~mask, float("-inf")).log_softmax(-1)
+    logits = torch.einsum("sbnd,tbnd->bnst", query, key) * SCALE
+    target = logits.masked_fill(~mask[:, None], float("-inf")).softmax(-1).mean(1)
+    terms = target * (target.clamp_min(1e-10).log() - log_predicted.masked_fill(~mask, 0.0))
+    return terms.masked_fill(~mask, 0.0).sum(-1).mean()
+
+
+@pytest.fixture(scope="module")
+def indexer(world, our_core, tmp_path_factory):
+    heads = dict(index_n_heads=16, index_head_dim=16, num_hidden_layers=1, index_topk_freq=1)
+    model = megatron_model(saved(tmp_path_factory.mktemp("loss") / "hf", **heads))
+    return model.decoder.layers[0].self_attention.core_attention.indexer
+
+
+def random_inputs(indexer, seed, s=S, b=B):
+    """The indexer's inputs, and queries, latent and up-projection of the attention."""
+    g = torch.Generator().manual_seed(seed)
+    n, d = indexer.index_n_heads, indexer.index_head_dim
+    shapes = [(s, b, n, d), (s, b, d), (s, b, n)]
+    inputs = IndexerInputs(
+        *(torch.randn(shape, generator=g, requires_grad=True) for shape in shapes)
+    )
+    shapes = [
+        (s, b, HEADS, DIMS.nope + DIMS.rope),
+        (s, b, 1, DIMS.latent + DIMS.rope),
+        (DIMS.latent, HEADS * (DIMS.nope + DIMS.value)),
+    ]
+    return inputs, [torch.randn(shape, generator=g) / shape[0] ** 0.25 for shape in shapes]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("rows_per_block", [1, 5, 100])
+def test_loss_and_gradients_equal_the_definition(
+    indexer, seed, sparse, rows_per_block, monkeypatch
+):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", rows_per_block * B * indexer.index_n_heads * S * 4)
+    inputs, attention = random_inputs(indexer, seed)
+    rows = Rows(torch.zeros(S, dtype=torch.int64))
+    topk_indices = indexer.select(inputs, rows)
+    settings = dict(softmax_scale=SCALE, coefficient=0.7, sparse=sparse)
+    given = (indexer, inputs, *attention, topk_indices, rows, DIMS)
+    loss = indexer_loss(*given, **settings, per_token=False)
+    whole = slice(0, S)
+    mask = selected_keys(whole, rows, topk_indices) if sparse else visible_keys(whole, rows)
+    mask = mask.expand(B, S, S)
+    key, _ = keys_and_values(*attention[1:], DIMS)
+    expected = 0.7 * reference(inputs, attention[0], key, mask, indexer.softmax_scale)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for ours, theirs in zip(
+        torch.autograd.grad(loss * 3, inputs), torch.autograd.grad(expected * 3, inputs)
+    ):
+        assert relative(ours, theirs) < 1e-5
+    summed = indexer_loss(*given, **settings, per_token=True)
+    assert summed.item() == pytest.approx(loss.item() * S * B, rel=1e-5)
+
+
+@pytest.mark.parametrize("coefficient", [None, 0.0, 0.1])
+def test_only_a_positive_coefficient_trains_the_indexers_and_only_them(
+    world, tmp_path, coefficient
+):
+    checkpoint = saved(tmp_path / "hf")
+    ids = tokens(0, 2, 40)
+    gradients = {}
+    for value in (None, coefficient):
+        model = megatron_model(checkpoint, dsa_indexer_loss_coeff=value).train()
+        forward(model, ids).square().mean().backward()
+        gradients[value] = {name: p.grad for name, p in model.named_parameters()}
+    for name, grad in gradients[coefficient].items():
+        if ".indexer." in name:
+            assert (grad is not None and grad.abs().sum() > 0) == bool(coefficient), name
+        else:
+            assert torch.equal(grad, gradients[None][name]), name
+
+
+@pytest.mark.parametrize("lengths", [[S], [1, 14, 0, 9]], ids=["bshd", "thd"])
+@pytest.mark.parametrize("kind", ["as they come", "deterministic", "everything selected"])
+def test_triton_computes_the_same_loss_and_gradients(indexer, lengths, kind, monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    b = B if len(lengths) == 1 else 1
+    inputs, attention = random_inputs(indexer, len(kind), b=b)
+    bounds = [0, *itertools.accumulate(lengths)]
+    rows = Rows(document_starts(bounds), longest=longest_document(bounds))
+    topk = None if kind == "everything selected" else indexer.select(inputs, rows)
+    settings = dict(softmax_scale=SCALE, coefficient=0.7, sparse=True, per_token=False)
+    found = []
+    for kernels in ("torch", "triton"):
+        monkeypatch.setenv("GLM5_PATCH_KERNELS", kernels)
+        if kernels == "triton":
+            monkeypatch.delattr("glm5_patch.ops.index_loss.reference._IndexerLoss")
+        torch.use_deterministic_algorithms(kind == "deterministic")
+        loss = indexer_loss(indexer, inputs, *attention, topk, rows, DIMS, **settings)
+        torch.use_deterministic_algorithms(False)
+        found.append((loss, *torch.autograd.grad(loss * 3, inputs)))
+    for theirs, ours in zip(*found):
+        assert relative(ours, theirs) < 1e-5

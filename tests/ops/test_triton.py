@@ -1,0 +1,267 @@
+"""The Triton kernels against the blocked torch code, in Triton's interpreter or on a GPU."""
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from glm5_patch.errors import GLM5PatchError
+from glm5_patch.ops.index_topk import triton as indexer_kernels
+from glm5_patch.ops.registry import computed_by, use_triton
+from glm5_patch.ops.rows import Rows, document_starts, longest_document, visible_topk
+from glm5_patch.ops.sparse_attention import triton as sparse_mla
+from glm5_patch.ops.sparse_attention.absorption import absorbed_attention
+from glm5_patch.ops.sparse_attention.operation import MLADims, keys_and_values
+from glm5_patch.ops.sparse_attention.reference import sparse_attention
+from glm5_patch.testing.parity import recorded
+from glm5_patch.tools.demo import forward
+from tests.ops.test_sparse_attention import random_topk
+from tests.tiny import loss_of, megatron_model, pack_forward, packed, relative, saved, tokens
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = MLADims(latent=64, nope=24, rope=16, value=20)
+
+
+def layout(lengths):
+    bounds = [0, *itertools.accumulate(lengths)]
+    return Rows(document_starts(bounds).to(DEVICE), longest=longest_document(bounds))
+
+
+def chosen_keys(rows, b, k, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return random_topk(len(rows.starts), b, k, rows.starts.cpu(), generator).to(DEVICE)
+
+
+def inputs(s, b, heads, dims, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [
+        (s, b, heads, dims.nope + dims.rope),
+        (s, b, 1, dims.latent + dims.rope),
+        (dims.latent, heads * (dims.nope + dims.value)),
+    ]
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    return [tensor.to(DEVICE).requires_grad_() for tensor in tensors]
+
+
+def both(tensors, topk, rows, dims, upstream_seed=9):
+    """Output and gradients of the kernels, and of the blocked reference."""
+    found = []
+    for kind in (absorbed_attention, unabsorbed):
+        output = kind(*tensors, topk, rows, dims, 0.2)
+        upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(upstream_seed))
+        found.append((output, *torch.autograd.grad(output, tensors, upstream.to(DEVICE))))
+    return found
+
+
+def unabsorbed(query, latent, up, topk, rows, dims, scale):
+    return sparse_attention(query, *keys_and_values(latent, up, dims), topk, rows, scale)
+
+
+@pytest.mark.parametrize("heads", [8, 16, 32, 64, 72])
+@pytest.mark.parametrize("seed", range(2))
+def test_attention_for_each_count_of_heads(heads, seed):
+    rows, tensors = layout([16]), inputs(16, 1, heads, SMALL, seed)
+    topk = chosen_keys(rows, 1, 7, seed)
+    for ours, theirs in zip(*both(tensors, topk, rows, SMALL)):
+        assert relative(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("lengths", [[40], [1, 20, 0, 19]], ids=["bshd", "thd"])
+@pytest.mark.parametrize("k", [3, 20, 40])
+def test_attention_of_a_batch_of_documents(lengths, k):
+    b = 2 if len(lengths) == 1 else 1
+    rows, tensors = layout(lengths), inputs(40, b, 3, SMALL, seed=k)
+    topk = chosen_keys(rows, b, k, k)
+    for ours, theirs in zip(*both(tensors, topk, rows, SMALL)):
+        assert relative(ours, theirs) < 1e-5
+    for ours, theirs in zip(*both(tensors, None, rows, SMALL)):
+        assert relative(ours, theirs) < 1e-5
+
+
+def test_attention_of_some_of_the_queries():
+    """As on one rank of a context-parallel group."""
+    whole, tensors = layout([24, 16]), inputs(40, 1, 4, SMALL, seed=0)
+    topk = chosen_keys(whole, 1, 6, 0)
+    positions = torch.randperm(40, generator=torch.Generator().manual_seed(1))[:17].to(DEVICE)
+    rows = Rows(whole.starts[positions], positions, 40, whole.longest)
+    some = [tensors[0][positions], *tensors[1:]]
+    ours, theirs = both(some, topk[:, positions], rows, SMALL)
+    for a, e in zip(ours, theirs):
+        assert relative(a, e) < 1e-5
+
+
+def test_empty_places_and_a_query_without_keys():
+    rows, tensors = layout([20]), inputs(20, 1, 4, SMALL, seed=0)
+    topk = visible_topk(rows, 1)[..., :9].clone()
+    topk[0, 5, 2] = topk[0, 12, 0] = -1
+    topk[0, 7] = -1
+    for ours, theirs in zip(*both(tensors, topk, rows, SMALL)):
+        assert relative(ours, theirs) < 1e-5
+    assert absorbed_attention(*tensors, topk, rows, SMALL, 0.2)[7].abs().max() == 0
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_the_deterministic_backward_in_pieces(deterministic, monkeypatch):
+    monkeypatch.setattr(sparse_mla, "PAIR_BYTES", 11 * 2 * 6 * 80 * 4)  # 11 queries at a time
+    rows, tensors = layout([40]), inputs(40, 2, 4, SMALL, seed=3)
+    topk = chosen_keys(rows, 2, 6, 3)
+    for ours, theirs in zip(*both(tensors, topk, rows, SMALL)):
+        assert relative(ours, theirs) < 1e-5
+
+
+def index_inputs(s, b, heads, dim, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (s, b, heads, dim), (s, b, dim), (s, b, heads)
+    return [torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes]
+
+
+def by_sorting(query, key, weights, rows, k, scale):
+    """The top-k as sets, from all scores at once; the lower position wins among equals."""
+    products = torch.einsum("sbhd,tbd->bsht", query, key).mul(scale).relu()
+    scores = torch.einsum("bsht,sbh->bst", products, weights)
+    at = torch.arange(len(key), device=DEVICE)
+    seen = (at <= (rows.starts + rows.local_positions)[:, None]) & (at >= rows.starts[:, None])
+    scores = scores.masked_fill(~seen, float("-inf"))
+    values, columns = scores.sort(dim=-1, descending=True, stable=True)
+    local = (columns - rows.starts[:, None]).masked_fill(values == float("-inf"), -1)
+    return local[..., :k].sort(-1)[0]
+
+
+@pytest.mark.parametrize("lengths", [[50], [1, 30, 0, 19]], ids=["bshd", "thd"])
+@pytest.mark.parametrize("heads, dim", [(4, 16), (32, 32)])
+@pytest.mark.parametrize("seed", range(3))
+def test_selection(lengths, heads, dim, seed, monkeypatch):
+    from glm5_patch.ops import rows as blocks
+
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 21 * 50 * 4)  # 21 queries at a time
+    b = 2 if len(lengths) == 1 else 1
+    rows, tensors = layout(lengths), index_inputs(50, b, heads, dim, seed)
+    ours = indexer_kernels.select(*tensors, rows, 9, dim**-0.5)
+    assert torch.equal(ours.sort(-1)[0], by_sorting(*tensors, rows, 9, dim**-0.5).int())
+
+
+def test_long_rows_are_selected_from_candidates(monkeypatch):
+    """Of a row that a sample describes, and of one that it does not."""
+    monkeypatch.setattr(indexer_kernels, "IN_REGISTERS", 64)
+    rows, k, s = layout([150]), 20, 150
+    query, key, weights = index_inputs(s, 1, 4, 16, seed=0)
+    usual = indexer_kernels.select(query, key, weights, rows, k, 0.25)
+    assert torch.equal(usual.sort(-1)[0], by_sorting(query, key, weights, rows, k, 0.25).int())
+    # All scores equal: too many candidates.
+    key[:] = key[0]
+    equal = indexer_kernels.select(query, key, weights, rows, k, 0.25)
+    assert torch.equal(equal.sort(-1)[0], by_sorting(query, key, weights, rows, k, 0.25).int())
+
+
+def test_equal_scores_go_to_the_lower_positions():
+    """As where every head's product is negative: the scores of many keys are 0."""
+    query, key, weights = index_inputs(32, 1, 4, 16, seed=0)
+    key[::2] = -query.sum((0, 1, 2)).abs()  # no rule, but many zeros among the scores
+    rows = layout([32])
+    weights = weights.abs().mul(
+        (torch.arange(32, device=DEVICE) % 3 > 0)[:, None, None]
+    )  # whole rows of zeros
+    ours = indexer_kernels.select(query, key, weights, rows, 5, 0.25)
+    assert torch.equal(ours.sort(-1)[0], by_sorting(query, key, weights, rows, 5, 0.25).int())
+
+
+@pytest.mark.parametrize("in_registers", [8192, 64])
+def test_scores_that_are_not_numbers_stay_in_their_row(in_registers, monkeypatch):
+    """As when training diverges: the CUDA NaN, 0x7fffffff, is the largest integer there is."""
+    monkeypatch.setattr(indexer_kernels, "IN_REGISTERS", in_registers)
+    scores = torch.randn(100, 100, generator=torch.Generator().manual_seed(0))
+    scores[60:70, ::3] = float("inf")
+    scores.view(torch.int32)[70:80, ::2] = 0x7FFFFFFF
+    scores.view(torch.int32)[90:95] = scores.view(torch.int32)[95:, ::2] = 0x7FFFFFFF
+    rows, k = layout([100]), 20
+    guarded = torch.full((120, k), -7, dtype=torch.int32, device=DEVICE)
+    where = *rows.spans(), slice(0, 100), 100
+    indexer_kernels.topk(scores.to(DEVICE), *where, guarded[:100])
+    assert (guarded[100:] == -7).all()
+    for row, chosen in enumerate(guarded[:100].tolist()):
+        chosen = [key for key in chosen if key >= 0]
+        assert len(set(chosen)) == len(chosen) == min(k, row + 1)
+        assert max(chosen) <= row
+
+
+@pytest.mark.parametrize("kernels", ["", "auto", "torch"])
+def test_torch_computes_on_the_cpu_unless_triton_is_asked_for(kernels, monkeypatch):
+    monkeypatch.setenv("GLM5_PATCH_KERNELS", kernels)
+    on_cpu = torch.zeros(1, dtype=torch.bfloat16)
+    assert not use_triton(on_cpu)
+    says = "GLM5_PATCH_KERNELS=torch" if kernels == "torch" else "the tensors are on cpu"
+    assert computed_by(on_cpu.device, on_cpu.dtype) == f"torch ({says})"
+
+
+def test_triton_that_can_not_is_no_silent_torch(monkeypatch):
+    monkeypatch.setenv("GLM5_PATCH_KERNELS", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert use_triton(torch.zeros(1), kv_lora_rank=512)
+    with pytest.raises(GLM5PatchError, match="kv_lora_rank=48 is no power of two of at least 64"):
+        use_triton(torch.zeros(1), kv_lora_rank=48)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(GLM5PatchError, match="=triton: the tensors are on cpu; unset it, or set"):
+        use_triton(torch.zeros(1))
+
+
+def test_unknown_kernels_are_named(monkeypatch):
+    monkeypatch.setenv("GLM5_PATCH_KERNELS", "cuda")
+    with pytest.raises(
+        GLM5PatchError, match="=cuda is none of auto, triton, cudnn, flash_mla, torch"
+    ):
+        use_triton(torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "loss_coeff"), [(None, None), ([5, 19], 0.5)], ids=["bshd", "thd-indexer-loss"]
+)
+def test_a_model_on_the_kernels_equals_one_on_torch(
+    lengths, loss_coeff, world, deterministic, tmp_path, monkeypatch
+):
+    """Whole model, selection and a skip layer included, forward and backward, under full recompute.
+    Deterministic, so that of equal scores both take the lower position."""
+    wide = dict(kv_lora_rank=64, index_n_heads=16)
+    checkpoint = saved(tmp_path, num_hidden_layers=4, **wide)
+    found, programs = {}, []
+    launch = sparse_mla.forward
+    monkeypatch.setattr(
+        sparse_mla, "forward", lambda *args: programs.append(kernels) or launch(*args)
+    )
+    for kernels in ("torch", "triton"):
+        monkeypatch.setenv("GLM5_PATCH_KERNELS", kernels)
+        model = megatron_model(
+            checkpoint,
+            recompute_granularity="full",
+            recompute_method="uniform",
+            recompute_num_layers=1,
+            dsa_indexer_loss_coeff=loss_coeff,
+            dsa_indexer_use_sparse_loss=True,
+        ).train()
+        with recorded(model) as recording:
+            if lengths:
+                ids = tokens(1, 1, sum(lengths))
+                logits = pack_forward(model, ids, packed(lengths))
+            else:
+                ids = tokens(1, 2, 16)
+                logits = forward(model, ids)
+            loss = loss_of(logits, ids)
+        loss.backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found[kernels] = loss.item(), grads, recording.topk_indices
+    assert programs == ["triton"] * 8  # four layers, each run and run again
+    (loss, grads, topk), (expected, truth, chosen) = found["triton"], found["torch"]
+    assert loss == pytest.approx(expected, rel=1e-6)
+    if not lengths:  # the hosts' own code names keys of other documents, and masks them later
+        assert {n: k.sort(-1)[0].tolist() for n, k in topk.items()} == {
+            n: k.sort(-1)[0].tolist() for n, k in chosen.items()
+        }
+    assert grads.keys() == truth.keys()
+    assert max(relative(grads[n], truth[n]) for n in grads) < 2e-5

@@ -1,0 +1,140 @@
+"""The pytest plugin, in test runs of their own."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+SPECS = "megatron.core.models.gpt.experimental_attention_variant_module_specs"
+PRELUDE = f"""
+import pytest, torch
+import {SPECS} as specs
+
+def is_patched():
+    function = specs.get_transformer_block_with_experimental_attention_variant_spec
+    return function.__globals__["__name__"].startswith("glm5_patch.")
+"""
+
+
+@pytest.fixture
+def run(pytester, monkeypatch):
+    """pytest with the plugin in a fresh process; whatever this environment has installed."""
+    for name in [name for name in os.environ if name.startswith(("GLM5_PATCH", "PYTEST_ADDOPTS"))]:
+        monkeypatch.delenv(name)
+
+    def run(tests, *options):
+        pytester.makepyfile(PRELUDE + tests)
+        plugin = () if _is_installed() else ("-p", "glm5_patch.testing.pytest_plugin")
+        return pytester.runpytest_subprocess("-W", "ignore", *plugin, *options)
+
+    return run
+
+
+def _is_installed() -> bool:
+    from importlib.metadata import entry_points
+
+    return bool(entry_points(group="pytest11", name="glm5_patch"))
+
+
+def test_patched_and_unpatched_tests_follow_each_other(run):
+    result = run(
+        """
+        def test_as_it_comes(glm5_status):
+            assert is_patched() and glm5_status["gate"].state == "applied"
+
+        def test_unpatched(glm5_unpatched):
+            assert not is_patched()
+
+        def test_patched(glm5_patched):
+            assert is_patched() and glm5_patched["gate"].state == "applied"
+
+        def test_again_as_it_comes():
+            assert is_patched()
+        """.replace("\n        ", "\n")
+    )
+    result.assert_outcomes(passed=4)
+    assert not re.search("^glm5-patch .*: ", result.stdout.str(), re.M)  # quiet unless asked
+
+
+def test_off_means_off_and_what_needs_patches_fails_with_the_reason(run):
+    result = run(
+        """
+        def test_nothing_is_patched(glm5_status):
+            assert not is_patched() and not glm5_status
+
+        def test_needs_them(glm5_patched):
+            pass
+
+        @pytest.mark.glm5_patches("dsa_spec")
+        def test_needs_one():
+            pass
+
+        def test_still_nothing():
+            assert not is_patched()
+        """.replace("\n        ", "\n"),
+        "--glm5-patch=off",
+    )
+    result.assert_outcomes(passed=2, errors=2)
+    result.stdout.fnmatch_lines(["glm5-patch *: off", "*GLM5PatchError: patch *GLM5_PATCH=0*"])
+
+
+def test_a_marked_test_runs_where_the_patches_are_in_place(run):
+    result = run(
+        """
+        @pytest.mark.glm5_patches
+        def test_all():
+            assert is_patched()
+
+        @pytest.mark.glm5_patches("gate", "dsa_spec")
+        def test_two():
+            assert is_patched()
+
+        @pytest.mark.glm5_patches("gaet")
+        def test_a_typing_error():
+            pass
+        """.replace("\n        ", "\n"),
+        "--strict-markers",
+    )
+    result.assert_outcomes(passed=2, errors=1)
+    result.stdout.fnmatch_lines(["*ValueError: no patch is called*gaet*"])
+
+
+def test_the_ini_file_sets_the_default_and_the_option_beats_it(run, pytester):
+    pytester.makeini("[pytest]\nglm5_patch = off\n")
+    tests = "def test_it(glm5_status):\n    assert not glm5_status\n"
+    run(tests).assert_outcomes(passed=1)
+    tests = "def test_it(glm5_status):\n    assert glm5_status\n"
+    run(tests, "--glm5-patch=auto").assert_outcomes(passed=1)
+    pytester.makeini("[pytest]\nglm5_patch = loud\n")
+    result = run(tests)
+    result.stderr.fnmatch_lines(["*glm5_patch='loud' is none of auto, off, strict*"])
+
+
+def test_strict_sets_the_switch_for_the_run_and_what_it_starts(run):
+    tests = """
+import os
+import re
+def test_it():
+    assert os.environ["GLM5_PATCH_STRICT"] == "1"
+"""
+    run(tests, "--glm5-patch=strict").assert_outcomes(passed=1)
+
+
+def test_it_goes_with_xdist_and_with_warnings_as_errors(run):
+    tests = "def test_it(glm5_patched):\n    assert is_patched()\n"
+    run(tests, "-n", "2").assert_outcomes(passed=1)
+    result = run(tests, "-W", "error::pytest.PytestWarning", "-p", "no:xdist")
+    result.assert_outcomes(passed=1)
+
+
+def test_loading_it_imports_neither_torch_nor_wrapt():
+    code = (
+        "import sys; import glm5_patch.testing.pytest_plugin; "
+        "print([m for m in ('torch', 'wrapt', 'megatron', 'transformers') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr

@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from glm5_patch.config.schedule import IndexSchedule
+from glm5_patch.errors import MissingTopkError
+from glm5_patch.topk.carrier import carried, current_carrier, open_carrier, require_carrier
+
+SCHEDULE = IndexSchedule.from_types("FSSFS", 5)
+
+
+def topk(value):
+    return torch.full((1, 2, 3), value, dtype=torch.int32)
+
+
+def test_an_entry_is_freed_after_its_last_reader():
+    with open_carrier() as carrier:
+        carrier.publish(1, topk(1), SCHEDULE)
+        assert carrier.read(2, 1)[0, 0, 0] == 1
+        assert carrier.held_layers == (1,)
+        carrier.read(3, 1)
+        assert carrier.held_layers == ()
+
+
+def test_a_layer_without_readers_is_not_kept():
+    with open_carrier() as carrier:
+        carrier.publish(1, topk(1), IndexSchedule.from_types("FF", 2))
+        assert carrier.held_layers == ()
+
+
+def test_an_entry_read_in_a_checkpoint_is_kept_for_the_recompute():
+    with open_carrier() as carrier:
+        carried(lambda: carrier.publish(1, topk(1), SCHEDULE))()
+        read = carried(lambda: carrier.read(2, 1))
+        read()
+        carrier.read(3, 1)
+        assert carrier.held_layers == (1,)
+    assert current_carrier() is None
+    assert read()[0, 0, 0] == 1
+
+
+def test_a_recompute_sees_its_own_forward_and_not_the_latest():
+    reads = []
+    for value in (1, 2):
+        with open_carrier() as carrier:
+            carried(lambda c=carrier, v=value: c.publish(1, topk(v), SCHEDULE))()
+            reads.append(carried(lambda: current_carrier().read(2, 1)))
+    assert [int(read()[0, 0, 0]) for read in reads] == [1, 2]
+
+
+def test_functions_are_left_alone_where_no_carrier_is_open():
+    def function():
+        pass
+
+    assert carried(function) is function
+
+
+def test_a_missing_source_is_named_with_what_to_check():
+    with pytest.raises(MissingTopkError, match="layer 3 is a skip layer.*layer 1.*carrier"):
+        require_carrier(3, 1)
+    with open_carrier() as carrier, pytest.raises(MissingTopkError, match="pipeline split"):
+        carrier.read(3, 1)
