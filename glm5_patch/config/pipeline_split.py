@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import heapq
 import itertools
-from collections.abc import Sequence
+import math
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import PipelineSplitError
 from .schedule import IndexSchedule
+
+MAX_CHUNKS = 128
+"""Pipeline size times virtual stages that the search for splits takes."""
 
 
 def check_split(
@@ -75,63 +82,159 @@ def best_splits(
 
     Args:
         schedule: the model's index schedule.
-        chunks: pipeline size times virtual stages.
+        chunks: pipeline size times virtual stages, at most ``MAX_CHUNKS``.
         costs: time of each layer; 1 each by default.
         before: time of the embedding, on the first chunk.
         after: time of the output layer (and multi-token prediction), on the last chunk.
-        count: how many splits to return at most.
+        count: how many splits to return at most; fewer only where there are no more.
+
+    Raises:
+        PipelineSplitError: more chunks than the search takes.
     """
+    if chunks > MAX_CHUNKS:
+        raise PipelineSplitError(
+            f"{chunks} chunks (pipeline size times virtual stages) are more than the search takes; "
+            f"use at most {MAX_CHUNKS}"
+        )
     costs = [1.0] * schedule.num_layers if costs is None else costs
-    until = [0.0, *itertools.accumulate(costs)]
-    starts = [n - 1 for n in schedule.computing_layers]
-    ends = [*starts[1:], schedule.num_layers]
-    empty = chunks > len(starts)
-
-    def time_of(chunk: int, begin: int, end: int) -> float:
-        # The same sum wherever a chunk is timed: bounds are compared for equality.
-        extra = before * (chunk == 0) + after * (chunk == chunks - 1)
-        return until[end] - until[begin] + extra
-
-    bounds = {
-        time_of(chunk, begin, end)
-        for chunk in {0, 1, chunks - 1}
-        for begin in starts
-        for end in ends
-        if begin < end and chunk < chunks
-    }
+    search = _SplitSearch(schedule, chunks, costs, before, after)
+    bounds = search.bounds()
+    # A split below a bound is also one below every larger bound.
+    first = bisect.bisect_left(bounds, True, key=lambda bound: search.is_feasible(bound))
+    wanted = min(count, search.number_of_splits())
     found: list[Split] = []
-    for bound in sorted(bounds):
-        # Those found under a lower bound come back, and must not crowd out the new ones.
-        wanted = count + len(found)
-        for sizes in _evenest(starts, ends, chunks, bound, time_of, empty, wanted):
-            cuts = [0, *itertools.accumulate(sizes)]
-            times = tuple(time_of(i, *cut) for i, cut in enumerate(itertools.pairwise(cuts)))
-            if max(times) == bound:
-                found.append(Split(sizes, times))
-        if len(found) >= count:
+    for bound in bounds[first:]:
+        if len(found) >= wanted:
             break
-    return found[:count]
+        found += search.evenest(bound, wanted - len(found))
+    return found
 
 
-def _evenest(starts, ends, chunks, bound, time_of, empty, count) -> list[tuple[int, ...]]:
-    """The splits without a chunk above ``bound``, by their sum of squared times.
+class _SplitSearch:
+    """Splits whose slowest chunk takes exactly a given time.
 
-    Dynamic programming over (chunk, first layer not yet placed), keeping the best few of each.
+    Chunks are cut at marks: mark 0 is before the first layer, the last one after the last layer,
+    and the others before each computing layer. A set of marks is an int with one bit for each.
     """
-    total = ends[-1]
-    best: dict[int, list[tuple[float, tuple[int, ...]]]] = {0: [(0.0, ())]}
-    for chunk in range(chunks):
-        grown: dict[int, list[tuple[float, tuple[int, ...]]]] = {}
-        for begin, partial in best.items():
-            for end in [begin] * empty + [end for end in ends if end > begin]:
-                time = time_of(chunk, begin, end)
-                if time > bound:
-                    break
-                grown.setdefault(end, []).extend(
-                    (squares + time * time, (*sizes, end - begin)) for squares, sizes in partial
-                )
-        best = {end: heapq.nsmallest(count, options) for end, options in grown.items()}
-    return [sizes for _, sizes in best.get(total, [])]
+
+    def __init__(self, schedule, chunks, costs, before, after):
+        self._marks = [n - 1 for n in schedule.computing_layers] + [schedule.num_layers]
+        self._last_mark = len(self._marks) - 1
+        self._chunks = chunks
+        self._until = [0.0, *itertools.accumulate(costs)]
+        self._extra = [0.0] * chunks
+        self._extra[0] += before
+        self._extra[-1] += after
+        self._fewest = 0 if chunks > self._last_mark else 1  # marks that a chunk spans at least
+
+    def number_of_splits(self) -> int:
+        """How many valid splits there are."""
+        filled = range(1, self._chunks + 1) if self._fewest == 0 else (self._chunks,)
+        cuts = self._last_mark - 1
+        return sum(math.comb(self._chunks, n) * math.comb(cuts, n - 1) for n in filled)
+
+    def bounds(self) -> list[float]:
+        """Every time that a chunk can take, ascending."""
+        spans = [
+            (begin, end)
+            for begin in range(self._last_mark + 1)
+            for end in range(begin + self._fewest, self._last_mark + 1)
+        ]
+        kinds = {extra: chunk for chunk, extra in enumerate(self._extra)}.values()
+        return sorted({self._time(chunk, *span) for chunk in kinds for span in spans})
+
+    def is_feasible(self, bound: float) -> bool:
+        """Whether some split has no chunk above ``bound``."""
+        return bool(self._reached(self._reach_of_chunks(bound))[-1] >> self._last_mark)
+
+    def evenest(self, bound: float, count: int) -> list[Split]:
+        """The splits whose slowest chunk takes ``bound``, by their sum of squared times."""
+        reach = self._reach_of_chunks(bound)
+        useful = self._useful(reach)
+        if not any(self._slowest(useful, reach, bound)):
+            return []
+        # (mark, whether a chunk takes bound) -> the best (sum of squares, mark before, its entry).
+        best: dict[tuple[int, bool], list[tuple]] = {(0, False): [(0.0, 0, None)]}
+        for chunk in range(self._chunks):
+            grown: dict[tuple[int, bool], list[tuple]] = {}
+            for (begin, hit), entries in best.items():
+                for end in _bits(reach[chunk][begin] & useful[chunk + 1]):
+                    time = self._time(chunk, begin, end)
+                    options = grown.setdefault((end, hit or time == bound), [])
+                    options += [(entry[0] + time * time, end, entry) for entry in entries]
+            best = {
+                state: heapq.nsmallest(count, options, key=operator.itemgetter(0))
+                for state, options in grown.items()
+            }
+        return [self._split(entry) for entry in best.get((self._last_mark, True), [])]
+
+    def _time(self, chunk: int, begin: int, end: int) -> float:
+        # The same sum wherever a chunk is timed: bounds are compared for equality.
+        span = self._until[self._marks[end]] - self._until[self._marks[begin]]
+        return span + self._extra[chunk]
+
+    def _reach_of_chunks(self, bound: float) -> list[list[int]]:
+        """For each chunk and each mark where it may begin, the marks where it may end."""
+        by_extra = {
+            extra: self._reach(chunk, bound)
+            for extra, chunk in {extra: c for c, extra in enumerate(self._extra)}.items()
+        }
+        return [by_extra[extra] for extra in self._extra]
+
+    def _reach(self, chunk: int, bound: float) -> list[int]:
+        reach, end = [], 0
+        for begin in range(self._last_mark + 1):
+            end = max(end, begin)
+            while end < self._last_mark and self._time(chunk, begin, end + 1) <= bound:
+                end += 1
+            fits = self._time(chunk, begin, end) <= bound
+            least = begin + self._fewest
+            reach.append((1 << end + 1) - (1 << least) if fits and end >= least else 0)
+        return reach
+
+    def _reached(self, reach: list[list[int]]) -> list[int]:
+        """The marks where each chunk may begin, and those where the last one may end."""
+        reached = [1]
+        for of_chunk in reach:
+            reached.append(
+                functools.reduce(operator.or_, map(of_chunk.__getitem__, _bits(reached[-1])), 0)
+            )
+        return reached
+
+    def _useful(self, reach: list[list[int]]) -> list[int]:
+        """As ``_reached``, without the marks from which the last one can't be reached."""
+        useful = self._reached(reach)
+        useful[-1] &= 1 << self._last_mark
+        for chunk in reversed(range(self._chunks)):
+            ends = useful[chunk + 1]
+            useful[chunk] = sum(1 << m for m in _bits(useful[chunk]) if reach[chunk][m] & ends)
+        return useful
+
+    def _slowest(self, useful: list[int], reach: list[list[int]], bound: float) -> Iterator[bool]:
+        """Whether each chunk of the remaining splits can take ``bound``."""
+        for chunk in range(self._chunks):
+            for begin in _bits(useful[chunk]):
+                for end in _bits(reach[chunk][begin] & useful[chunk + 1]):
+                    yield self._time(chunk, begin, end) == bound
+
+    def _split(self, entry: tuple) -> Split:
+        marks = []
+        while entry is not None:
+            _, mark, entry = entry
+            marks.append(mark)
+        spans = list(itertools.pairwise(reversed(marks)))
+        return Split(
+            tuple(self._marks[end] - self._marks[begin] for begin, end in spans),
+            tuple(self._time(chunk, *span) for chunk, span in enumerate(spans)),
+        )
+
+
+def _bits(mask: int) -> Iterator[int]:
+    """The numbers of a set, ascending."""
+    while mask:
+        lowest = mask & -mask
+        yield lowest.bit_length() - 1
+        mask ^= lowest
 
 
 def nearest_split(schedule: IndexSchedule, sizes: Sequence[int]) -> list[int] | None:
@@ -154,7 +257,7 @@ def equal_middle_split(schedule: IndexSchedule, stages: int) -> list[int] | None
     starts, total = {n - 1 for n in schedule.computing_layers}, schedule.num_layers
     candidates = []
     for first in starts - {0}:
-        for middle in range(1, total) if stages > 2 else (0,):
+        for middle in range(1, (total - first) // (stages - 2) + 1) if stages > 2 else (0,):
             cuts = [first + i * middle for i in range(stages - 1)]
             last = total - cuts[-1] if cuts else 0
             if last >= 1 and starts.issuperset(cuts):

@@ -99,26 +99,51 @@ def rank(times):
     return round(max(times), 6), round(sum(t * t for t in times), 6)
 
 
-@pytest.mark.parametrize("seed", range(20))
+def every_split(schedule, chunks):
+    """Sizes of all valid splits; with empty chunks where there are too few computing layers."""
+    ends = [layer - 1 for layer in schedule.computing_layers[1:]] + [schedule.num_layers]
+    may_be_empty = chunks > len(ends)
+
+    def after(sizes):
+        done = sum(sizes)
+        if len(sizes) == chunks:
+            return [sizes] if done == schedule.num_layers else []
+        following = [end - done for end in ends if end > done]
+        return [split for size in [0] * may_be_empty + following for split in after([*sizes, size])]
+
+    return after([])
+
+
+@pytest.mark.parametrize("seed", range(40))
 def test_best_splits_are_the_best_of_all_in_order(seed):
     rng = random.Random(seed)
-    schedule = random_schedule(rng, most=12)
-    layers = schedule.num_layers
-    costs = [rng.choice([1.0, 2.0, 3.5]) for _ in range(layers)]
-    before, after = rng.choice([0.0, 0.5]), rng.choice([0.0, 2.0])
-    for chunks in range(1, len(schedule.computing_layers) + 1):
+    schedule = random_schedule(rng, most=9)
+    costs = [rng.choice([1.0, 2.0, 3.5]) for _ in range(schedule.num_layers)]
+    before, after = rng.choice([0.0, 0.5]), rng.choice([0.0, 2.0, 9.0])
+    for chunks in range(1, 8):
         ranked = []
-        for cuts in itertools.combinations(range(1, layers), chunks - 1):
-            sizes = [b - a for a, b in itertools.pairwise((0, *cuts, layers))]
-            if valid(schedule, sizes):
-                ends = [0, *itertools.accumulate(sizes)]
-                times = [sum(costs[a:b]) for a, b in itertools.pairwise(ends)]
-                times[0] += before
-                times[-1] += after
-                ranked.append(rank(times))
-        found = best_splits(schedule, chunks, costs, before=before, after=after, count=5)
-        assert [rank(split.times) for split in found] == sorted(ranked)[:5]
+        for sizes in every_split(schedule, chunks):
+            ends = [0, *itertools.accumulate(sizes)]
+            times = [sum(costs[a:b]) for a, b in itertools.pairwise(ends)]
+            times[0] += before
+            times[-1] += after
+            ranked.append(rank(times))
+        found = best_splits(schedule, chunks, costs, before=before, after=after, count=7)
+        assert [rank(split.times) for split in found] == sorted(ranked)[:7]
+        assert len({split.sizes for split in found}) == len(found)
         assert all(valid(schedule, split.sizes) for split in found)
+
+
+def test_the_search_ends_where_few_splits_exist():
+    """78 computing layers in 78 chunks: one way, however many are asked for."""
+    schedule = IndexSchedule.from_freq(78, 1, 0)
+    (split,) = best_splits(schedule, 78, count=20)
+    assert split.sizes == (1,) * 78
+
+
+def test_more_chunks_than_the_search_takes_are_refused():
+    with pytest.raises(PipelineSplitError, match="129 chunks .* use at most 128"):
+        best_splits(GLM_5_2, 129)
 
 
 @pytest.mark.parametrize("chunks", [22, 26, 104])

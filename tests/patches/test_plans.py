@@ -121,6 +121,18 @@ def test_multi_token_prediction_goes_to_the_last_chunk(config_json, capsys):
     assert best["bridge_provider"]["virtual_pipeline_model_parallel_size"] == 2
 
 
+@pytest.mark.parametrize("flags", [["--pp", "80", "--mtp"], ["--pp", "32", "--vpp", "4"]])
+def test_more_chunks_than_computing_layers_get_a_plan(flags, config_json, capsys):
+    assert cli.main(["plan", "--config", config_json, *flags, "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)["plans"]
+    assert plans and all(sum(plan["layers"]) == 78 for plan in plans)
+
+
+def test_too_many_chunks_are_an_error(config_json, capsys):
+    assert cli.main(["plan", "--config", config_json, "--pp", "43", "--vpp", "3"]) == 2
+    assert "129 chunks" in capsys.readouterr().err
+
+
 def test_uniform_splits_are_explained():
     schedule = HFConfig(published("glm-5.2.json")).schedule
     assert "layer 40, a skip layer whose source, layer 39" in why_not_uniform(schedule, 2)
