@@ -1,9 +1,11 @@
 """GLM-5's settings of a ``TransformerConfig``, by megatron-core 0.19's names where it has them."""
 
-from __future__ import annotations
+# No `from __future__ import annotations`: argument builders read the types of the fields, which
+# must be types and not strings.
 
-from dataclasses import dataclass
-from typing import Any
+import argparse
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from .schedule import MEGATRON_DEFAULT_OFFSET
 
@@ -14,28 +16,74 @@ a pack each document, is cut into ``2 * size`` chunks, and rank r holds chunk r 
 ``size`` equal parts of the whole, wherever documents end."""
 
 
+class OnOff(argparse.Action):
+    """A flag that is True as ``--x`` and False as ``--no-x`` or ``--disable-x``."""
+
+    def __init__(self, option_strings, dest, default=None, help=None):
+        super().__init__(option_strings, dest, nargs=0, default=default, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, not option_string.startswith(("--no-", "--disable-")))
+
+
+def on_off_flags(name: str) -> dict[str, Any]:
+    """What megatron-core's argument builder must know of a boolean field to make it an ``OnOff``.
+
+    By itself the builder makes ``--x`` of a field that is False by default, and ``--no-x`` and
+    ``--disable-x`` of one that is True; a launch script would fit one release only.
+    """
+    flag = name.replace("_", "-")
+    return {"arg_names": [f"--{flag}", f"--no-{flag}", f"--disable-{flag}"], "action": OnOff}
+
+
+def _setting(default: Any, help: str, **argparse_meta: Any) -> Any:
+    metadata = {"argparse_meta": {"help": help, **argparse_meta}}
+    return field(default=default, kw_only=True, metadata=metadata)
+
+
+def _switch(name: str, help: str) -> Any:
+    return _setting(None, help, **on_off_flags(name))
+
+
 @dataclass
 class GLM5Fields:
-    """The fields, with GLM-5's values as defaults; a host that has one keeps its own default."""
+    """The fields; a host that has one keeps its own default.
 
-    dsa_indexer_topk_freq: int = 1
-    """Every freq-th layer computes its top-k, the others reuse it."""
-    dsa_indexer_skip_topk_offset: int = MEGATRON_DEFAULT_OFFSET
-    """The first layers, that many but at least one, all compute."""
-    dsa_indexer_types: list[str] | str | None = None
-    """'full' or 'shared' for each layer, or a string of F and S; beats freq and offset."""
-    dsa_indexer_rope_interleaved: bool = True
-    """The indexer's rope pairs (0, 1), (2, 3), ... and not the two halves."""
-    dsa_indexer_rotate_activation: bool = False
-    """Hadamard rotation of the indexer's query and key, as in DeepSeek-V3.2."""
-    dsa_indexer_k_norm_epsilon: float | None = 1e-6
-    """Epsilon of the indexer's k_norm; None: layernorm_epsilon."""
-    dsa_context_parallel_order: str = ZIGZAG
-    """One of ``CONTEXT_PARALLEL_ORDERS``: how the batch was cut."""
-    dsa_index_topk_freq: int | None = None
-    """Another spelling of dsa_indexer_topk_freq."""
-    dsa_index_skip_topk_offset: int | None = None
-    """Another spelling of dsa_indexer_skip_topk_offset."""
+    A switch is None while nobody has set it; ``set_conventions`` then makes it GLM-5's.
+    """
+
+    dsa_is_glm5: bool | None = _switch(
+        "dsa_is_glm5",
+        "Whether a DSA model is a GLM-5. By default its other settings tell; see is_glm5.",
+    )
+    dsa_indexer_topk_freq: int = _setting(
+        1, "Every freq-th layer computes its top-k, the others reuse it."
+    )
+    dsa_indexer_skip_topk_offset: int = _setting(
+        MEGATRON_DEFAULT_OFFSET, "The first layers, that many but at least one, all compute."
+    )
+    dsa_indexer_types: list[str] | None = _setting(
+        None,
+        "'full' or 'shared' for each layer, or a string of F and S; beats freq and offset.",
+    )
+    dsa_indexer_rope_interleaved: bool | None = _switch(
+        "dsa_indexer_rope_interleaved",
+        "The indexer's rope pairs (0, 1), (2, 3), ... and not the two halves. GLM-5: True.",
+    )
+    dsa_indexer_rotate_activation: bool | None = _switch(
+        "dsa_indexer_rotate_activation",
+        "Hadamard rotation of the indexer's query and key, as in DeepSeek-V3.2. GLM-5: False.",
+    )
+    dsa_indexer_k_norm_epsilon: float | None = _setting(
+        1e-6, "Epsilon of the indexer's k_norm; None: layernorm_epsilon."
+    )
+    dsa_context_parallel_order: Literal["zigzag", "contiguous"] = _setting(
+        ZIGZAG, "How the batch was cut for context parallelism."
+    )
+    dsa_index_topk_freq: int | None = _setting(None, "Another spelling of dsa_indexer_topk_freq.")
+    dsa_index_skip_topk_offset: int | None = _setting(
+        None, "Another spelling of dsa_indexer_skip_topk_offset."
+    )
 
 
 ALIASES = {
@@ -43,7 +91,85 @@ ALIASES = {
     "dsa_index_skip_topk_offset": "dsa_indexer_skip_topk_offset",
 }
 
+CONVENTIONS = {
+    "dsa_indexer_rope_interleaved": True,
+    "dsa_indexer_rotate_activation": False,
+    "dsa_indexer_k_norm_epsilon": 1e-6,
+    "dsa_indexer_scoring_relu": True,
+}
+"""What every GLM-5 computes its index scores by. megatron-core's own defaults are others."""
+
+# A value other than these is a setting of GLM-5's: by default no other model has it. k_norm's
+# epsilon is not among them, because DeepSeek-V3.2's is GLM-5's.
+_OF_OTHER_MODELS = {
+    "dsa_indexer_topk_freq": (None, 1),
+    "dsa_index_topk_freq": (None, 1),
+    "dsa_indexer_skip_topk_offset": (None, MEGATRON_DEFAULT_OFFSET),
+    "dsa_index_skip_topk_offset": (None, MEGATRON_DEFAULT_OFFSET),
+    "dsa_indexer_types": (None,),
+    "dsa_indexer_rope_interleaved": (None, False),
+    "dsa_indexer_rotate_activation": (None, True),
+    "dsa_context_parallel_order": (None, ZIGZAG),
+}
+
 
 def is_dsa(config: Any) -> bool:
     """Whether a Megatron configuration is of a model with DeepSeek sparse attention."""
     return getattr(config, "experimental_attention_variant", None) == "dsa"
+
+
+def is_glm5(config: Any) -> bool:
+    """Whether a Megatron configuration is of a GLM-5, and so for this package to build.
+
+    ``experimental_attention_variant="dsa"`` is what DeepSeek-V3.2 says too. A DSA model is a GLM-5
+
+    - if ``dsa_is_glm5`` says so; if it is False, the model is another;
+    - else if it has a setting of GLM-5's: index sharing (``dsa_indexer_types``, or a
+      ``dsa_indexer_topk_freq`` above 1, or an offset), ``dsa_indexer_rope_interleaved=True``,
+      ``dsa_indexer_rotate_activation=False``, or an order of context parallelism that only this
+      package knows.
+
+    Where the host refuses every DSA model (megatron-core 0.16 and 0.17), the ``config_fields``
+    patch sets ``dsa_is_glm5`` where it is None, since no other model could be meant.
+    """
+    if not is_dsa(config):
+        return False
+    marked = getattr(config, "dsa_is_glm5", None)
+    return has_glm5_settings(config) if marked is None else marked
+
+
+def has_glm5_settings(config: Any) -> bool:
+    """Whether any setting has a value that no other DSA model has by default."""
+    return any(
+        getattr(config, name, None) not in values for name, values in _OF_OTHER_MODELS.items()
+    )
+
+
+def set_conventions(config: Any) -> None:
+    """Give the configuration of a GLM-5 its value of each switch that nobody has set."""
+    for name, value in CONVENTIONS.items():
+        if isinstance(value, bool) and getattr(config, name, value) is None:
+            setattr(config, name, value)
+
+
+def unlike_glm5(config: Any) -> dict[str, Any]:
+    """The conventions, by field, in which a configuration is not a GLM-5's."""
+    found = {name: getattr(config, name, value) for name, value in CONVENTIONS.items()}
+    computed = {**found, "dsa_indexer_k_norm_epsilon": k_norm_epsilon(config)}
+    return {name: found[name] for name, value in CONVENTIONS.items() if computed[name] != value}
+
+
+def k_norm_epsilon(config: Any) -> float:
+    """What the indexer's k_norm adds to the variance."""
+    epsilon = config.dsa_indexer_k_norm_epsilon
+    return config.layernorm_epsilon if epsilon is None else epsilon
+
+
+def describe_conventions(config: Any) -> str:
+    """How a model whose conventions are set pairs, rotates and normalises in its indexer."""
+    pairs = "interleaved" if config.dsa_indexer_rope_interleaved else "halves"
+    rotation = "a" if config.dsa_indexer_rotate_activation else "no"
+    return (
+        f"indexer: rope {pairs}, {rotation} Hadamard rotation, "
+        f"k_norm epsilon {k_norm_epsilon(config):g}"
+    )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ScheduleError
-from .schedule import IndexSchedule
+from .schedule import MEGATRON_DEFAULT_OFFSET, IndexSchedule
 
 MODEL_TYPE = "glm_moe_dsa"
 
@@ -171,6 +171,8 @@ class HFConfig:
         """
         from torch.nn.functional import silu  # the rest of this module needs no torch
 
+        freq, offset = self.schedule.freq_and_offset or (1, MEGATRON_DEFAULT_OFFSET)
+
         return {
             "num_layers": self.num_hidden_layers,
             "hidden_size": self.hidden_size,
@@ -202,10 +204,13 @@ class HFConfig:
             "mscale_all_dim": 0.0,
             "apply_rope_fusion": False,
             "experimental_attention_variant": "dsa",
+            "dsa_is_glm5": True,
             "dsa_indexer_n_heads": self.index_n_heads,
             "dsa_indexer_head_dim": self.index_head_dim,
             "dsa_indexer_topk": self.index_topk,
             "dsa_indexer_types": list(self.schedule.types),
+            "dsa_indexer_topk_freq": freq,
+            "dsa_indexer_skip_topk_offset": offset,
             "dsa_indexer_rope_interleaved": self.indexer_rope_interleave,
             "dsa_indexer_rotate_activation": False,
             "dsa_indexer_k_norm_epsilon": 1e-6,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,16 @@ from ..errors import ScheduleError
 
 FULL, SHARED = "full", "shared"
 _LETTERS = {"F": FULL, "S": SHARED}
+
+
+def _kinds(types: str | Sequence[str]) -> Iterator[str]:
+    for entry in [types] if isinstance(types, str) else types:
+        for word in entry.replace(",", " ").split() if isinstance(entry, str) else [entry]:
+            if isinstance(word, str) and word.isupper():
+                yield from (_LETTERS.get(letter, letter) for letter in word)
+            else:
+                yield word
+
 
 HF_DEFAULT_OFFSET = 2
 """``index_skip_topk_offset`` where a config.json has none (``GlmMoeDsaConfig``, 5.11 on)."""
@@ -49,8 +59,15 @@ class IndexSchedule:
     def from_types(
         cls, types: str | Sequence[str], num_layers: int, field: str = "indexer_types"
     ) -> IndexSchedule:
-        """From a list of ``"full"``/``"shared"`` or a string of F and S, one for each layer."""
-        kinds = tuple(_LETTERS.get(kind, kind) for kind in types)
+        """From ``"full"`` or ``"shared"`` for each layer.
+
+        Args:
+            types: a list; or a string of F and S; or a list of such strings, which is what a
+                command line makes of one; or words in one string.
+            num_layers: how many there must be.
+            field: what the user calls them.
+        """
+        kinds = tuple(_kinds(types))
         if len(kinds) != num_layers:
             raise ScheduleError(
                 f"{field} has {len(kinds)} entries for num_layers={num_layers}; give one for "
@@ -110,6 +127,17 @@ class IndexSchedule:
             1 if freq is None else freq,
             MEGATRON_DEFAULT_OFFSET if offset is None else offset,
         )
+
+    @property
+    def freq_and_offset(self) -> tuple[int, int] | None:
+        """The smallest ``from_freq`` numbers that mean this schedule, or None if none do."""
+        if not self.shares:
+            return 1, MEGATRON_DEFAULT_OFFSET
+        offset = self.types.index(SHARED)
+        after = (n for n in self.computing_layers if n > offset)
+        freq = next(after, self.num_layers + 1) - offset
+        found = IndexSchedule.from_freq(self.num_layers, freq, offset)
+        return (freq, offset) if found == self else None
 
     @property
     def num_layers(self) -> int:

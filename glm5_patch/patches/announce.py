@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 _announced = False
+_other_dsa_announced = False
 
 
 def announce(config: Any) -> None:
@@ -29,6 +30,19 @@ def announce(config: Any) -> None:
     say(describe(config))
 
 
+def announce_other_dsa(config: Any) -> None:
+    """Say once that a DSA model was left to the host, and how to say that it is a GLM-5."""
+    global _other_dsa_announced
+    if _other_dsa_announced or _rank() != 0:
+        return
+    _other_dsa_announced = True
+    why = "dsa_is_glm5=False" if config.dsa_is_glm5 is False else "it has no setting of GLM-5's"
+    say(
+        f"glm5-patch {__version__}: this DSA model is left to megatron-core's own code ({why}). "
+        "If it is a GLM-5, set dsa_is_glm5=True (--dsa-is-glm5) and its settings"
+    )
+
+
 def say(line: str) -> None:
     """On rank 0 alone: logged at INFO where that is listened to, else on stderr."""
     if _rank() != 0:
@@ -41,6 +55,7 @@ def say(line: str) -> None:
 
 def describe(config: Any) -> str:
     """Versions, patches, index schedule and kernels of a model."""
+    from ..config.fields import describe_conventions
     from ..config.schedule import IndexSchedule
     from ..env import installed_version
     from ..patching.ledger import LEDGER, State
@@ -54,6 +69,7 @@ def describe(config: Any) -> str:
         f"glm5-patch {__version__}: a GLM-5 on megatron-core {core}; "
         f"{states.count(State.APPLIED)} patches applied, "
         f"{states.count(State.NOT_NEEDED)} not needed; {IndexSchedule.from_megatron(config)}; "
+        f"{describe_conventions(config)}; "
         f"sparse attention by {attention}"
     )
 

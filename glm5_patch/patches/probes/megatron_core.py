@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import warnings
 from types import ModuleType, SimpleNamespace
@@ -16,29 +17,59 @@ def missing_fields(config_class: type, template: type) -> list[dataclasses.Field
     return [field for field in dataclasses.fields(template) if field.name not in have]
 
 
-def refuses_context_parallel(config_class: type) -> bool:
+def one_sided_flags(config_class: type) -> list[dataclasses.Field]:
+    """The sparse attention's booleans that a command line can only turn one way."""
+    return [
+        field
+        for field in dataclasses.fields(config_class)
+        if field.name.startswith("dsa_")
+        and isinstance(field.default, bool)
+        and "argparse_meta" not in field.metadata
+    ]
+
+
+@functools.cache
+def refuses_context_parallel() -> bool:
     """Whether the configuration refuses DSA with context parallelism (megatron-core 0.16 to 0.18).
+
+    It builds a configuration, which on core main imports models: never call it while the host is
+    being imported.
 
     Raises:
         AssertionError: it refuses this DSA model without context parallelism too.
     """
-    if "experimental_attention_variant" not in config_class.__dataclass_fields__:
-        return False  # a core from before DSA
-    settings = dict(
-        num_layers=1,
-        hidden_size=64,
-        num_attention_heads=4,
-        add_bias_linear=False,
-        rope_type="rope",
-        experimental_attention_variant="dsa",
-    )
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its own defaults, which are none of the user's
-        config_class(**settings)
+        config = TransformerConfig(
+            num_layers=1, hidden_size=64, num_attention_heads=4, add_bias_linear=False
+        )
+        config.experimental_attention_variant = "dsa"
+        validate = inspect.unwrap(TransformerConfig.__post_init__)
+        validate(config)
+        config.context_parallel_size, config.cp_comm_type = 2, "allgather"
         try:
-            config_class(**settings, context_parallel_size=2, cp_comm_type="allgather")
+            validate(config)
         except AssertionError:
             return True
+    return False
+
+
+def refuses_dsa() -> bool:
+    """Whether the host builds no DSA model at all (megatron-core 0.16 and 0.17).
+
+    It imports the host's spec builders: never call it while the host is being imported.
+    """
+    try:
+        from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
+    except ImportError:
+        return False  # a core from before DSA; building it fails with the host's own words
+    build = inspect.unwrap(specs.get_experimental_attention_variant_module_spec)
+    try:
+        build(config=_ProbeConfig(**_PROBE_LAYER), backend=_ProbeBackend())
+    except ValueError:
+        return True
     return False
 
 
@@ -67,7 +98,7 @@ class _ProbeBackend:
     column_parallel_linear = row_parallel_linear = linear
 
 
-_PROBE_CONFIG = SimpleNamespace(
+_PROBE_LAYER = dict(
     experimental_attention_variant="dsa",
     multi_latent_attention=True,
     qk_l2_norm=False,
@@ -75,6 +106,15 @@ _PROBE_CONFIG = SimpleNamespace(
     normalization="RMSNorm",
     transformer_impl="transformer_engine",
 )
+
+
+class _ProbeConfig(SimpleNamespace):
+    """Some settings of a configuration; all others have the host's defaults."""
+
+    def __getattr__(self, name: str):
+        from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+        return getattr(MLATransformerConfig, name)
 
 
 def why_dsa_spec_is_wrong(module: ModuleType) -> str | None:
@@ -85,7 +125,7 @@ def why_dsa_spec_is_wrong(module: ModuleType) -> str | None:
     """
     try:
         spec = module.get_experimental_attention_variant_module_spec(
-            config=_PROBE_CONFIG, backend=_ProbeBackend()
+            config=_ProbeConfig(**_PROBE_LAYER), backend=_ProbeBackend()
         )
     except ValueError:
         return "the dispatcher raises ValueError for 'dsa'"
@@ -123,7 +163,7 @@ def _ropes_leading_slice(indexer_class: type) -> bool:
         index_head_dim=2 * rope,
         qk_pos_emb_head_dim=rope,
         pg_collection=SimpleNamespace(cp=SimpleNamespace(size=lambda: 1)),
-        config=SimpleNamespace(
+        config=_ProbeConfig(
             multi_latent_attention=True,
             rotary_interleaved=False,
             apply_rope_fusion=False,
@@ -205,7 +245,7 @@ def reads_unbound_fp8_state(random: ModuleType) -> bool:
 
 def why_backend_refuses_local(module: ModuleType) -> str | None:
     """Whether the block spec builder takes ``transformer_impl="local"``."""
-    config = SimpleNamespace(transformer_impl="local", use_kitchen=False)
+    config = _ProbeConfig(transformer_impl="local")
     try:
         backend = module._get_backend_spec_provider(config=config)
     except AssertionError:

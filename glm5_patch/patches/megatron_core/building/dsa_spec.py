@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ....config.fields import is_dsa
+from ....config.fields import is_dsa, is_glm5, set_conventions
 from ....patching.patch import Finding, Patch
 from ...probes.megatron_core import why_dsa_spec_is_wrong
 from .gate import check_gate
@@ -28,9 +28,16 @@ class DSASpec(Patch):
 
 
 def _dispatch(module, wrapped, config, backend=None):
-    if not is_dsa(config):
-        return wrapped(config=config, backend=backend)
+    if not is_glm5(config):
+        try:
+            return wrapped(config=config, backend=backend)
+        except ValueError:
+            if not is_dsa(config) or config.dsa_is_glm5 is False:
+                raise
+            # The host builds no DSA model, and this one became one after it was validated.
+            config.dsa_is_glm5 = True
     check_gate(config)
+    set_conventions(config)
     from ....attention.spec import glm5_attention_spec  # imports torch and the host
 
     backend = backend or module._get_backend_spec_provider(config=config)

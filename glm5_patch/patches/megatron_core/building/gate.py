@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ....config.fields import is_dsa
+from ....config.fields import is_glm5
 from ....patching.patch import Finding, Patch, argument
 
 
@@ -23,7 +23,7 @@ class Gate(Patch):
 
 def _init(wrapped, instance, args, kwargs):
     config = argument(wrapped, args, kwargs, "config")
-    if is_dsa(config):
+    if is_glm5(config):
         check_gate(config)
         from ...announce import announce  # here: `import torch` need not pay for it
 

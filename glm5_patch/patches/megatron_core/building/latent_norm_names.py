@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ....config.fields import is_dsa
+from ....config.fields import is_glm5
 from ....patching.patch import Finding, Patch, argument
 
 # The norm, and the linear layer that it was fused into.
@@ -26,7 +26,7 @@ class LatentNormNames(Patch):
 
 def _init(wrapped, instance, args, kwargs):
     wrapped(*args, **kwargs)
-    if is_dsa(argument(wrapped, args, kwargs, "config")):
+    if is_glm5(argument(wrapped, args, kwargs, "config")):
         instance.register_load_state_dict_pre_hook(_unfuse)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from ....config.fields import is_glm5
 from ....patching.patch import Finding, Patch, argument
 from ...probes.megatron_core import lacks_te_linear, why_backend_refuses_local
 
@@ -39,7 +40,7 @@ class LocalBackend(Patch):
 
 def _backend(wrapped, instance, args, kwargs):
     config = argument(wrapped, args, kwargs, "config")
-    if config.transformer_impl != "local":
+    if config.transformer_impl != "local" or not is_glm5(config):
         return wrapped(*args, **kwargs)
     from ....attention.local_backend import LocalDSASpecProvider  # imports torch and the host
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ....config.fields import is_dsa
+from ....config.fields import is_dsa, is_glm5
 from ....patching.patch import Finding, Patch, argument
 from .gate import check_gate
 
@@ -21,9 +21,13 @@ class BlockSpec(Patch):
     def apply(self, module, seams) -> None:
         def build(wrapped, instance, args, kwargs):
             config = argument(wrapped, args, kwargs, "config")
-            if is_dsa(config):
+            if is_glm5(config):
                 check_gate(config)
                 _check_split(module, config)
+            elif is_dsa(config):
+                from ...announce import announce_other_dsa  # here: `import torch` need not pay
+
+                announce_other_dsa(config)
             return wrapped(*args, **kwargs)
 
         seams.wrap(module, self.attribute, build, reads=("config",))

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-from ....config.fields import is_dsa
+import warnings
+
+from ....config.fields import (
+    ALIASES,
+    CONTEXT_PARALLEL_ORDERS,
+    CONVENTIONS,
+    ZIGZAG,
+    GLM5Fields,
+    has_glm5_settings,
+    is_dsa,
+    is_glm5,
+    on_off_flags,
+    set_conventions,
+    unlike_glm5,
+)
 from ....errors import GLM5PatchError, ScheduleError
 from ....patching.patch import Finding, Patch
-from ...probes.megatron_core import missing_fields, refuses_context_parallel
+from ...probes.megatron_core import (
+    missing_fields,
+    one_sided_flags,
+    refuses_context_parallel,
+    refuses_dsa,
+)
 
 
 class ConfigFields(Patch):
@@ -17,81 +36,83 @@ class ConfigFields(Patch):
     remove_when = "TransformerConfig has a per-layer list of indexer types"
 
     def needed(self, module) -> Finding:
-        from ....config.fields import GLM5Fields  # here: `import torch` need not pay for it
-
         missing = missing_fields(module.TransformerConfig, GLM5Fields)
         names = ", ".join(field.name for field in missing)
         return Finding(bool(missing), f"no {names}" if missing else "all fields are there")
 
     def apply(self, module, seams) -> None:
-        from ....config.fields import GLM5Fields
-        from ....patching.dataclass_fields import extend_dataclass
+        from ....patching.dataclass_fields import described_anew, extend_dataclass
 
         config_class = module.TransformerConfig
-        refuses = refuses_context_parallel(module.MLATransformerConfig)
-        extend_dataclass(config_class, missing_fields(config_class, GLM5Fields), seams)
-
-        def post_init(wrapped, instance, args, kwargs):
-            _fold_aliases(instance)
-            if not is_dsa(instance):
-                return wrapped(*args, **kwargs)
-            _validate(instance, only_zigzag=not refuses)
-            return _without_context_parallel(wrapped, instance) if refuses else wrapped()
-
-        seams.wrap(config_class, "__post_init__", post_init)
-
-
-def _fold_aliases(config) -> None:
-    from ....config.fields import ALIASES
-
-    for alias, name in ALIASES.items():
-        _fold(config, alias, name)
-
-
-def _validate(config, only_zigzag: bool) -> None:
-    from ....config.fields import CONTEXT_PARALLEL_ORDERS, ZIGZAG
-    from ....config.schedule import IndexSchedule
-
-    IndexSchedule.from_megatron(config)
-    order = config.dsa_context_parallel_order
-    if order not in CONTEXT_PARALLEL_ORDERS:
-        raise GLM5PatchError(
-            f"dsa_context_parallel_order={order!r} is none of {', '.join(CONTEXT_PARALLEL_ORDERS)}"
+        both_ways = [
+            described_anew(field, argparse_meta=on_off_flags(field.name))
+            for field in one_sided_flags(config_class)
+        ]
+        extend_dataclass(
+            config_class, missing_fields(config_class, GLM5Fields), seams, instead=both_ways
         )
-    if order == ZIGZAG or config.context_parallel_size == 1:
-        return
-    zigzag = f"cut the batch in zigzag order and set dsa_context_parallel_order={ZIGZAG!r}"
-    if only_zigzag:
-        raise GLM5PatchError(
-            f"dsa_context_parallel_order={order!r}: this megatron-core's own sparse attention "
-            f"knows its zigzag order alone; {zigzag}"
-        )
-    if config.mtp_num_layers:
-        raise GLM5PatchError(
-            f"dsa_context_parallel_order={order!r} with mtp_num_layers={config.mtp_num_layers}: "
-            f"megatron-core shifts the labels of multi-token prediction in zigzag order; {zigzag}"
-        )
+        seams.wrap(config_class, "__post_init__", _post_init)
 
 
-def _without_context_parallel(post_init, config) -> None:
-    """The host's own validation, but for its refusal of DSA with context parallelism.
+def _post_init(wrapped, instance, args, kwargs):
+    _mark(instance)
+    if not is_glm5(instance):
+        return wrapped(*args, **kwargs)
+    _settle_schedule(instance)
+    set_conventions(instance)
+    _validate(instance)
+    _warn_of_other_conventions(instance)
+    if instance.context_parallel_size > 1 and refuses_context_parallel():
+        return _without_context_parallel(wrapped, instance)
+    return wrapped(*args, **kwargs)
 
-    Raises:
-        GLM5PatchError: keys that go round in a ring or between the heads can't be selected from.
+
+def _mark(config) -> None:
+    """Write down that a DSA model is a GLM-5, so that its copies with other settings are too."""
+    if is_dsa(config) and config.dsa_is_glm5 is None:
+        if has_glm5_settings(config) or refuses_dsa():
+            config.dsa_is_glm5 = True
+
+
+def _settle_schedule(config) -> None:
+    """Make the list of types, freq and offset, and their other spellings say the same.
+
+    A list beats freq and offset, and sets them where they can express it, because other code asks
+    whether ``dsa_indexer_topk_freq > 1``. The other spellings then hold a copy of the two, by which
+    a ``dataclasses.replace`` shows whether the list or the numbers were changed.
     """
-    size = config.context_parallel_size
-    kinds = config.cp_comm_type
-    for kind in (kinds if isinstance(kinds, list) else [kinds]) if size > 1 else []:
-        if (kind or "p2p").replace("_", "").lower() != "allgather":
-            raise GLM5PatchError(
-                f"cp_comm_type={kinds!r} with context_parallel_size={size}: sparse attention needs "
-                'the keys of all ranks; set cp_comm_type="allgather"'
-            )
-    config.context_parallel_size = 1
-    try:
-        post_init()
-    finally:
-        config.context_parallel_size = size
+    from ....config.schedule import MEGATRON_DEFAULT_OFFSET, IndexSchedule
+
+    if config.dsa_indexer_types is None:
+        for alias, name in ALIASES.items():
+            _fold(config, alias, name)
+        return
+    unset = (1, MEGATRON_DEFAULT_OFFSET)
+    numbers = (config.dsa_indexer_topk_freq, config.dsa_indexer_skip_topk_offset)
+    copy = (config.dsa_index_topk_freq, config.dsa_index_skip_topk_offset)
+    schedule = IndexSchedule.from_megatron(config)
+    expressed = schedule.freq_and_offset
+    if copy == expressed and numbers not in (copy, unset):
+        config.dsa_indexer_types = None
+        config.dsa_index_topk_freq = config.dsa_index_skip_topk_offset = None
+        return
+    if numbers == unset:
+        numbers = tuple(u if c is None else c for c, u in zip(copy, unset))
+    if numbers not in (copy, unset):
+        _warn_if_beaten(schedule, *numbers)
+    config.dsa_indexer_types = list(schedule.types)
+    config.dsa_indexer_topk_freq, config.dsa_indexer_skip_topk_offset = expressed or unset
+    config.dsa_index_topk_freq, config.dsa_index_skip_topk_offset = expressed or (None, None)
+
+
+def _warn_if_beaten(schedule, freq: int, offset: int) -> None:
+    if type(schedule).from_freq(schedule.num_layers, freq, offset) != schedule:
+        warnings.warn(
+            f"dsa_indexer_types and dsa_indexer_topk_freq={freq} with "
+            f"dsa_indexer_skip_topk_offset={offset} name different layers; dsa_indexer_types is "
+            "taken. Give one of them, or dsa_indexer_types=None",
+            stacklevel=2,
+        )
 
 
 def _fold(config, alias: str, name: str) -> None:
@@ -105,3 +126,75 @@ def _fold(config, alias: str, name: str) -> None:
         )
     setattr(config, name, value)
     setattr(config, alias, None)
+
+
+def _validate(config) -> None:
+    from ....config.schedule import IndexSchedule
+
+    IndexSchedule.from_megatron(config)
+    _refuse_scaled_rope(config)
+    order = config.dsa_context_parallel_order
+    if order not in CONTEXT_PARALLEL_ORDERS:
+        raise GLM5PatchError(
+            f"dsa_context_parallel_order={order!r} must be one of "
+            f"{', '.join(CONTEXT_PARALLEL_ORDERS)}"
+        )
+    if order == ZIGZAG or config.context_parallel_size == 1:
+        return
+    zigzag = f"cut the batch in zigzag order and set dsa_context_parallel_order={ZIGZAG!r}"
+    if not refuses_context_parallel():
+        raise GLM5PatchError(
+            f"dsa_context_parallel_order={order!r}: this megatron-core's own sparse attention "
+            f"knows its zigzag order alone; {zigzag}"
+        )
+    if config.mtp_num_layers:
+        raise GLM5PatchError(
+            f"dsa_context_parallel_order={order!r} with mtp_num_layers={config.mtp_num_layers}: "
+            f"megatron-core shifts the labels of multi-token prediction in zigzag order; {zigzag}"
+        )
+
+
+def _refuse_scaled_rope(config) -> None:
+    """YaRN is the default of ``MLATransformerConfig``; with a factor of 1 it changes nothing."""
+    kind = getattr(config, "rope_type", "rope")
+    if kind == "rope" or config.rotary_scaling_factor == 1:
+        return
+    message = (
+        f"rope_type={kind!r} with rotary_scaling_factor={config.rotary_scaling_factor}: GLM-5's "
+        'rope is not scaled, and every position is rotated wrongly; set rope_type="rope" '
+        "(--rope-type rope)"
+    )
+    if not config.dsa_indexer_rotate_activation:
+        raise GLM5PatchError(message)
+    # With a Hadamard rotation it may well be a DeepSeek-V3.2, which has YaRN.
+    warnings.warn(message, stacklevel=2)
+
+
+def _warn_of_other_conventions(config) -> None:
+    for name, value in unlike_glm5(config).items():
+        warnings.warn(
+            f"{name}={value}, but every GLM-5 has {CONVENTIONS[name]}: with {value} a layer "
+            f"selects other keys. Set {name}={CONVENTIONS[name]}, unless the model is another",
+            stacklevel=2,
+        )
+
+
+def _without_context_parallel(post_init, config) -> None:
+    """The host's own validation, but for its refusal of DSA with context parallelism.
+
+    Raises:
+        GLM5PatchError: keys that go round in a ring or between the heads can't be selected from.
+    """
+    size = config.context_parallel_size
+    kinds = config.cp_comm_type
+    for kind in kinds if isinstance(kinds, list) else [kinds]:
+        if (kind or "p2p").replace("_", "").lower() != "allgather":
+            raise GLM5PatchError(
+                f"cp_comm_type={kinds!r} with context_parallel_size={size}: sparse attention needs "
+                'the keys of all ranks; set cp_comm_type="allgather"'
+            )
+    config.context_parallel_size = 1
+    try:
+        post_init()
+    finally:
+        config.context_parallel_size = size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ....config.fields import is_dsa
+from ....config.fields import is_glm5
 from ....patching.patch import Finding, Patch, argument
 from ...probes.megatron_core import has_dsa_kernel_hooks
 
@@ -42,7 +42,7 @@ def _load_backend(wrapped, instance, args, kwargs):
 
 
 def _serves(config) -> bool:
-    if not is_dsa(config):
+    if not is_glm5(config):
         return False
     from ....attention.host_dsa import serves
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ....config.fields import is_dsa
+from ....config.fields import is_glm5
 from ....patching.patch import Finding, Patch, argument
 from ...probes.megatron_core import scales_indexer_loss
 
@@ -32,7 +32,7 @@ def _calc_loss(wrapped, instance, args, kwargs):
     output_tensor, num_tokens = result = wrapped(*args, **kwargs)
     config = argument(wrapped, args, kwargs, "config")
     own_scale = getattr(config, "experimental_attention_variant_loss_scale_func", None)
-    if is_dsa(config) and config.dsa_indexer_loss_coeff and own_scale is None:
+    if is_glm5(config) and config.dsa_indexer_loss_coeff and own_scale is None:
         num_microbatches = argument(wrapped, args, kwargs, "num_microbatches")
         _set_scale(config, num_microbatches, output_tensor.device)
     return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ....config.fields import is_dsa
+from ....config.fields import is_glm5
 from ....errors import GLM5PatchError
 from ....patching.ledger import LEDGER, State
 from ....patching.patch import Finding, Patch
@@ -24,7 +24,7 @@ class BlockCarrier(Patch):
 
 
 def _forward(wrapped, instance, args, kwargs):
-    if not is_dsa(instance.config):
+    if not is_glm5(instance.config):
         return wrapped(*args, **kwargs)
     from ....topk.carrier import open_carrier
 
