@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from glm5_patch.checkpoint.indexer_order import ROPE_LAST, convert
+from glm5_patch.checkpoint.indexer_order import ROPE_FIRST, ROPE_LAST, convert, find_orders
 from glm5_patch.checkpoint.reader import HFCheckpoint
 from tests.tiny import saved
 
@@ -47,7 +47,8 @@ def place(tmp_path_factory):
     shutil.copy(ROOT / "tests" / "configs" / "glm-5.2.json", folder / "GLM-5.2" / "config.json")
     checkpoint = saved(folder / "my-checkpoint")
     shutil.copytree(folder / "my-checkpoint", folder / "published")
-    convert(checkpoint, folder / "half-swapped", ROPE_LAST)
+    found = find_orders(checkpoint, given=ROPE_FIRST)
+    convert(checkpoint, folder / "half-swapped", ROPE_LAST, found)
     for name in ("benchmarks", "tests"):
         (folder / name).symlink_to(ROOT / name)
     return folder
@@ -79,11 +80,12 @@ def test_the_commands_run(line, place):
         assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_the_mended_checkpoint_is_right(place):
+def test_the_converted_checkpoint_is_right(place):
     """What the page on checkpoints promises of its two commands."""
-    mended = place / "again"
-    convert(HFCheckpoint(place / "half-swapped"), mended, "rope-first")
-    ours, theirs = (HFCheckpoint(folder) for folder in (mended, place / "published"))
+    source = HFCheckpoint(place / "half-swapped")
+    theirs = HFCheckpoint(place / "published")
+    convert(source, place / "again", ROPE_FIRST, find_orders(source, theirs))
+    ours = HFCheckpoint(place / "again")
     assert all(torch.equal(ours.read(name), theirs.read(name)) for name in theirs.shapes)
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from glm5_patch.attention.build import gpt_model, transformer_config
 from glm5_patch.checkpoint.reader import HFCheckpoint
 from glm5_patch.config.huggingface import HFConfig
-from glm5_patch.tools.demo import forward, randomize
+from glm5_patch.tools.verify import forward, randomize
 
 SHARING = {"index_topk_freq": 4, "index_skip_topk_offset": 3}
 FLAVOURS = {"5.2": SHARING, "5.1": {}}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ..config.huggingface import HFConfig
 from ..errors import CheckpointError
-from ..patches.announce import say
 from .names import expected_tensors
 from .survey import Survey, missing_hint
 
@@ -75,11 +74,19 @@ def describe_loading(survey: Survey) -> str:
     return "; ".join(parts)
 
 
-def checked(tensors: Iterable[Any], hf_pretrained: Any, model: Any) -> Iterator[Any]:
-    """Pass named tensors on, and look at the end whether they were all of the model's.
+def checked(
+    tensors: Iterable[Any],
+    hf_pretrained: Any,
+    model: Any,
+    done: Callable[[str], None] = lambda text: None,
+) -> Iterator[Any]:
+    """Yield named tensors, and check at the end that every tensor of the model was among them.
 
     Args:
         tensors: tuples that start with a Hugging Face name.
+        hf_pretrained: the ``AutoBridge``'s checkpoint or configuration.
+        model: the Megatron model, or a list of its chunks.
+        done: called at the end with a description of what was written.
 
     Raises:
         CheckpointError: a tensor that the model must have was not among them.
@@ -94,7 +101,7 @@ def checked(tensors: Iterable[Any], hf_pretrained: Any, model: Any) -> Iterator[
             f"Bridge converted {len(written)} tensors, and not {missing[0]} "
             f"(of {len(missing)} such): what was written is no whole model"
         )
-    say(f"glm5-patch: {describe_writing(written, hf_pretrained)}")
+    done(describe_writing(written, hf_pretrained))
 
 
 def describe_writing(written: set[str], hf_pretrained: Any) -> str:

@@ -1,137 +1,316 @@
 """The order of an indexer's dimensions in a checkpoint, and converting one order into the other.
 
-Hugging Face has the rotary dimensions first in ``wq_b``, ``wk`` and ``k_norm``. Trainers on
-megatron-core 0.16 to 0.18, which rotates the last dimensions, may have moved them to the end at
-conversion, and such a checkpoint selects other keys on every host that is right. The two can't be
-told apart by one checkpoint alone, but by a relative of it whose order is known.
+Hugging Face stores the rotary dimensions of ``wq_b``, ``wk`` and ``k_norm`` first. Trainers on
+megatron-core 0.16 to 0.18, which rotates the last dimensions, may have moved them to the end when
+they converted a checkpoint. Such a checkpoint selects wrong keys on every host that follows Hugging
+Face. The tensors of one checkpoint do not show their order. A related checkpoint in Hugging Face's
+order shows it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config.huggingface import HFConfig
 from ..errors import CheckpointError
-from ..tools.report import progress
-from .reader import HFCheckpoint
+from .reader import INDEX, HFCheckpoint
 from .writer import free_directory
 
 ROPE_FIRST, ROPE_LAST = "rope-first", "rope-last"
-"""Hugging Face's order, and that of megatron-core 0.16 to 0.18."""
+"""Hugging Face's order, and the order of megatron-core 0.16 to 0.18."""
 
-_ORDERED = re.compile(r"\.self_attn\.indexer\.(wq_b\.weight|wk\.weight|k_norm\.(weight|bias))$")
+_INDEXER = re.compile(r"model\.layers\.(\d+)\.self_attn\.indexer\.(.+)$")
+_MATRICES = ("wq_b.weight", "wk.weight")
+_NORMS = ("k_norm.weight", "k_norm.bias")
 _MANIFEST = "conversion.json"
+_RECORD = "glm5_patch_indexer_order"
+"""Key in the metadata of each file that a conversion wrote."""
 _ALIKE, _BY = 0.5, 0.1
-"""How similar relatives are at least (cosine), and by how much more in one order than the other."""
+"""The cosine that related tensors reach at least, and by how much it exceeds the other order's."""
 
 
-def order_beside(checkpoint: HFCheckpoint, relative: HFCheckpoint) -> str:
-    """ROPE_FIRST or ROPE_LAST: the order of ``checkpoint``, if ``relative`` has the rope first.
+class Found(NamedTuple):
+    """The order of every indexer of a checkpoint."""
+
+    orders: dict[int, str]
+    """Layer number -> ROPE_FIRST or ROPE_LAST; the MTP layer follows the last decoder layer."""
+    how: str
+    """How it is known: "measured beside DIRECTORY", "given", "recorded by a conversion"."""
+
+    @property
+    def order(self) -> str:
+        """ROPE_FIRST, ROPE_LAST or "mixed"."""
+        orders = set(self.orders.values())
+        return orders.pop() if len(orders) == 1 else "mixed"
+
+    def __str__(self) -> str:
+        if self.order != "mixed":
+            return f"{self.order} on {len(self.orders)} layers ({self.how})"
+        parts = (
+            f"{order} on layers {', '.join(str(n) for n, o in self.orders.items() if o == order)}"
+            for order in (ROPE_FIRST, ROPE_LAST)
+        )
+        return f"{'; '.join(parts)} ({self.how})"
+
+
+class Conversion(NamedTuple):
+    """What ``convert`` did."""
+
+    layers: tuple[int, ...]
+    """Numbers of the layers whose indexers were moved; empty if nothing was written."""
+    tensors: int
+    """How many tensors were reordered."""
+
+
+def find_orders(
+    checkpoint: HFCheckpoint, relative: HFCheckpoint | None = None, given: str | None = None
+) -> Found | None:
+    """The order of every indexer of a checkpoint; None if nothing tells it.
 
     Args:
-        checkpoint: in question.
-        relative: of the same shape and origin, in Hugging Face's order: the published model, or the
-            one that was fine-tuned.
+        checkpoint: the checkpoint in question.
+        relative: a checkpoint of the same origin in Hugging Face's order, such as the published
+            model that this one was fine-tuned from. Each layer is compared with it.
+        given: the order that the user states.
 
     Raises:
-        CheckpointError: they share no indexer tensor, or resemble each other in neither order.
+        CheckpointError: two sources contradict each other, or the relative does not show the order.
     """
-    names = [n for n in checkpoint.shapes if n.endswith("indexer.wk.weight")]
-    names = [n for n in names if relative.shapes.get(n) == checkpoint.shapes[n]]
-    if not names:
+    recorded = _recorded(checkpoint)
+    if relative is not None:
+        found = Found(_orders_beside(checkpoint, relative), f"measured beside {relative.directory}")
+    elif given is not None:
+        found = Found(dict.fromkeys(_layers(checkpoint), given), "given")
+    elif recorded is not None:
+        found = Found(dict.fromkeys(_layers(checkpoint), recorded), "recorded by a conversion")
+    else:
+        return None
+    if not found.orders:
+        raise CheckpointError(f"{checkpoint.directory}: it has no indexer")
+    for other, source in ((given, "given"), (recorded, "recorded in its files by a conversion")):
+        if other is not None and found.order != other:
+            raise CheckpointError(
+                f"{checkpoint.directory}: the indexers are {found}, but {other} is {source}"
+            )
+    return found
+
+
+def _layers(checkpoint: HFCheckpoint) -> list[int]:
+    """Numbers of the layers that have an indexer."""
+    matches = (_INDEXER.match(name) for name in checkpoint.shapes)
+    return sorted({int(match[1]) + 1 for match in matches if match})
+
+
+def _recorded(checkpoint: HFCheckpoint) -> str | None:
+    """The order that a conversion wrote into every file that has an indexer's tensors."""
+    files = {path for name, path in checkpoint.files.items() if _is_ordered(name)}
+    records = set()
+    for path in files:
+        with checkpoint.open(path) as file:
+            records.add((file.metadata() or {}).get(_RECORD))
+    return records.pop() if len(records) == 1 else None
+
+
+def _orders_beside(checkpoint: HFCheckpoint, relative: HFCheckpoint) -> dict[int, str]:
+    where = f"{checkpoint.directory} beside {relative.directory}"
+    if checkpoint.directory.resolve() == relative.directory.resolve():
+        raise CheckpointError(f"{where}: they are one directory; give another checkpoint")
+    if _recorded(relative) == ROPE_LAST:
+        raise CheckpointError(f"{where}: a conversion made {relative.directory} {ROPE_LAST}")
+    widths = [(c.config.qk_rope_head_dim, c.config.index_head_dim) for c in (checkpoint, relative)]
+    if widths[0] != widths[1]:
         raise CheckpointError(
-            f"{checkpoint.directory} and {relative.directory} have no indexer of the same shape"
+            f"{where}: qk_rope_head_dim and index_head_dim are {widths[0]} and {widths[1]}"
         )
-    kept, moved = 0.0, 0.0
-    for name in names:
+    layers = _layers(checkpoint)
+    orders = {}
+    for number in layers:
+        wk = f"model.layers.{number - 1}.self_attn.indexer.wk.weight"
+        if wk in checkpoint.shapes and relative.shapes.get(wk) == checkpoint.shapes[wk]:
+            orders[number] = _order_of_layer(number, checkpoint, relative)
+    if not orders:
+        raise CheckpointError(f"{where}: no layer has an indexer of the same shape in both")
+    unknown = [number for number in layers if number not in orders]
+    if unknown and len(set(orders.values())) > 1:
+        raise CheckpointError(
+            f"{where}: the layers have different orders, and {relative.directory} has no indexer "
+            f"on layer {unknown[0]} to compare with"
+        )
+    return {number: orders.get(number) or next(iter(orders.values())) for number in layers}
+
+
+def _order_of_layer(number: int, checkpoint: HFCheckpoint, relative: HFCheckpoint) -> str:
+    """Raises CheckpointError if the tensors of the layer do not agree on one order."""
+    votes = {}
+    for kind in (*_MATRICES, *_NORMS):
+        name = f"model.layers.{number - 1}.self_attn.indexer.{kind}"
+        if name not in checkpoint.shapes or relative.shapes.get(name) != checkpoint.shapes[name]:
+            continue
         ours, theirs = checkpoint.read(name).float(), relative.read(name).float()
-        turned = reordered(name, ours, checkpoint.config, ROPE_FIRST)
-        kept += _similarity(ours, theirs) / len(names)
-        moved += _similarity(turned, theirs) / len(names)
-    if max(kept, moved) < _ALIKE or abs(kept - moved) < _BY:
+        if kind in _NORMS:  # they are near 1 or 0 everywhere: only the deviations tell
+            ours, theirs = ours - ours.mean(), theirs - theirs.mean()
+        rope, width = checkpoint.config.qk_rope_head_dim, checkpoint.config.index_head_dim
+        likeness = {
+            order: _likeness(ours, theirs, order, rope, width) for order in (ROPE_FIRST, ROPE_LAST)
+        }
+        best = max(likeness, key=likeness.__getitem__)
+        other = min(likeness, key=likeness.__getitem__)
+        if likeness[best] >= _ALIKE and likeness[best] - likeness[other] >= _BY:
+            votes[kind] = best
+        elif kind in _MATRICES:
+            raise CheckpointError(
+                f"{checkpoint.directory} does not resemble {relative.directory}: the cosine of "
+                f"{name} is {likeness[ROPE_FIRST]:.2f} if it is {ROPE_FIRST} and "
+                f"{likeness[ROPE_LAST]:.2f} if it is {ROPE_LAST}, and one of them must be "
+                f"{_ALIKE} or more; give the model that the checkpoint was made from"
+            )
+    if len(set(votes.values())) > 1:
+        listed = ", ".join(f"{kind} is {order}" for kind, order in votes.items())
         raise CheckpointError(
-            f"{checkpoint.directory} does not resemble {relative.directory}: cosine {kept:.2f} as "
-            f"it is, {moved:.2f} with the rotary dimensions moved; give the model that it came from"
+            f"{checkpoint.directory}: the indexer of layer {number} is half converted: {listed}"
         )
-    return ROPE_FIRST if kept > moved else ROPE_LAST
+    return next(iter(votes.values()))
 
 
-def _similarity(a: Tensor, b: Tensor) -> float:
-    return torch.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
-
-
-def reordered(name: str, tensor: Tensor, config: HFConfig, to: str) -> Tensor:
-    """A tensor of an indexer with its rotary dimensions moved; others as they are.
+def _likeness(ours: Tensor, theirs: Tensor, order: str, rope: int, width: int) -> float:
+    """The lower of two cosines, that of the rotary dimensions and that of the others.
 
     Args:
-        name: Hugging Face's name of it.
-        tensor: [rows, columns] or [rows]; the rows are dimensions, or heads of them.
-        config: which has the widths.
-        to: ROPE_FIRST or ROPE_LAST; the tensor is taken to be in the other order.
+        ours: [heads * width, ...], compared as if it were in ``order``.
+        theirs: of the same shape, with the rotary dimensions first.
     """
-    if not _ORDERED.search(name):
-        return tensor
-    rope, width = config.qk_rope_head_dim, config.index_head_dim
+    ours, theirs = (t.unflatten(0, (-1, width)) for t in (ours, theirs))
+    parts = [slice(rope), slice(rope, None)]
+    own = parts if order == ROPE_FIRST else [slice(width - rope, None), slice(width - rope)]
+    cosines = [
+        torch.cosine_similarity(ours[:, a].flatten(), theirs[:, b].flatten(), dim=0).item()
+        for a, b in zip(own, parts)
+    ]
+    return min(-1.0 if math.isnan(cosine) else cosine for cosine in cosines)
+
+
+def _is_ordered(name: str) -> bool:
+    match = _INDEXER.match(name)
+    return bool(match) and match[2] in (*_MATRICES, *_NORMS)
+
+
+def reordered(tensor: Tensor, rope: int, width: int, to: str) -> Tensor:
+    """A tensor of an indexer with its rotary dimensions moved to the other end.
+
+    Args:
+        tensor: [heads * width, columns] or [heads * width], in the order that ``to`` is not.
+        rope: how many dimensions of a head are rotary.
+        width: dimensions of a head.
+        to: ROPE_FIRST or ROPE_LAST.
+    """
     heads = tensor.unflatten(0, (-1, width))
     first = rope if to == ROPE_LAST else width - rope
     return torch.cat([heads[:, first:], heads[:, :first]], dim=1).flatten(0, 1).contiguous()
 
 
-def convert(source: HFCheckpoint, output: str | Path, to: str) -> int:
-    """Write a checkpoint with its indexers in the other order, one file in memory at a time.
+def convert(
+    source: HFCheckpoint,
+    output: str | Path,
+    to: str,
+    found: Found,
+    advance: Callable[[str], None] = lambda file: None,
+) -> Conversion:
+    """Write a checkpoint whose indexers all have one order; one file in memory at a time.
 
-    What was written by an interrupted conversion of the same kind is kept and not done again; the
-    directory appears under its name when all is there.
+    Nothing is written if they have it already. The output appears under its name when it is
+    complete. An interrupted conversion is continued by the same call.
 
     Args:
-        source: the checkpoint, MTP layer included.
+        source: the checkpoint; the indexers of MTP layers and of skip layers are converted too.
         output: a directory that does not exist, or is empty.
         to: ROPE_FIRST or ROPE_LAST.
-
-    Returns:
-        How many tensors were reordered.
+        found: the present order, by ``find_orders``. Only layers in the other order are changed.
+        advance: called with the name of each finished file.
 
     Raises:
-        CheckpointError: ``output`` has files in it, or an interrupted conversion was another one.
+        CheckpointError: ``output`` has files in it, an interrupted conversion was a different one,
+            or a file can't be written.
     """
+    layers = tuple(number for number, order in found.orders.items() if order != to)
+    if not layers:
+        return Conversion((), 0)
+    names = {
+        name
+        for name in source.shapes
+        if _is_ordered(name) and int(_INDEXER.match(name)[1]) + 1 in layers
+    }
+    files = sorted(set(source.files.values()))
+    manifest = {
+        "source": str(source.directory.resolve()),
+        "to": to,
+        "layers": list(layers),
+        "files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
+    }
+    output = Path(output).absolute()
+    if _manifest_in(output) == manifest:  # interrupted after the last step but one
+        (output / _MANIFEST).unlink()
+        return Conversion(layers, len(names))
     output = free_directory(output)
     partial = output.with_name(f".{output.name}.partial")
-    _resume(partial, {"source": str(source.directory.resolve()), "to": to})
-    moved = sum(bool(_ORDERED.search(name)) for name in source.shapes)
-    files = sorted(source.directory.glob("*.safetensors"))
-    with progress("converting", len(files)) as advance:
-        for path in files:
-            target = partial / path.name
-            if not target.exists():
-                with safe_open(path, framework="pt") as file:
-                    metadata = file.metadata()
-                    tensors = {
-                        name: reordered(name, file.get_tensor(name), source.config, to)
-                        for name in file.keys()
-                    }
-                unfinished = target.with_suffix(".unfinished")
-                save_file(tensors, unfinished, metadata=metadata)
-                unfinished.rename(target)
-            advance(path.name)
-    for path in source.directory.iterdir():
-        if path.is_file() and path not in files:
+    _start_or_continue(partial, manifest)
+    for path in files:
+        if not (partial / path.name).exists():
+            unfinished = partial / f"{path.stem}.unfinished"
+            _write(source, path, unfinished, names, to)
+            unfinished.rename(partial / path.name)
+        advance(path.name)
+    for path in (source.directory / "config.json", source.directory / INDEX, *source.extra_files()):
+        if path.exists():
             shutil.copy2(path, partial / path.name)
-    (partial / _MANIFEST).unlink()
     partial.rename(output)
-    return moved
+    (output / _MANIFEST).unlink()
+    return Conversion(layers, len(names))
 
 
-def _resume(partial: Path, manifest: dict[str, str]) -> None:
-    path = partial / _MANIFEST
-    if partial.exists() and (not path.exists() or json.loads(path.read_text()) != manifest):
-        raise CheckpointError(f"{partial}: left by another conversion; remove it and try again")
+def _write(source: HFCheckpoint, path: Path, target: Path, names: set[str], to: str) -> None:
+    config = source.config
+    with source.open(path) as file:
+        ordered = [name for name in file.keys() if _is_ordered(name)]
+        if not ordered:
+            shutil.copy2(path, target)
+            return
+        metadata = {**(file.metadata() or {}), _RECORD: to}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    for name in names.intersection(tensors):
+        tensors[name] = reordered(tensors[name], config.qk_rope_head_dim, config.index_head_dim, to)
+    try:
+        save_file(tensors, target, metadata=metadata)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{target}: not written: {error}; the same command continues where it stopped"
+        ) from None
+
+
+def _start_or_continue(partial: Path, manifest: dict) -> None:
+    unfinished = partial / f"{_MANIFEST}.unfinished"
+    left = [path for path in partial.glob("*") if path != unfinished]
+    if left and _manifest_in(partial) != manifest:
+        raise CheckpointError(
+            f"{partial}: left by another conversion, or the source has changed since; remove it "
+            "and try again"
+        )
     partial.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(manifest))
+    unfinished.write_text(json.dumps(manifest))
+    unfinished.rename(partial / _MANIFEST)
+
+
+def _manifest_in(directory: Path) -> dict | None:
+    try:
+        return json.loads((directory / _MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None

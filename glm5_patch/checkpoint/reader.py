@@ -38,12 +38,13 @@ class HFCheckpoint:
         if not self.directory.is_dir():
             raise CheckpointError(f"{self.directory}: no such directory")
         self.config = HFConfig.from_directory(self.directory)
-        self._files: dict[str, Path] = {}
+        self.files: dict[str, Path] = {}
+        """Tensor -> the file that holds it."""
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path in self._weight_files():
-            with self._open(path) as file:
+            with self.open(path) as file:
                 for name in file.keys():
-                    self._files[name] = path
+                    self.files[name] = path
                     self.shapes[name] = tuple(file.get_slice(name).get_shape())
         self.config = self.config.agreeing_with(self.shapes, self.directory / "config.json")
 
@@ -66,11 +67,11 @@ class HFCheckpoint:
                 raise CheckpointError(f"{self.directory}: {name} is missing{hint}")
             if self.shapes[name] != shape:
                 raise CheckpointError(
-                    f"{self._files[name]}: {name} has shape {list(self.shapes[name])}, "
+                    f"{self.files[name]}: {name} has shape {list(self.shapes[name])}, "
                     f"config.json makes it {list(shape)}"
                 )
         for name in survey.unexpected:
-            raise CheckpointError(f"{self._files[name]}: {name} is no tensor of this model")
+            raise CheckpointError(f"{self.files[name]}: {name} is no tensor of this model")
         computing = len(schedule.computing_layers)
         return CheckpointReport(
             tensors=len(expected),
@@ -82,7 +83,7 @@ class HFCheckpoint:
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in the dtype of the file."""
-        with self._open(self._files[name]) as file:
+        with self.open(self.files[name]) as file:
             return file.get_tensor(name)
 
     def load_into(self, model: torch.nn.Module) -> CheckpointReport:
@@ -128,7 +129,8 @@ class HFCheckpoint:
         return files
 
     @staticmethod
-    def _open(path: Path):
+    def open(path: Path):
+        """One of its files; raises CheckpointError if it is damaged."""
         try:
             return safe_open(path, framework="pt")
         except SafetensorError as error:

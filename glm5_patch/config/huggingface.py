@@ -75,16 +75,23 @@ class HFConfig:
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> HFConfig:
-        """Read ``config.json``.
+        """Read the ``config.json`` of a directory; see ``from_file``."""
+        return cls.from_file(Path(directory) / "config.json")
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> HFConfig:
+        """Read a configuration, whatever its file is called.
 
         Raises:
-            CheckpointError: it is missing, is no JSON, or is of another model.
+            CheckpointError: the file can't be read, is not JSON, or describes another model.
         """
-        path = Path(directory) / "config.json"
+        path = Path(path)
         try:
             raw = json.loads(path.read_text())
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file; give a Hugging Face directory") from None
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}") from None
         except ValueError as error:
             raise CheckpointError(f"{path}: not valid JSON: {error}") from None
         if not isinstance(raw, dict) or raw.get("model_type") != MODEL_TYPE:

@@ -1,12 +1,11 @@
-"""Whether the plugin really works in this installation, and what to do where it does not.
+"""``glm5-patch doctor``: does the plugin work in this installation, and what is the remedy if not?
 
-What can be read without importing torch is read here; the rest is done in a process of its own,
-which imports torch and each host module as a program would, and reports.
+What can be read without importing torch is read in this process. The rest is done in a second
+process, which imports torch and each host module as a program would.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -17,9 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlparse
 
-from ..env import DISABLE, ENABLED, Switches, installed_version
+from ..env import DISABLE, ENABLED, KERNELS, Switches, installed_version
 from ..errors import GLM5PatchError
-from .report import print_table
+from .report import Result, print_table, say
 
 DISTRIBUTION = "glm5-patch"
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
@@ -36,29 +35,35 @@ class Finding(NamedTuple):
     remedy: str = ""
 
 
-def run(options: argparse.Namespace) -> int:
-    """0 if all is well, 1 if something is not.
+def run() -> Result:
+    """Look at the whole installation.
 
     Raises:
-        GLM5PatchError: nothing can be said: torch does not import here.
+        GLM5PatchError: torch does not import here, so nothing can be said.
     """
+    say(
+        "glm5-patch doctor: reading the installation, then importing torch and the hosts in a "
+        "second process"
+    )
     findings = list(installation())
-    probed = _in_a_process_of_its_own()
-    findings += [Finding(**finding) for finding in probed]
+    findings += [Finding(**finding) for finding in _in_a_second_process()]
     healthy = all(finding.ok for finding in findings)
-    if options.json:
-        print(json.dumps({"healthy": healthy, "findings": [f._asdict() for f in findings]}))
-        return int(not healthy)
-    print_findings(findings)
-    print("all is well" if healthy else "something is wrong, see above")
-    return int(not healthy)
+
+    def show() -> None:
+        print_findings(findings)
+        print("all is well" if healthy else "something is wrong, see PROBLEM above")
+
+    data = {"healthy": healthy, "findings": [finding._asdict() for finding in findings]}
+    return Result(int(not healthy), data, show)
 
 
 def print_findings(findings: list[Finding]) -> None:
-    print_table(
-        ("", "what", "seen", "remedy"),
-        [("ok" if f.ok else "PROBLEM", f.what, f.seen, "" if f.ok else f.remedy) for f in findings],
-    )
+    rows = []
+    for finding in findings:
+        rows.append(("ok" if finding.ok else "PROBLEM", finding.what, finding.seen))
+        if not finding.ok:
+            rows.append(("", "", f"remedy: {finding.remedy}"))
+    print_table(("", "what", "seen"), rows)
 
 
 def installation() -> Iterator[Finding]:
@@ -89,20 +94,8 @@ def installation() -> Iterator[Finding]:
         f"{AUTOLOAD}={autoload}",
         f"unset {AUTOLOAD}, or `import glm5_patch.auto` before the host",
     )
-    switches = Switches.read()
-    yield Finding(
-        "switches",
-        switches.enabled and not switches.disabled_ids,
-        f"{ENABLED}={os.environ.get(ENABLED, '')!r} {DISABLE}={os.environ.get(DISABLE, '')!r}",
-        f"unset {ENABLED} and {DISABLE}, unless you mean it",
-    )
-    version = importlib.metadata.version("wrapt")
-    yield Finding(
-        "wrapt",
-        tuple(int(part) for part in version.split(".")[:2]) >= OLDEST_WRAPT,
-        version,
-        f"pip install 'wrapt>={'.'.join(map(str, OLDEST_WRAPT))},<3'",
-    )
+    yield switches()
+    yield _wrapt()
     cores = [
         folder
         for folder in dict.fromkeys(sys.path)
@@ -113,6 +106,49 @@ def installation() -> Iterator[Finding]:
         len(cores) <= 1,
         ", ".join(cores) or "none",
         "the first one is imported; take the other off PYTHONPATH or uninstall it",
+    )
+
+
+def switches() -> Finding:
+    """Is every environment variable one that this package knows, and is nothing switched off?"""
+    read, problems = Switches.read(), switch_problems()
+    names = (ENABLED, DISABLE, KERNELS)
+    seen = " ".join(f"{name}={os.environ[name]!r}" for name in names if name in os.environ)
+    return Finding(
+        "switches",
+        read.enabled and not read.disabled_ids and not problems,
+        "; ".join(problems) or seen or "none is set",
+        f"unset {' or '.join(name for name in names if name in os.environ)}, unless you mean it",
+    )
+
+
+def switch_problems() -> list[str]:
+    """One line for each environment variable that has no meaning."""
+    from .. import env
+    from ..patches import PATCHES
+
+    problems = []
+    value = os.environ.get(ENABLED, "")
+    if value.strip().lower() not in {"", "1", "true", "on", "yes", "0", "false", "off", "no"}:
+        problems.append(f"{ENABLED}={value!r} must be 0 (off) or 1 (on)")
+    known = {patch.id for patch in PATCHES}
+    for unknown in sorted(Switches.read().disabled_ids - known):
+        problems.append(f"{DISABLE} names {unknown!r}, which is not a patch")
+    try:
+        env.kernels()
+    except GLM5PatchError as error:
+        problems.append(str(error))
+    return problems
+
+
+def _wrapt() -> Finding:
+    version = installed_version("wrapt")
+    numbers = [int(part) for part in (version or "0").split(".")[:2] if part.isdigit()]
+    return Finding(
+        "wrapt",
+        tuple(numbers) >= OLDEST_WRAPT,
+        version or "not installed",
+        f"pip install 'wrapt>={'.'.join(map(str, OLDEST_WRAPT))},<3'",
     )
 
 
@@ -128,7 +164,7 @@ def _editable_source(copy: importlib.metadata.Distribution) -> Iterator[Finding]
         )
 
 
-def _in_a_process_of_its_own() -> list[dict]:
+def _in_a_second_process() -> list[dict]:
     code = (
         "import torch, json; from glm5_patch.tools.doctor import probe; "
         "print(json.dumps([finding._asdict() for finding in probe()]))"
@@ -141,15 +177,17 @@ def _in_a_process_of_its_own() -> list[dict]:
             timeout=_TIMEOUT_S,
         )
     except subprocess.TimeoutExpired:
-        raise GLM5PatchError(f"importing torch and the hosts took over {_TIMEOUT_S} s") from None
+        raise GLM5PatchError(
+            f"importing torch and the hosts took more than {_TIMEOUT_S} s"
+        ) from None
     if result.returncode:
         last = (result.stderr.strip().splitlines() or ["no output"])[-1]
-        raise GLM5PatchError(f"a process that imports torch and the hosts dies: {last}")
+        raise GLM5PatchError(f"a process that imports torch and the hosts fails: {last}")
     return json.loads(result.stdout.splitlines()[-1])
 
 
 def probe() -> Iterator[Finding]:
-    """In a process that has imported torch and nothing else: is each patch where it should be?"""
+    """Is each patch in place? Call it in a process that has imported torch and nothing else."""
     from ..patches import PATCHES
     from ..patching import imports as hooks
     from ..patching.ledger import LEDGER, State
@@ -161,6 +199,7 @@ def probe() -> Iterator[Finding]:
         f"{len(list(LEDGER))} patches armed" if active else "no patch is armed",
         "see the entry point, the autoload and the switches above",
     )
+    yield _kernels()
     if not active:
         return
     present = []
@@ -170,12 +209,16 @@ def probe() -> Iterator[Finding]:
             found = [patch for patch in own if hooks.import_host(patch.module)]
         except Exception as error:
             cause = f"does not import: {type(error).__name__}: {error}"
-            yield Finding(f"host {host}", False, cause, f"mend or uninstall {own[0].distribution}")
+            yield Finding(
+                f"host {host}", False, cause, f"repair or uninstall {own[0].distribution}"
+            )
             continue
         present += found
         if found and len(found) < len(own):
             absent = next(patch.module for patch in own if patch not in found)
-            yield Finding(f"host {host}", False, f"lacks {absent}", "use megatron-core 0.16.0 on")
+            yield Finding(
+                f"host {host}", False, f"lacks {absent}", "use megatron-core 0.16.0 or later"
+            )
         else:
             yield Finding(f"host {host}", True, _version(own[0].distribution, bool(found)))
     yield Finding(
@@ -194,9 +237,32 @@ def probe() -> Iterator[Finding]:
             yield Finding(
                 f"{patch.id}, alias",
                 False,
-                f"{module}.{name} still is the host's own",
+                f"{module}.{name} is still the host's own",
                 "import torch (or glm5_patch.auto) before the module that holds the alias",
             )
+
+
+def _kernels() -> Finding:
+    """Can what ``GLM5_PATCH_KERNELS`` asks for run here?"""
+    import torch
+
+    from .. import env
+    from ..ops.compared import LIBRARIES, why_not
+    from ..ops.registry import computed_by, triton_computes
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        asked, reason = env.kernels(), None
+        if asked in LIBRARIES:
+            reason = why_not(asked, device)
+        else:
+            triton_computes(device, torch.bfloat16)
+        seen = reason or f"sparse attention in bf16: {computed_by(device, torch.bfloat16)}"
+    except GLM5PatchError as error:
+        reason = seen = str(error)
+    if reason and KERNELS not in seen:
+        seen = f"{KERNELS}={asked}: {seen}"
+    return Finding("kernels", reason is None, seen, f"unset {KERNELS}, or set it to torch")
 
 
 def _version(distribution: str, found: bool) -> str:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from ..config.costs import estimate
 from ..config.huggingface import HFConfig
 from ..config.pipeline_split import Split, best_splits, check_split, chunk_label, equal_middle_split
 from ..config.schedule import IndexSchedule
-from ..errors import CheckpointError, PipelineSplitError
+from ..errors import PipelineSplitError
+from .report import Result, print_table, print_text
 
 
-def run(options: argparse.Namespace) -> int:
-    """Print the plans; raises CheckpointError for a config.json that can't be read."""
-    hf = _config(options.config)
+def run(options: argparse.Namespace) -> Result:
+    """The plans, best first.
+
+    Raises:
+        CheckpointError: the configuration can't be read.
+        PipelineSplitError: no split is valid.
+    """
+    path = Path(options.config)
+    hf = HFConfig.from_directory(path) if path.is_dir() else HFConfig.from_file(path)
     costs = estimate(hf, options.seq_length)
     chunks = options.pp * options.vpp
     splits = best_splits(
@@ -26,26 +32,15 @@ def run(options: argparse.Namespace) -> int:
         after=costs.output + (costs.mtp if options.mtp else 0.0),
         count=options.top,
     )
-    report = {
+    data = {
         "schedule": str(hf.schedule),
         "uniform": why_not_uniform(hf.schedule, options.pp, options.vpp),
         "plans": [describe(split, options.pp, options.vpp, options.mtp) for split in splits],
         "first_and_last": None,
     }
     if options.vpp == 1 and not options.mtp:
-        report["first_and_last"] = first_and_last(hf.schedule, options.pp)
-    if options.json:
-        print(json.dumps(report, indent=2))
-    else:
-        _print(report, splits[0], hf.schedule, options)
-    return 0
-
-
-def _config(path: str) -> HFConfig:
-    given = Path(path)
-    if given.is_dir() or given.name == "config.json":
-        return HFConfig.from_directory(given if given.is_dir() else given.parent)
-    raise CheckpointError(f"--config {path}: give a config.json or the directory that holds one")
+        data["first_and_last"] = first_and_last(hf.schedule, options.pp)
+    return Result(0, data, lambda: _print(data, splits[0], hf.schedule, options))
 
 
 def why_not_uniform(schedule: IndexSchedule, pp: int, vpp: int = 1) -> str | None:
@@ -115,39 +110,50 @@ def _label(chunk: int, pp: int, vpp: int) -> str:
 
 
 def _print(report: dict, best: Split, schedule: IndexSchedule, options) -> None:
-    print(f"{report['schedule']}; pipeline size {options.pp}, {options.vpp} chunks a stage")
+    print_text(f"{report['schedule']}; pipeline size {options.pp}, {options.vpp} chunks a stage")
     if report["uniform"]:
-        print(f"equal chunks are refused: {report['uniform']}")
+        print_text(f"equal chunks are refused: {report['uniform']}")
     empty = best.sizes.count(0)
     if empty:
-        print(
+        print_text(
             f"{empty} chunks stay empty: at most {len(schedule.computing_layers)} chunks can start "
-            "on a computing layer; a smaller pipeline size times virtual stages wastes none"
+            "on a computing layer; a smaller pipeline size times virtual stages leaves none empty"
         )
-    for number, plan in enumerate(report["plans"], 1):
-        sizes = ",".join(map(str, plan["layers"]))
-        print(f"{number:3}. {sizes}  slowest chunk {plan['slowest_over_mean']:.2f} x the mean")
+    print_table(
+        ("", "layers of each chunk", "slowest chunk"),
+        [
+            (
+                f"{number}.",
+                ", ".join(map(str, plan["layers"])),
+                f"{plan['slowest_over_mean']:.2f} x the mean",
+            )
+            for number, plan in enumerate(report["plans"], 1)
+        ],
+    )
     print("\nthe first one (F computes its top-k, s reuses it):")
     layer = 1
     mean = sum(best.times) / len(best.times)
-    width = max(best.sizes)
+    rows = []
     for chunk, (size, time) in enumerate(zip(best.sizes, best.times)):
         marks = "".join("F" if schedule.computes(n) else "s" for n in range(layer, layer + size))
         layer += size
         label = _label(chunk, options.pp, options.vpp)
-        print(f"  {label:32} {marks:{width}} {size:3} layers, {time / mean:.2f}")
+        rows.append((label, marks, f"{size} layers", f"{time / mean:.2f}"))
+    print_table(("chunk", "layers", "", "time / mean"), rows)
     _print_settings("with a layout", report["plans"][0])
     if report["first_and_last"]:
-        sizes = ",".join(map(str, report["first_and_last"]["layers"]))
+        sizes = ", ".join(map(str, report["first_and_last"]["layers"]))
         _print_settings(f"or with first and last counts ({sizes})", report["first_and_last"])
 
 
 def _print_settings(title: str, plan: dict) -> None:
-    flags = (
-        f"{k} '{v}'" if isinstance(v, str) else f"{k} {v}"
-        for k, v in plan["megatron_flags"].items()
-    )
-    print(f"\nMegatron-LM, {title}:\n  {' '.join(flags)}")
-    print(f"Megatron-Bridge provider, {title}:")
+    print("")
+    print_text(f"Megatron-LM, {title}:")
+    flags = [
+        f"{name} '{value}'" if isinstance(value, str) else f"{name} {value}"
+        for name, value in plan["megatron_flags"].items()
+    ]
+    print("  " + " \\\n  ".join(flags))  # to be copied: never folded
+    print_text(f"Megatron-Bridge provider, {title}:")
     for name, value in plan["bridge_provider"].items():
         print(f"  {name} = {value!r}")

@@ -1,14 +1,16 @@
-"""What people look at: tables and progress, in colour on a terminal, plain where piped.
+"""What a command prints: tables, progress and lines, for a terminal of 80 columns or for a pipe.
 
-``rich`` draws on a terminal where it is installed; it is no dependency of the plugin.
+On a terminal ``rich`` draws tables and bars in colour if it is installed. It is not a dependency.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, NamedTuple, TextIO
 
 _COLOURS = {
     "applied": "green",
@@ -20,15 +22,54 @@ _COLOURS = {
     "PROBLEM": "red",
     "FAILED": "red",
 }
+_NARROWEST = 8
+"""A column is never folded to less."""
+
+
+class Result(NamedTuple):
+    """What a command found."""
+
+    code: int
+    """The exit code: 0 all is well, 1 a check failed."""
+    data: Any
+    """What ``--json`` prints."""
+    show: Callable[[], None]
+    """Prints it for people."""
+
+
+def say(line: str) -> None:
+    """Tell a person on stderr what is being done, at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def print_text(text: str, indent: str = "") -> None:
+    """A line on stdout, folded at words; continued lines are indented by two more spaces."""
+    print(
+        textwrap.fill(
+            text,
+            _width(),
+            initial_indent=indent,
+            subsequent_indent=indent + "  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    )
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Rows under their columns on stdout; piped, without the heads, for ``grep`` and ``awk``."""
+    """Rows on stdout, folded to the width of the terminal (80 in a pipe).
+
+    A pipe gets no column heads. The first line of each row starts with its first cell, so ``grep``
+    and ``awk`` find it.
+    """
     console = _console(sys.stdout)
     if console is None:
-        widths = [max(len(row[i]) for row in rows) for i in range(len(columns) - 1)]
+        widths = _widths(rows, _width())
         for row in rows:
-            print("  ".join([*map(str.ljust, row, widths), row[-1]]).rstrip())
+            cells = [_fold(cell, width) for cell, width in zip(row, widths)]
+            for number in range(max(map(len, cells))):
+                line = (cell[number] if number < len(cell) else "" for cell in cells)
+                print("  ".join(map(str.ljust, line, widths)).rstrip())
         return
     from rich.table import Table
     from rich.text import Text
@@ -41,11 +82,38 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console.print(table)
 
 
+def _width() -> int:
+    return shutil.get_terminal_size((80, 24)).columns
+
+
+def _widths(rows: Sequence[Sequence[str]], total: int) -> list[int]:
+    """The columns' own widths if they fit, else the widest ones cut to one width."""
+    natural = [max(1, *map(len, column)) for column in zip(*rows)]
+    total -= 2 * (len(natural) - 1)
+    cap = max(natural, default=0)
+    while sum(min(width, cap) for width in natural) > total and cap > _NARROWEST:
+        cap -= 1
+    return [min(width, cap) for width in natural]
+
+
+def _fold(text: str, width: int) -> list[str]:
+    """Lines of at most ``width``, broken at spaces, and inside longer words after ``_``, ``.``
+    or ``/``."""
+    lines = []
+    for line in textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]:
+        while len(line) > width:
+            cut = max(line.rfind(mark, 0, width) for mark in "_./,") + 1 or width
+            lines.append(line[:cut])
+            line = line[cut:]
+        lines.append(line)
+    return lines
+
+
 @contextmanager
 def progress(what: str, total: int, every: int = 1) -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal, else a line each ``every`` steps, on stderr.
+    """A bar on a terminal, otherwise one line for ``every`` steps, on stderr.
 
-    Yields what is to be called after each step, with a note of it.
+    Yields a function to call after each step, with a note about it.
     """
     console = _console(sys.stderr)
     done = 0
@@ -55,7 +123,7 @@ def progress(what: str, total: int, every: int = 1) -> Iterator[Callable[[str], 
             nonlocal done
             done += 1
             if done % every == 0 or done == total:
-                print(f"{what}: {done} of {total}, {note}", file=sys.stderr, flush=True)
+                say(f"{what}: {done} of {total}, {note}")
 
         yield advance
         return
@@ -68,7 +136,7 @@ def progress(what: str, total: int, every: int = 1) -> Iterator[Callable[[str], 
 
 
 def _console(stream: TextIO):
-    """rich's console for a terminal; None where plain text is to be written."""
+    """rich's console for a terminal; None if plain text is to be written."""
     if not stream.isatty():
         return None
     try:

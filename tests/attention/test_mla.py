@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from glm5_patch.errors import GLM5PatchError
-from glm5_patch.tools.demo import forward
+from glm5_patch.tools.verify import forward
 from tests.tiny import loss_of, megatron_model, relative, saved, tokens
 
 ONE_LAYER = dict(num_hidden_layers=1, index_topk_freq=1)

@@ -14,7 +14,7 @@ from glm5_patch.checkpoint.reader import HFCheckpoint
 from glm5_patch.checkpoint.writer import save
 from glm5_patch.errors import CheckpointError
 from glm5_patch.tools import cli
-from glm5_patch.tools.demo import forward
+from glm5_patch.tools.verify import forward
 from tests.tiny import add_mtp_layer, hf_config, hf_model, megatron_model, saved, tokens
 
 INDEXER = "model.layers.6.self_attn.indexer.wk.weight"

@@ -110,7 +110,7 @@ def _one_seed(flavour: str, seed: int, released: bool) -> dict[str, float]:
 
     from glm5_patch.checkpoint.reader import HFCheckpoint
     from glm5_patch.testing.parity import kept_share, recorded, recorded_hf, same_input_shares
-    from glm5_patch.tools.demo import forward
+    from glm5_patch.tools.verify import forward
     from tests.tiny import hf_config, hf_model, loss_of, tokens
 
     record = recorded if not released else _recorded_as_released
@@ -179,7 +179,7 @@ def _two_microbatches(model, seed: int):
     """The gradient of two forwards followed by two backwards."""
     import torch
 
-    from glm5_patch.tools.demo import forward
+    from glm5_patch.tools.verify import forward
     from tests.tiny import loss_of, tokens
 
     model.train()

@@ -10,7 +10,7 @@ from glm5_patch.ops import rows as blocks
 from glm5_patch.ops.index_loss.reference import indexer_loss
 from glm5_patch.ops.rows import Rows, document_starts, longest_document, selected_keys, visible_keys
 from glm5_patch.ops.sparse_attention.operation import MLADims, keys_and_values
-from glm5_patch.tools.demo import forward
+from glm5_patch.tools.verify import forward
 from tests.tiny import megatron_model, relative, saved, tokens
 
 S, B, HEADS, SCALE = 24, 2, 3, 0.3

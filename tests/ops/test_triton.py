@@ -16,7 +16,7 @@ from glm5_patch.ops.sparse_attention.absorption import absorbed_attention
 from glm5_patch.ops.sparse_attention.operation import MLADims, keys_and_values
 from glm5_patch.ops.sparse_attention.reference import sparse_attention
 from glm5_patch.testing.parity import recorded
-from glm5_patch.tools.demo import forward
+from glm5_patch.tools.verify import forward
 from tests.ops.test_sparse_attention import random_topk
 from tests.tiny import loss_of, megatron_model, pack_forward, packed, relative, saved, tokens
 

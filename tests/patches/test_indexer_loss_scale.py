@@ -5,7 +5,7 @@ import torch
 from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss
 from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossAutoScaler
 
-from glm5_patch.tools.demo import forward
+from glm5_patch.tools.verify import forward
 from tests.tiny import megatron_model, relative, saved, tokens
 
 

@@ -10,7 +10,7 @@ from glm5_patch.checkpoint.names import pieces
 from glm5_patch.checkpoint.reader import HFCheckpoint
 from glm5_patch.config.schedule import IndexSchedule
 from glm5_patch.testing.parity import compare_topk, kept_share, recorded, recorded_hf
-from glm5_patch.tools.demo import forward
+from glm5_patch.tools.verify import forward
 from tests.tiny import hf_config, hf_model, loss_of, megatron_model, relative, saved, tokens
 
 # One sequence length and index_topk for each seed.

@@ -10,7 +10,7 @@ import torch
 import glm5_patch
 from glm5_patch.errors import GLM5PatchError
 from glm5_patch.patching.imports import enable
-from glm5_patch.tools.demo import forward
+from glm5_patch.tools.verify import forward
 from tests.tiny import loss_of, megatron_model, pack_forward, packed, relative, saved, tokens
 
 FULL = dict(recompute_granularity="full")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from glm5_patch.testing.parity import recorded, topk_overlap
-from glm5_patch.tools.demo import forward
+from glm5_patch.tools.verify import forward
 from tests.tiny import megatron_model, saved, tokens
 
 

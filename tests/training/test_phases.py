@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from glm5_patch.errors import GLM5PatchError
-from glm5_patch.tools.demo import forward
+from glm5_patch.tools.verify import forward
 from glm5_patch.training.phases import audit, kind_of, set_phase
 from tests.tiny import loss_of, megatron_model, saved, tokens
 

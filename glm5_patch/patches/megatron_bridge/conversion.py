@@ -41,9 +41,11 @@ def _load(wrapped, instance, args, kwargs):
 
 def _stream(wrapped, instance, args, kwargs):
     from ...checkpoint.bridge_report import checked
+    from ..announce import say
 
     tensors = wrapped(*args, **kwargs)
     if argument(wrapped, args, kwargs, "conversion_tasks") is not None:
         return tensors  # a part that the caller chose
     hf_pretrained = argument(wrapped, args, kwargs, "hf_pretrained")
-    return checked(tensors, hf_pretrained, argument(wrapped, args, kwargs, "megatron_model"))
+    model = argument(wrapped, args, kwargs, "megatron_model")
+    return checked(tensors, hf_pretrained, model, lambda text: say(f"glm5-patch: {text}"))

@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from glm5_patch.tools.demo import forward
+from glm5_patch.tools.verify import forward
 from tests.tiny import hf_config, hf_model, loss_of
 
 STEPS = 10

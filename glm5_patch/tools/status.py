@@ -1,0 +1,173 @@
+"""``glm5-patch status``, ``explain`` and ``env``: what is here, and what each patch is for."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+from .. import __version__
+from ..env import Switches, installed_version
+from ..errors import GLM5PatchError
+from .report import Result, print_table, print_text
+
+_DISTRIBUTIONS = (
+    "torch",
+    "triton",
+    "transformer-engine",
+    "megatron-core",
+    "megatron-bridge",
+    "transformers",
+    "wrapt",
+    "nvidia-cudnn-frontend",
+    "flash_mla",
+)
+_VARIABLES = ("GLM5_PATCH", "TORCH_DEVICE_BACKEND_AUTOLOAD", "CUDA_VISIBLE_DEVICES")
+
+
+def of_installation() -> Result:
+    """What can be seen without importing torch or a host."""
+    from ..patches import PATCHES
+    from ..patching.imports import is_there
+    from .doctor import installation, print_findings
+
+    switches, findings = Switches.read(), list(installation())
+    rows = []
+    for patch in PATCHES:
+        enabled = switches.enabled and patch.id not in switches.disabled_ids
+        state = "enabled" if enabled else "disabled"
+        target = "there" if is_there(patch.module) else "not installed"
+        rows.append((patch.id, state, target, patch.attribute))
+    healthy = all(finding.ok for finding in findings)
+    data = {
+        "versions": versions(),
+        "healthy": healthy,
+        "findings": [finding._asdict() for finding in findings],
+        "patches": [
+            {"id": row[0], "state": row[1], "target": row[2], "seam": patch.seam}
+            for row, patch in zip(rows, PATCHES)
+        ],
+    }
+
+    def show() -> None:
+        print_table(("package", "version"), list(data["versions"].items()))
+        print_findings(findings)
+        print_table(("patch", "state", "target", "attribute"), rows)
+        print("glm5-patch status --import imports the hosts and shows the state of each patch")
+
+    return Result(int(not healthy), data, show)
+
+
+def of_hosts() -> Result:
+    """The state of each patch in this process, once the installed hosts are imported.
+
+    Raises:
+        GLM5PatchError: torch is not installed.
+    """
+    import glm5_patch
+
+    try:
+        import torch  # the way in for every real process
+    except ImportError:
+        raise GLM5PatchError("torch is not installed here, so nothing loads the plugin") from None
+    from ..patches.announce import libraries, sparse_attention_by
+    from .doctor import switches
+
+    active = any(row.state.value != "disabled" for row in glm5_patch.status())
+    kernels, problem = None, None
+    try:
+        finding = switches()
+        if not finding.ok:
+            problem = finding.seen
+        if active:
+            glm5_patch.require()
+        kernels = sparse_attention_by(torch.bfloat16)
+    except GLM5PatchError as error:
+        problem = str(error)
+    rows = list(glm5_patch.status())
+    data = {
+        "version": __version__,
+        "active": active,
+        "problem": problem,
+        "kernels": kernels,
+        "libraries": libraries(),
+        "patches": [row._asdict() for row in rows],
+    }
+
+    def show() -> None:
+        state = "active" if active else "NOT ACTIVE"
+        print(f"glm5-patch {__version__}: {state} in a process that imports torch")
+        print_table(("patch", "state", "reason"), [row.cells() for row in rows])
+        print_text(f"sparse attention in bf16: {kernels or 'unknown, see the problem'}")
+        for name, reason in data["libraries"].items():
+            print_text(f"{name}: {reason or 'used where it fits'}")
+        if problem:
+            print(f"problem: {problem}", file=sys.stderr)
+
+    return Result(1 if problem or not active else 0, data, show)
+
+
+def explain(patch_id: str | None) -> Result:
+    """The record of one patch, or of all.
+
+    Raises:
+        GLM5PatchError: there is no such patch.
+    """
+    from ..patches import PATCHES
+
+    chosen = [patch for patch in PATCHES if patch_id in (None, patch.id)]
+    if not chosen:
+        raise GLM5PatchError(
+            f"no patch is called {patch_id!r}; there are {', '.join(p.id for p in PATCHES)}"
+        )
+    recorded = json.loads((Path(__file__).parent / "hosts.json").read_text())
+    data = [
+        {
+            "id": patch.id,
+            "seam": patch.seam,
+            "without it": patch.why,
+            "upstream": patch.upstream,
+            "goes when": patch.remove_when,
+            "hosts": _hosts(patch, recorded[patch.id]),
+        }
+        for patch in chosen
+    ]
+
+    def show() -> None:
+        for number, (patch, row) in enumerate(zip(chosen, data)):
+            print(patch.id if number == 0 else f"\n{patch.id}")
+            for name, value in {**row, "seam": f"{patch.attribute} of {patch.module}"}.items():
+                if name != "id":
+                    print_text(f"{name}: {value}", indent="  ")
+
+    return Result(0, data, show)
+
+
+def _hosts(patch, releases: dict[str, str]) -> str:
+    """ "megatron-core: patched on 0.16.0, ...; right by itself on 0.19.0", as it was recorded."""
+    by_word: dict[str, list[str]] = {}
+    for release, word in releases.items():
+        by_word.setdefault(word, []).append(release)
+    words = {"patched": "patched on", "native": "right by itself on"}
+    parts = (f"{words[word]} {', '.join(found)}" for word, found in by_word.items())
+    return f"{patch.distribution}: {'; '.join(parts)}"
+
+
+def environment() -> Result:
+    """Versions of the packages and the switches that are set."""
+    found = versions()
+    variables = {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)}
+
+    def show() -> None:
+        print_table(("package", "version"), list(found.items()))
+        print("\n".join(f"{k}={v}" for k, v in variables.items()) or "no switch is set")
+
+    return Result(0, {"versions": found, "environment": variables}, show)
+
+
+def versions() -> dict[str, str]:
+    found = {"glm5-patch": __version__, "python": platform.python_version()}
+    found |= {name: installed_version(name) or "not installed" for name in _DISTRIBUTIONS}
+    return {**found, "platform": platform.platform()}
