@@ -28,16 +28,16 @@ def measure(who: str, length: int) -> dict[str, float]:
     import torch
     from megatron.core.transformer.experimental_attention_variant.dsa import unfused_dsa_fn
 
-    from glm5_patch.ops.rows import Rows, visible_topk
+    from glm5_patch.ops.query_positions import QueryPositions, visible_topk
     from glm5_patch.ops.sparse_attention.operation import MLADims, keys_and_values
     from glm5_patch.ops.sparse_attention.reference import sparse_attention
 
     torch.set_num_threads(1)
     dims = MLADims(latent=512, nope=192, rope=64, value=256)
-    rows = Rows(torch.zeros(length, dtype=torch.int64), longest=length)
+    queries = QueryPositions(torch.zeros(length, dtype=torch.int64), longest=length)
     scores = torch.rand(length, length).tril().add(torch.zeros(length, length).triu(1) - 1)
     topk = scores.topk(TOPK)[1].int()[None]
-    topk[:, :TOPK] = visible_topk(rows, 1)[:, :TOPK, :TOPK]
+    topk[:, :TOPK] = visible_topk(queries, 1)[:, :TOPK, :TOPK]
     del scores
     shapes = [
         (length, 1, HEADS, dims.nope + dims.rope),
@@ -49,7 +49,7 @@ def measure(who: str, length: int) -> dict[str, float]:
     def step():
         key, value = keys_and_values(*inputs[1:], dims)
         if who == PLUGIN:
-            output = sparse_attention(inputs[0], key, value, topk, rows, 0.0625)
+            output = sparse_attention(inputs[0], key, value, topk, queries, 0.0625)
         else:
             output = unfused_dsa_fn(inputs[0], key, value, topk.long().clamp_min(0), 0.0625)
         return torch.autograd.grad(output.square().mean(), inputs)

@@ -37,7 +37,7 @@ from glm5_patch import env
 from glm5_patch.ops import compared as libraries
 from glm5_patch.ops.index_loss import triton as indexer_loss
 from glm5_patch.ops.index_topk import triton as indexer
-from glm5_patch.ops.rows import Rows, selected_keys
+from glm5_patch.ops.query_positions import QueryPositions, selected_keys
 from glm5_patch.ops.sparse_attention import absorption as absorbed
 from glm5_patch.ops.sparse_attention import triton as sparse_mla
 from glm5_patch.ops.sparse_attention.operation import MLADims, keys_and_values
@@ -72,13 +72,13 @@ class Batch(NamedTuple):
     latent: Tensor
     up: Tensor
     topk: Tensor
-    rows: Rows
+    queries: QueryPositions
     upstream: Tensor
 
     @property
     def where(self) -> tuple[Tensor, Tensor, Tensor]:
         """Top-k, starts and positions, as the kernels take them."""
-        return self.topk, *self.rows.spans()
+        return self.topk, *self.queries.spans()
 
     @property
     def pairs(self) -> int:
@@ -117,7 +117,7 @@ def random_batch(length: int, heads: int, seed: int = 0) -> Batch:
         draw(length, 1, 1, DIMS.latent + DIMS.rope),
         up,
         random_topk(length, generator),
-        Rows(torch.zeros(length, dtype=torch.int64, device="cuda"), longest=length),
+        QueryPositions(torch.zeros(length, dtype=torch.int64, device="cuda"), longest=length),
         draw(length, 1, heads * DIMS.value),
     )
 
@@ -275,11 +275,11 @@ def core_of(heads: int, length: int, peers: Peers):
     inputs = [t.clone().requires_grad_() for t in (batch.query, batch.latent, batch.up)]
 
     def fused():
-        return attend(*inputs, batch.topk, batch.rows, DIMS, SCALE)
+        return attend(*inputs, batch.topk, batch.queries, DIMS, SCALE)
 
     def blocked():
         key, value = keys_and_values(*inputs[1:], DIMS)
-        return sparse_attention(inputs[0], key, value, batch.topk, batch.rows, SCALE)
+        return sparse_attention(inputs[0], key, value, batch.topk, batch.queries, SCALE)
 
     indices = batch.topk.long().clamp_min(0)
 
@@ -316,8 +316,8 @@ def selection_of(length: int, peers: Peers):
 
     query = draw(length, 1, INDEX_HEADS, INDEX_DIM).bfloat16()
     key, weights = draw(length, 1, INDEX_DIM).bfloat16(), draw(length, 1, INDEX_HEADS)
-    rows = Rows(torch.zeros(length, dtype=torch.int64, device="cuda"), longest=length)
-    starts, positions = rows.spans()
+    queries = QueryPositions(torch.zeros(length, dtype=torch.int64, device="cuda"), longest=length)
+    starts, positions = queries.spans()
     flop = 2 * INDEX_HEADS * INDEX_DIM * pairs(length, length)
     scale = INDEX_DIM**-0.5
     height = min(length, (256 << 20) // (4 * length))
@@ -348,7 +348,7 @@ def selection_of(length: int, peers: Peers):
     )
 
     def select():
-        return indexer.select(query, key, weights, rows, TOPK, scale)
+        return indexer.select(query, key, weights, queries, TOPK, scale)
 
     yield measure("selection", "plugin (Triton)", length, INDEX_HEADS, select)
     if cudnn := library("cudnn"):
@@ -390,12 +390,12 @@ def loss_of(length: int, peers: Peers):
         draw(length, 1, INDEX_HEADS).requires_grad_(),
     ]
     scale = INDEX_DIM**-0.5
-    attention = (batch.query, batch.latent, batch.up, batch.topk, batch.rows, DIMS, SCALE)
+    attention = (batch.query, batch.latent, batch.up, batch.topk, batch.queries, DIMS, SCALE)
 
     def ours():
         target = indexer_loss.attention_target(*attention)
         loss = indexer_loss.sparse_indexer_loss(
-            inputs, target, batch.topk, batch.rows, scale, 1 / length
+            inputs, target, batch.topk, batch.queries, scale, 1 / length
         )
         return torch.autograd.grad(loss, inputs)
 
@@ -470,7 +470,7 @@ def check(heads: int, length: int = 3072) -> list[str]:
     inputs = [t.clone().requires_grad_() for t in (batch.query, batch.latent, batch.up)]
     reference = [t.float().detach().requires_grad_() for t in inputs]
     truth = sparse_attention(
-        reference[0], *keys_and_values(*reference[1:], DIMS), batch.topk, batch.rows, SCALE
+        reference[0], *keys_and_values(*reference[1:], DIMS), batch.topk, batch.queries, SCALE
     )
     expected = torch.autograd.grad(truth, reference, batch.upstream.float())
     kinds = {
@@ -484,7 +484,7 @@ def check(heads: int, length: int = 3072) -> list[str]:
         os.environ[env.KERNELS] = kernels
         torch.use_deterministic_algorithms(kind == "deterministic")
         _fill_with_nan(2 * query.numel())
-        output = attention(*inputs, batch.topk, batch.rows, DIMS, SCALE)
+        output = attention(*inputs, batch.topk, batch.queries, DIMS, SCALE)
         found = torch.autograd.grad(output, inputs, batch.upstream, retain_graph=True)
         for name, ours, theirs in zip(("query", "latent", "up"), found, expected):
             bound(f"gradient of {name}, {kind}", relative(ours, theirs), 5e-3)
@@ -504,11 +504,11 @@ def check_selection(length: int) -> list[str]:
     key = torch.randn(length, 1, INDEX_DIM, generator=generator, device="cuda")
     weights = torch.randn(length, 1, INDEX_HEADS, generator=generator, device="cuda")
     query, key = query.bfloat16(), key.bfloat16()
-    rows = Rows(torch.zeros(length, dtype=torch.int64, device="cuda"), longest=length)
+    queries = QueryPositions(torch.zeros(length, dtype=torch.int64, device="cuda"), longest=length)
     scale = INDEX_DIM**-0.5
-    ours = indexer.select(query, key, weights, rows, TOPK, scale)[0]
+    ours = indexer.select(query, key, weights, queries, TOPK, scale)[0]
     with computed_by("auto"):
-        if not torch.equal(indexer.select(query, key, weights, rows, TOPK, scale)[0], ours):
+        if not torch.equal(indexer.select(query, key, weights, queries, TOPK, scale)[0], ours):
             return [f"the top-k at {length} by a library is another"]
     worst = 0.0
     for row in range(0, length, max(1, length // 40)):
@@ -532,13 +532,13 @@ def check_loss(length: int = 3072) -> list[str]:
     inputs = [drawn[0].bfloat16(), drawn[1].bfloat16(), drawn[2]]
     inputs = [tensor.requires_grad_() for tensor in inputs]
     scale = INDEX_DIM**-0.5
-    attention = (batch.query, batch.latent, batch.up, batch.topk, batch.rows, DIMS, SCALE)
+    attention = (batch.query, batch.latent, batch.up, batch.topk, batch.queries, DIMS, SCALE)
     target = indexer_loss.attention_target(*attention)
-    loss = indexer_loss.sparse_indexer_loss(inputs, target, batch.topk, batch.rows, scale, 1.0)
+    loss = indexer_loss.sparse_indexer_loss(inputs, target, batch.topk, batch.queries, scale, 1.0)
     found = (loss, *torch.autograd.grad(loss, inputs))
 
     reference = [tensor.float().detach().requires_grad_() for tensor in inputs]
-    mask = selected_keys(slice(0, length), batch.rows, batch.topk)[0]
+    mask = selected_keys(slice(0, length), batch.queries, batch.topk)[0]
     key, _ = keys_and_values(batch.latent.float(), batch.up.float(), DIMS)
     truth = torch.zeros((length, length), device="cuda")
     for head in range(16):

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config.schedule import IndexSchedule
 from ..errors import GLM5PatchError
 from ..ops.index_loss.reference import indexer_loss
-from ..ops.rows import visible_topk
+from ..ops.query_positions import visible_topk
 from ..ops.sparse_attention.operation import MLADims, sparse_mla
 from ..topk.carrier import current_carrier, require_carrier
 from ..topk.tokens import Layout
@@ -102,7 +102,7 @@ class CrossLayerDSAttention(MegatronModule):
             GLM5PatchError: query and key differ in length (a KV cache).
         """
         layout = Layout.of(self.config, self.cp_group, packed_seq_params, len(query), query.device)
-        if layout.rows.keys != len(key):
+        if layout.queries.keys != len(key):
             raise GLM5PatchError(
                 f"layer {self.layer_number}: {len(query)} queries for {len(key)} keys; "
                 "decoding with a KV cache is not supported, run whole sequences"
@@ -121,10 +121,10 @@ class CrossLayerDSAttention(MegatronModule):
             everything = topk_indices is None
             self.observer(
                 self.layer_number,
-                visible_topk(layout.rows, query.shape[1]) if everything else topk_indices,
+                visible_topk(layout.queries, query.shape[1]) if everything else topk_indices,
             )
         output = sparse_mla(
-            query, key, value, topk_indices, layout.rows, self.dims, self.softmax_scale
+            query, key, value, topk_indices, layout.queries, self.dims, self.softmax_scale
         )
         if wants_loss:
             output = self._attach_loss(output, inputs, query, key, value, topk_indices, layout)
@@ -141,7 +141,7 @@ class CrossLayerDSAttention(MegatronModule):
         takes the one found in the forward pass, so that both passes attend to the same keys and
         no second selection is paid for. Where every key fits, nobody selects.
         """
-        everything = layout.rows.all_fit(self.config.dsa_indexer_topk)
+        everything = layout.queries.all_fit(self.config.dsa_indexer_topk)
         if self.indexer is None:
             carrier = require_carrier(self.layer_number, self.source)
             topk_indices = None if everything else carrier.read(self.layer_number, self.source)
@@ -151,25 +151,26 @@ class CrossLayerDSAttention(MegatronModule):
         selects = topk_indices is None and not everything
         inputs = self.indexer.inputs(x, qr, layout) if selects or wants_inputs else None
         if selects:
-            topk_indices = self.indexer.select(inputs, layout.rows)
+            topk_indices = self.indexer.select(inputs, layout.queries)
             if carrier is not None:
                 carrier.publish(self.layer_number, topk_indices, self.schedule)
         return topk_indices, inputs
 
     def _attach_loss(self, output, inputs, query, key, value, topk_indices, layout) -> Tensor:
         loss = indexer_loss(
-            self.indexer,
             inputs,
             query,
             key,
             value,
             topk_indices,
-            layout.rows,
+            layout.queries,
             self.dims,
             softmax_scale=self.softmax_scale,
+            index_scale=self.indexer.softmax_scale,
             coefficient=self._loss_coefficient,
             sparse=self.config.dsa_indexer_use_sparse_loss,
             per_token=self.config.calculate_per_token_loss,
+            tp_group=self.indexer.pg_collection.tp,
         )
         DSAIndexerLossLoggingHelper.save_loss_to_tracker(
             loss=loss, layer_number=self.layer_number, num_layers=self.config.num_layers

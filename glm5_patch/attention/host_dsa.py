@@ -11,9 +11,9 @@ import torch
 from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor
 
+from ..ops.index_topk.reference import IndexerInputs
+from ..ops.query_positions import QueryPositions, visible_topk
 from ..ops.registry import LOSS_HEADS, triton_computes, use_triton
-from ..ops.rows import Rows, visible_topk
-from .indexer import IndexerInputs
 
 
 def serves(config) -> bool:
@@ -62,9 +62,9 @@ def run_fused_qk_topk(
     if not use_relu or use_local_indexer_varlen or not use_triton(q):
         return None
     inputs = IndexerInputs(q.detach(), k.detach(), weights.detach().float())
-    rows = _rows(starts, ends, len(k))
-    local = _select(inputs, rows, index_topk)
-    return _from_the_start(local, rows), _lengths(local, rows)
+    queries = _queries(starts, ends, len(k))
+    local = _select(inputs, queries, index_topk)
+    return _from_the_start(local, queries), _lengths(local, queries)
 
 
 def run_fused_qk_topk_with_loss(
@@ -102,13 +102,13 @@ def run_fused_qk_topk_with_loss(
     from ..ops.index_loss.triton import sparse_indexer_loss, target  # imports triton
 
     inputs = IndexerInputs(q, k, weights.float())
-    rows = _rows(starts, ends, len(k))
-    local = _select(IndexerInputs(*(tensor.detach() for tensor in inputs)), rows, index_topk)
+    queries = _queries(starts, ends, len(k))
+    local = _select(IndexerInputs(*(tensor.detach() for tensor in inputs)), queries, index_topk)
     attended = target(
         query.contiguous(),
         key.squeeze(2).contiguous(),
         local,
-        *rows.spans(),
+        *queries.spans(),
         config.kv_lora_rank,
         softmax_scale,
     )
@@ -116,8 +116,8 @@ def run_fused_qk_topk_with_loss(
         torch.distributed.all_reduce(attended, group=pg_collection.tp)
     s, b = q.shape[:2]
     loss_scale = loss_coeff if calculate_per_token_loss else loss_coeff / (s * b)
-    loss = sparse_indexer_loss(inputs, attended, local, rows, 1.0, loss_scale)
-    return _from_the_start(local, rows), _lengths(local, rows), loss
+    loss = sparse_indexer_loss(inputs, attended, local, queries, 1.0, loss_scale)
+    return _from_the_start(local, queries), _lengths(local, queries), loss
 
 
 def run_fused_absorbed_sparse_attention(
@@ -155,23 +155,23 @@ def run_fused_absorbed_sparse_attention(
     )
 
 
-def _rows(starts: Tensor, ends: Tensor, num_keys: int) -> Rows:
-    return Rows(starts.long(), ends.long() - 1, num_keys)
+def _queries(starts: Tensor, ends: Tensor, num_keys: int) -> QueryPositions:
+    return QueryPositions(starts.long(), ends.long() - 1, num_keys)
 
 
-def _select(inputs: IndexerInputs, rows: Rows, index_topk: int) -> Tensor:
+def _select(inputs: IndexerInputs, queries: QueryPositions, index_topk: int) -> Tensor:
     """int32 [b, s, k], counted from the document's start; every visible key where that is all."""
-    if rows.keys <= index_topk:
-        return visible_topk(rows, inputs.query.shape[1]).contiguous()
+    if queries.keys <= index_topk:
+        return visible_topk(queries, inputs.query.shape[1]).contiguous()
     from ..ops.index_topk.triton import select  # imports triton
 
-    return select(*inputs, rows, index_topk, 1.0)
+    return select(*inputs, queries, index_topk, 1.0)
 
 
-def _from_the_start(local: Tensor, rows: Rows) -> Tensor:
-    return torch.where(local < 0, -1, local + rows.starts[:, None].int())
+def _from_the_start(local: Tensor, queries: QueryPositions) -> Tensor:
+    return torch.where(local < 0, -1, local + queries.starts[:, None].int())
 
 
-def _lengths(topk_indices: Tensor, rows: Rows) -> Tensor:
+def _lengths(topk_indices: Tensor, queries: QueryPositions) -> Tensor:
     b, _, k = topk_indices.shape
-    return (rows.local_positions + 1).clamp(0, k).int().expand(b, -1)
+    return (queries.local_positions + 1).clamp(0, k).int().expand(b, -1)

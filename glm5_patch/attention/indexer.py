@@ -8,7 +8,6 @@ matrix that GLM-5 does not have, and give ``k_norm`` the wrong epsilon.
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
 
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -19,21 +18,11 @@ from megatron.core.transformer.experimental_attention_variant.dsa import (
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
-from ..ops.registry import use_triton
-from ..ops.rows import Rows, query_blocks, visible_keys
+from ..ops.index_topk.operation import index_topk
+from ..ops.index_topk.reference import IndexerInputs, index_scores
+from ..ops.query_positions import QueryPositions, visible_keys
 from ..topk.tokens import Layout
 from .rope import Rope
-
-
-class IndexerInputs(NamedTuple):
-    """What the scores are made of; positions are already rotated in."""
-
-    query: Tensor
-    """[s, b, index_n_heads, index_head_dim]."""
-    key: Tensor
-    """[t, b, index_head_dim]; t is s, or under context parallelism the whole sequence."""
-    weights: Tensor
-    """fp32 [s, b, index_n_heads], scaled by ``index_n_heads ** -0.5``."""
 
 
 class LightningIndexer(DSAIndexer):
@@ -80,67 +69,17 @@ class LightningIndexer(DSAIndexer):
         q = self.linear_wq_b(qr)[0].view(s, b, self.index_n_heads, self.index_head_dim)
         # [s, b, dim] -> [s, b, 1, dim]
         k = self.k_norm(self.linear_wk(x)[0]).unsqueeze(2)
-        angles = self._rope.frequencies(layout.rows)
+        angles = self._rope.frequencies(layout.queries)
         q, k = self._rotate_positions(q, *angles), self._rotate_positions(k, *angles)
         if self.config.dsa_indexer_rotate_activation:
             q, k = rotate_activation(q), rotate_activation(k)
         weights = self.linear_weights_proj(x)[0].float() * self.index_n_heads**-0.5
         return IndexerInputs(q, layout.gather(k.squeeze(2)), weights)
 
-    def block_scores(self, inputs: IndexerInputs, block: slice, end: int) -> Tensor:
-        """Index scores of a block of queries against the first keys, fp32 [b, block, end].
-
-        Unmasked, and in Hugging Face's order of operations, so that near ties fall alike.
-        """
-        q = inputs.query[block].transpose(0, 1).float()  # [b, rows, heads, dim]
-        k = inputs.key[:end].permute(1, 2, 0).float()  # [b, dim, end]
-        weights = inputs.weights[block].transpose(0, 1)  # [b, rows, heads]
-        # [b, rows * heads, end] -> [b, rows, heads, end]
-        per_head = torch.matmul(q.flatten(1, 2), k).unflatten(1, q.shape[1:3])
-        per_head = per_head.mul_(self.softmax_scale).relu_()
-        return torch.matmul(weights.unsqueeze(-2), per_head).squeeze(-2)
-
-    def blocks(self, inputs: IndexerInputs):
-        """Slices over the queries that bound the [b, rows, heads, s] logits of a block."""
-        s, b, heads, _ = inputs.query.shape
-        return query_blocks(s, b * heads * len(inputs.key) * 4)
-
-    @torch.no_grad()
-    def select(self, inputs: IndexerInputs, rows: Rows) -> Tensor:
-        """The ``index_topk`` best visible keys of each query.
-
-        Equal scores fall as ``torch.topk`` lets them, as in Hugging Face; under
-        ``torch.use_deterministic_algorithms``, and by Triton, the lower position wins.
-
-        Returns:
-            int32 [b, s, min(index_topk, t)]: positions counted from the query's document start;
-            -1 where fewer keys are visible.
-        """
-        s, b = inputs.query.shape[:2]
-        k = min(self.index_topk, rows.keys)
-        widths = dict(
-            dsa_indexer_n_heads=self.index_n_heads, dsa_indexer_head_dim=self.index_head_dim
-        )
-        if use_triton(inputs.query, **widths):
-            from ..ops.index_topk.triton import select
-
-            return select(*inputs, rows, k, self.softmax_scale)
-        topk_indices = torch.empty((b, s, k), dtype=torch.int32, device=inputs.query.device)
-        for block in self.blocks(inputs):
-            # Full rows: the choice among equal scores depends on the length of the row.
-            size, end = block.stop - block.start, rows.end(block)
-            scores = torch.full((b, size, rows.keys), float("-inf"), device=inputs.query.device)
-            scores[..., :end] = self.block_scores(inputs, block, end).masked_fill_(
-                ~visible_keys(block, rows), float("-inf")
-            )
-            if torch.are_deterministic_algorithms_enabled():
-                values, columns = scores.sort(dim=-1, descending=True, stable=True)
-                values, columns = values[..., :k], columns[..., :k]
-            else:
-                values, columns = scores.topk(k, dim=-1)
-            local = columns - rows.starts[block, None]
-            topk_indices[:, block] = local.masked_fill(values == float("-inf"), -1).int()
-        return topk_indices
+    def select(self, inputs: IndexerInputs, queries: QueryPositions) -> Tensor:
+        """The ``index_topk`` best visible keys of each query, as of ``ops.index_topk``."""
+        k = min(self.index_topk, queries.keys)
+        return index_topk(inputs, queries, k, self.softmax_scale)
 
     def forward(self, x, qr, mask=None, packed_seq_params=None) -> Tensor:
         """Top-k of each query; see ``select``. The mask is causal, and only that."""
@@ -152,10 +91,10 @@ class LightningIndexer(DSAIndexer):
         tp_size = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
         s = len(x) * tp_size
         layout = Layout.of(self.config, self.pg_collection.cp, packed_seq_params, s, x.device)
-        inputs, rows, whole = self.inputs(x, qr, layout), layout.rows, slice(0, s)
-        scores = self.block_scores(inputs, whole, rows.end(whole))
-        scores = scores.masked_fill(~visible_keys(whole, rows), float("-inf"))
-        return scores, self.select(inputs, rows)
+        inputs, queries, whole = self.inputs(x, qr, layout), layout.queries, slice(0, s)
+        scores = index_scores(inputs, whole, queries.end(whole), self.softmax_scale)
+        scores = scores.masked_fill(~visible_keys(whole, queries), float("-inf"))
+        return scores, self.select(inputs, queries)
 
     def _rotate_positions(self, t: Tensor, angles: Tensor, mscale: float) -> Tensor:
         """Rotate the leading ``qk_pos_emb_head_dim`` of [s, b, heads, dim]: [rope | nope]."""

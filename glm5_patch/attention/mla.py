@@ -91,7 +91,7 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
         layout = Layout.of(
             self.config, self.pg_collection.cp, packed_seq_params, len(query), query.device
         )
-        angles = self._rope.frequencies(layout.rows)
+        angles = self._rope.frequencies(layout.queries)
         q_nope, q_rope = query.split([self.dims.nope, self.dims.rope], dim=-1)
         query = torch.cat([q_nope, self._rope.rotate(q_rope, *angles)], dim=-1)
 

@@ -7,7 +7,7 @@ import copy
 from megatron.core.models.common.embeddings import apply_rotary_pos_emb
 from torch import Tensor
 
-from ..ops.rows import Rows
+from ..ops.query_positions import QueryPositions
 
 
 class Rope:
@@ -29,12 +29,12 @@ class Rope:
         self._config.rotary_interleaved = False
         self._config.apply_rope_fusion = False
 
-    def frequencies(self, rows: Rows) -> tuple[Tensor, float]:
+    def frequencies(self, queries: QueryPositions) -> tuple[Tensor, float]:
         """Angles of the queries' positions, [s, 1, 1, d], and the factor of what is rotated."""
         # "packed" in the host's words: all positions, not only those of this rank.
-        angles = self._embedding(rows.keys, packed_seq=True)
+        angles = self._embedding(queries.keys, packed_seq=True)
         angles, mscale = angles if self._config.rope_type == "yarn" else (angles, 1.0)
-        return angles.index_select(0, rows.local_positions), mscale
+        return angles.index_select(0, queries.local_positions), mscale
 
     def rotate(self, tensor: Tensor, angles: Tensor, mscale: float) -> Tensor:
         """Rotate [s, b, heads, d]."""

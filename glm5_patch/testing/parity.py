@@ -54,13 +54,15 @@ def _record_ours(core, recording: Recording, undo: ExitStack) -> None:
     undo.callback(delattr, core, "observer")
     if core.indexer is None:
         return
-    select = core.indexer.select
+    from ..ops.index_topk.reference import index_scores
 
-    def recording_select(inputs, rows):
-        recording._scores[core.layer_number] = lambda row: core.indexer.block_scores(
-            inputs, slice(row, row + 1), row + 1
+    select, scale = core.indexer.select, core.indexer.softmax_scale
+
+    def recording_select(inputs, queries):
+        recording._scores[core.layer_number] = lambda row: index_scores(
+            inputs, slice(row, row + 1), row + 1, scale
         )[:, 0]
-        return select(inputs, rows)
+        return select(inputs, queries)
 
     core.indexer.select = recording_select
     undo.callback(delattr, core.indexer, "select")

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from ..config.fields import CONTIGUOUS, ZIGZAG
 from ..errors import GLM5PatchError
-from ..ops.rows import Rows, document_bounds, document_starts, longest_document
+from ..ops.query_positions import QueryPositions, document_bounds, document_starts, longest_document
 from .carrier import current_carrier
 
 
 class Layout(NamedTuple):
     """The tokens of this rank among those of the batch."""
 
-    rows: Rows
+    queries: QueryPositions
     split: ContextParallel | None = None
     """If the sequence is split between ranks."""
 
@@ -36,9 +36,9 @@ class Layout(NamedTuple):
         if config.context_parallel_size > 1:
             order = config.dsa_context_parallel_order
             split = ContextParallel(cp_group, packed_seq_params, local_length, device, order)
-            layout = cls(split.rows, split)
+            layout = cls(split.queries, split)
         else:
-            layout = cls(Rows.of(packed_seq_params, local_length, device))
+            layout = cls(QueryPositions.of(packed_seq_params, local_length, device))
         if carrier is not None:
             carrier.layout = layout
         return layout
@@ -67,7 +67,7 @@ class ContextParallel:
         held = {ZIGZAG: _zigzag, CONTIGUOUS: _contiguous}[order]
         positions = [held(bounds, rank, group.size()) for rank in range(group.size())]
         own = positions[group.rank()]
-        self.rows = Rows(
+        self.queries = QueryPositions(
             document_starts(bounds)[own].to(device),
             own.to(device),
             length,

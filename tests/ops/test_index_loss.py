@@ -5,15 +5,24 @@ import itertools
 import pytest
 import torch
 
-from glm5_patch.attention.indexer import IndexerInputs
-from glm5_patch.ops import rows as blocks
+from glm5_patch.ops import query_positions
 from glm5_patch.ops.index_loss.reference import indexer_loss
-from glm5_patch.ops.rows import Rows, document_starts, longest_document, selected_keys, visible_keys
+from glm5_patch.ops.index_topk.operation import index_topk
+from glm5_patch.ops.index_topk.reference import IndexerInputs
+from glm5_patch.ops.query_positions import (
+    QueryPositions,
+    document_starts,
+    longest_document,
+    selected_keys,
+    visible_keys,
+)
 from glm5_patch.ops.sparse_attention.operation import MLADims, keys_and_values
 from glm5_patch.tools.verify import forward
 from tests.tiny import megatron_model, relative, saved, tokens
 
 S, B, HEADS, SCALE = 24, 2, 3, 0.3
+INDEX_HEADS, INDEX_DIM, INDEX_TOPK, INDEX_SCALE = 16, 16, 8, 0.25
+SETTINGS = dict(softmax_scale=SCALE, index_scale=INDEX_SCALE, coefficient=0.7)
 DIMS = MLADims(latent=64, nope=24, rope=16, value=8)
 
 
@@ -28,17 +37,10 @@ def reference(inputs, query, key, mask, index_scale):
     return terms.masked_fill(~mask, 0.0).sum(-1).mean()
 
 
-@pytest.fixture(scope="module")
-def indexer(world, our_core, tmp_path_factory):
-    heads = dict(index_n_heads=16, index_head_dim=16, num_hidden_layers=1, index_topk_freq=1)
-    model = megatron_model(saved(tmp_path_factory.mktemp("loss") / "hf", **heads))
-    return model.decoder.layers[0].self_attention.core_attention.indexer
-
-
-def random_inputs(indexer, seed, s=S, b=B):
+def random_inputs(seed, s=S, b=B):
     """The indexer's inputs, and queries, latent and up-projection of the attention."""
     g = torch.Generator().manual_seed(seed)
-    n, d = indexer.index_n_heads, indexer.index_head_dim
+    n, d = INDEX_HEADS, INDEX_DIM
     shapes = [(s, b, n, d), (s, b, d), (s, b, n)]
     inputs = IndexerInputs(
         *(torch.randn(shape, generator=g, requires_grad=True) for shape in shapes)
@@ -54,21 +56,19 @@ def random_inputs(indexer, seed, s=S, b=B):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("rows_per_block", [1, 5, 100])
-def test_loss_and_gradients_equal_the_definition(
-    indexer, seed, sparse, rows_per_block, monkeypatch
-):
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", rows_per_block * B * indexer.index_n_heads * S * 4)
-    inputs, attention = random_inputs(indexer, seed)
-    rows = Rows(torch.zeros(S, dtype=torch.int64))
-    topk_indices = indexer.select(inputs, rows)
-    settings = dict(softmax_scale=SCALE, coefficient=0.7, sparse=sparse)
-    given = (indexer, inputs, *attention, topk_indices, rows, DIMS)
+def test_loss_and_gradients_equal_the_definition(seed, sparse, rows_per_block, monkeypatch):
+    monkeypatch.setattr(query_positions, "BLOCK_BYTES", rows_per_block * B * INDEX_HEADS * S * 4)
+    inputs, attention = random_inputs(seed)
+    queries = QueryPositions(torch.zeros(S, dtype=torch.int64))
+    topk_indices = index_topk(inputs, queries, INDEX_TOPK, INDEX_SCALE)
+    settings = dict(SETTINGS, sparse=sparse)
+    given = (inputs, *attention, topk_indices, queries, DIMS)
     loss = indexer_loss(*given, **settings, per_token=False)
     whole = slice(0, S)
-    mask = selected_keys(whole, rows, topk_indices) if sparse else visible_keys(whole, rows)
+    mask = selected_keys(whole, queries, topk_indices) if sparse else visible_keys(whole, queries)
     mask = mask.expand(B, S, S)
     key, _ = keys_and_values(*attention[1:], DIMS)
-    expected = 0.7 * reference(inputs, attention[0], key, mask, indexer.softmax_scale)
+    expected = 0.7 * reference(inputs, attention[0], key, mask, INDEX_SCALE)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for ours, theirs in zip(
         torch.autograd.grad(loss * 3, inputs), torch.autograd.grad(expected * 3, inputs)
@@ -98,21 +98,27 @@ def test_only_a_positive_coefficient_trains_the_indexers_and_only_them(
 
 @pytest.mark.parametrize("lengths", [[S], [1, 14, 0, 9]], ids=["bshd", "thd"])
 @pytest.mark.parametrize("kind", ["as they come", "deterministic", "everything selected"])
-def test_triton_computes_the_same_loss_and_gradients(indexer, lengths, kind, monkeypatch):
+def test_triton_computes_the_same_loss_and_gradients(lengths, kind, monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
     b = B if len(lengths) == 1 else 1
-    inputs, attention = random_inputs(indexer, len(kind), b=b)
+    inputs, attention = random_inputs(len(kind), b=b)
     bounds = [0, *itertools.accumulate(lengths)]
-    rows = Rows(document_starts(bounds), longest=longest_document(bounds))
-    topk = None if kind == "everything selected" else indexer.select(inputs, rows)
-    settings = dict(softmax_scale=SCALE, coefficient=0.7, sparse=True, per_token=False)
+    queries = QueryPositions(document_starts(bounds), longest=longest_document(bounds))
+    topk = (
+        None
+        if kind == "everything selected"
+        else index_topk(inputs, queries, INDEX_TOPK, INDEX_SCALE)
+    )
+    settings = dict(
+        softmax_scale=SCALE, index_scale=INDEX_SCALE, coefficient=0.7, sparse=True, per_token=False
+    )
     found = []
     for kernels in ("torch", "triton"):
         monkeypatch.setenv("GLM5_PATCH_KERNELS", kernels)
         if kernels == "triton":
             monkeypatch.delattr("glm5_patch.ops.index_loss.reference._IndexerLoss")
         torch.use_deterministic_algorithms(kind == "deterministic")
-        loss = indexer_loss(indexer, inputs, *attention, topk, rows, DIMS, **settings)
+        loss = indexer_loss(inputs, *attention, topk, queries, DIMS, **settings)
         torch.use_deterministic_algorithms(False)
         found.append((loss, *torch.autograd.grad(loss * 3, inputs)))
     for theirs, ours in zip(*found):

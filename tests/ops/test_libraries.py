@@ -120,12 +120,12 @@ def cudnn_topk(cudnn_dsa, monkeypatch):
 
 
 def absorbed_inputs(lengths, batch, k, seed):
-    rows = layout(lengths)
-    s, width = len(rows.starts), SMALL.latent + SMALL.rope
+    queries = layout(lengths)
+    s, width = len(queries.starts), SMALL.latent + SMALL.rope
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(s, batch, 4, width, generator=generator).to(DEVICE)
     latent = torch.randn(s, batch, width, generator=generator).to(DEVICE)
-    where = (chosen_keys(rows, batch, k, seed), *rows.spans())
+    where = (chosen_keys(queries, batch, k, seed), *queries.spans())
     d_out = torch.randn(s, batch, 4, SMALL.latent, generator=generator).to(DEVICE)
     return query, latent, where, d_out
 
@@ -179,18 +179,18 @@ def test_the_top_k_of_cudnn_gets_what_it_documents(seed, cudnn_topk):
 
 def test_the_selection_takes_the_top_k_of_cudnn_for_long_rows(cudnn_topk, monkeypatch):
     """The very top-k of the indexer: blocks, and rows short enough for this package's own."""
-    rows, calls = layout([40]), []
+    queries, calls = layout([40]), []
     generator = torch.Generator().manual_seed(3)
     shapes = (40, 2, 16, 16), (40, 2, 16), (40, 2, 16)
     inputs = [torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes]
     monkeypatch.setattr(libraries, "why_not", lambda name, device: "not now")
-    ours = indexer_kernels.select(*inputs, rows, 8, 0.3)
+    ours = indexer_kernels.select(*inputs, queries, 8, 0.3)
     real = cudnn_topk.topk
     monkeypatch.setattr(libraries, "why_not", lambda name, device: None)
     monkeypatch.setattr(indexer_kernels, "CUDNN_ABOVE", 30)
-    monkeypatch.setattr("glm5_patch.ops.rows.BLOCK_BYTES", 16 * 40 * 4)
+    monkeypatch.setattr("glm5_patch.ops.query_positions.BLOCK_BYTES", 16 * 40 * 4)
     monkeypatch.setattr(cudnn_topk, "topk", lambda *args: calls.append(args) or real(*args))
-    assert torch.equal(indexer_kernels.select(*inputs, rows, 8, 0.3), ours)
+    assert torch.equal(indexer_kernels.select(*inputs, queries, 8, 0.3), ours)
     assert len(calls) == 4  # of two sequences the blocks that see 32 and 40 keys, not that of 16
     packed = layout([20, 20])
     indexer_kernels.select(*inputs, packed, 8, 0.3)

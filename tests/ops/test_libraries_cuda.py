@@ -7,7 +7,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from glm5_patch.ops import compared as libraries
 from glm5_patch.ops.index_topk import triton as indexer
-from glm5_patch.ops.rows import Rows, document_starts, longest_document
+from glm5_patch.ops.query_positions import QueryPositions, document_starts, longest_document
 from glm5_patch.ops.sparse_attention.operation import MLADims, sparse_mla
 from tests.ops.test_sparse_attention import random_topk
 from tests.tiny import relative
@@ -27,7 +27,7 @@ def library(request, monkeypatch):
 def run(lengths, batch, heads, k, seed):
     """Output and gradients of sparse attention in bf16."""
     bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    rows = Rows(document_starts(bounds).cuda(), longest=longest_document(bounds))
+    queries = QueryPositions(document_starts(bounds).cuda(), longest=longest_document(bounds))
     s = bounds[-1]
     generator = torch.Generator("cuda").manual_seed(seed)
 
@@ -40,8 +40,10 @@ def run(lengths, batch, heads, k, seed):
         draw(s, batch, 1, DIMS.latent + DIMS.rope),
         draw(DIMS.latent, heads * (DIMS.nope + DIMS.value), scale=DIMS.latent**-0.5),
     )
-    chosen = random_topk(s, batch, k, rows.starts.cpu(), torch.Generator().manual_seed(seed)).cuda()
-    output = sparse_mla(*inputs, chosen, rows, DIMS, 256**-0.5)
+    chosen = random_topk(
+        s, batch, k, queries.starts.cpu(), torch.Generator().manual_seed(seed)
+    ).cuda()
+    output = sparse_mla(*inputs, chosen, queries, DIMS, 256**-0.5)
     upstream = torch.randn(output.shape, generator=generator, device="cuda").bfloat16()
     return output, *torch.autograd.grad(output, inputs, upstream)
 
@@ -82,10 +84,10 @@ def test_the_top_k(library, length, kind, monkeypatch):
     if kind == "ties":
         key[::3] = key[:1]
         weights[:, :, 4:] = 0  # most products vanish, by relu, and leave zeros of both signs
-    rows = Rows(torch.zeros(length, dtype=torch.int64, device="cuda"), longest=length)
-    found = indexer.select(query, key, weights, rows, 2048, 128**-0.5)
+    queries = QueryPositions(torch.zeros(length, dtype=torch.int64, device="cuda"), longest=length)
+    found = indexer.select(query, key, weights, queries, 2048, 128**-0.5)
     assert ("cudnn", "top-k") in libraries._compared
-    again = indexer.select(query, key, weights, rows, 2048, 128**-0.5)
+    again = indexer.select(query, key, weights, queries, 2048, 128**-0.5)
     assert torch.equal(found, again)
     monkeypatch.setenv("GLM5_PATCH_KERNELS", "triton")
-    assert torch.equal(found, indexer.select(query, key, weights, rows, 2048, 128**-0.5))
+    assert torch.equal(found, indexer.select(query, key, weights, queries, 2048, 128**-0.5))

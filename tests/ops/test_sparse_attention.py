@@ -5,8 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glm5_patch.errors import GLM5PatchError
-from glm5_patch.ops import rows as blocks
-from glm5_patch.ops.rows import Rows, document_starts, selected_keys
+from glm5_patch.ops import query_positions
+from glm5_patch.ops.query_positions import QueryPositions, document_starts, selected_keys
 from glm5_patch.ops.sparse_attention.reference import sparse_attention
 from tests.tiny import relative
 
@@ -41,15 +41,15 @@ def packed_starts(lengths):
 def test_blocked_equals_dense_forward_and_backward(seed, rows_per_block, lengths, monkeypatch):
     generator = torch.Generator().manual_seed(seed)
     s, b, k = 40, 1 if len(lengths) > 1 else 2, 6
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", rows_per_block * b * HEADS * s * 4)
+    monkeypatch.setattr(query_positions, "BLOCK_BYTES", rows_per_block * b * HEADS * s * 4)
     starts = packed_starts(lengths)
     topk = random_topk(s, b, k, starts, generator)
     tensors = [
         torch.randn(s, b, HEADS, d, generator=generator, requires_grad=True)
         for d in (DIM, DIM, VALUE_DIM)
     ]
-    output = sparse_attention(*tensors, topk, Rows(starts), SCALE)
-    mask = selected_keys(slice(0, s), Rows(starts), topk)
+    output = sparse_attention(*tensors, topk, QueryPositions(starts), SCALE)
+    mask = selected_keys(slice(0, s), QueryPositions(starts), topk)
     expected = reference(*tensors, mask, SCALE)
     assert relative(output, expected) < 1e-6
     upstream = torch.randn(output.shape, generator=generator)
@@ -64,23 +64,23 @@ def test_queries_may_stand_anywhere_among_the_keys(rows_per_block, monkeypatch):
     """As on one rank of a context-parallel group: its rows are those of the whole."""
     generator = torch.Generator().manual_seed(0)
     s, b, k = 40, 2, 6
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", rows_per_block * b * HEADS * s * 4)
+    monkeypatch.setattr(query_positions, "BLOCK_BYTES", rows_per_block * b * HEADS * s * 4)
     starts = packed_starts([24, 16])
     topk = random_topk(s, b, k, starts, generator)
     query, key, value = (
         torch.randn(s, b, HEADS, d, generator=generator) for d in (DIM, DIM, VALUE_DIM)
     )
     positions = torch.randperm(s, generator=generator)[:17]
-    rows = Rows(starts[positions], positions, s)
-    some = sparse_attention(query[positions], key, value, topk[:, positions], rows, SCALE)
-    whole = sparse_attention(query, key, value, topk, Rows(starts), SCALE)
+    queries = QueryPositions(starts[positions], positions, s)
+    some = sparse_attention(query[positions], key, value, topk[:, positions], queries, SCALE)
+    whole = sparse_attention(query, key, value, topk, QueryPositions(starts), SCALE)
     assert relative(some, whole[positions]) < 1e-6
 
 
 def test_selection_never_reaches_another_document():
     starts = packed_starts([5, 3])
     topk = torch.tensor([0, 2, -1], dtype=torch.int32).expand(1, 8, 3)
-    mask = selected_keys(slice(0, 8), Rows(starts), topk)[0]
+    mask = selected_keys(slice(0, 8), QueryPositions(starts), topk)[0]
     assert mask[7].nonzero().flatten().tolist() == [5, 7]
     assert mask[4].nonzero().flatten().tolist() == [0, 2]
 
@@ -88,7 +88,9 @@ def test_selection_never_reaches_another_document():
 def test_a_query_without_keys_gets_zeros_and_no_nan():
     topk = torch.full((1, 4, 2), -1, dtype=torch.int32)
     tensors = [torch.randn(4, 1, HEADS, d, requires_grad=True) for d in (DIM, DIM, VALUE_DIM)]
-    output = sparse_attention(*tensors, topk, Rows(torch.zeros(4, dtype=torch.int64)), SCALE)
+    output = sparse_attention(
+        *tensors, topk, QueryPositions(torch.zeros(4, dtype=torch.int64)), SCALE
+    )
     assert output.abs().sum() == 0
     assert all(g.abs().sum() == 0 for g in torch.autograd.grad(output.sum(), tensors))
 
@@ -100,7 +102,7 @@ def test_cu_seqlens_that_do_not_cover_the_pack_are_refused():
         cu_seqlens_q_padded = None
 
     with pytest.raises(GLM5PatchError, match="ends at 3, but the pack has 5"):
-        Rows.of(Packed, 5, "cpu")
+        QueryPositions.of(Packed, 5, "cpu")
 
 
 class LargestTensor(TorchDispatchMode):
@@ -117,14 +119,14 @@ class LargestTensor(TorchDispatchMode):
 def test_the_largest_tensor_grows_linearly(monkeypatch):
     """No [heads, s, s] tensor and no [s, s] mask: with a fixed block, twice the length is at
     most twice the largest tensor."""
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 16)
+    monkeypatch.setattr(query_positions, "BLOCK_BYTES", 1 << 16)
     largest = {}
     for s in (512, 1024, 2048):
         starts = torch.zeros(s, dtype=torch.int64)
         topk = random_topk(s, 1, 4, starts, torch.Generator().manual_seed(0))
         tensors = [torch.randn(s, 1, HEADS, d, requires_grad=True) for d in (DIM, DIM, VALUE_DIM)]
         with LargestTensor() as seen:
-            sparse_attention(*tensors, topk, Rows(starts), SCALE).sum().backward()
+            sparse_attention(*tensors, topk, QueryPositions(starts), SCALE).sum().backward()
         largest[s] = seen.numel
     assert largest[1024] <= 2.1 * largest[512]
     assert largest[2048] <= 2.1 * largest[1024]

@@ -9,8 +9,13 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from glm5_patch.errors import GLM5PatchError
 from glm5_patch.ops.index_topk import triton as indexer_kernels
+from glm5_patch.ops.query_positions import (
+    QueryPositions,
+    document_starts,
+    longest_document,
+    visible_topk,
+)
 from glm5_patch.ops.registry import computed_by, use_triton
-from glm5_patch.ops.rows import Rows, document_starts, longest_document, visible_topk
 from glm5_patch.ops.sparse_attention import triton as sparse_mla
 from glm5_patch.ops.sparse_attention.absorption import absorbed_attention
 from glm5_patch.ops.sparse_attention.operation import MLADims, keys_and_values
@@ -26,12 +31,12 @@ SMALL = MLADims(latent=64, nope=24, rope=16, value=20)
 
 def layout(lengths):
     bounds = [0, *itertools.accumulate(lengths)]
-    return Rows(document_starts(bounds).to(DEVICE), longest=longest_document(bounds))
+    return QueryPositions(document_starts(bounds).to(DEVICE), longest=longest_document(bounds))
 
 
-def chosen_keys(rows, b, k, seed):
+def chosen_keys(queries, b, k, seed):
     generator = torch.Generator().manual_seed(seed)
-    return random_topk(len(rows.starts), b, k, rows.starts.cpu(), generator).to(DEVICE)
+    return random_topk(len(queries.starts), b, k, queries.starts.cpu(), generator).to(DEVICE)
 
 
 def inputs(s, b, heads, dims, seed):
@@ -45,26 +50,26 @@ def inputs(s, b, heads, dims, seed):
     return [tensor.to(DEVICE).requires_grad_() for tensor in tensors]
 
 
-def both(tensors, topk, rows, dims, upstream_seed=9):
+def both(tensors, topk, queries, dims, upstream_seed=9):
     """Output and gradients of the kernels, and of the blocked reference."""
     found = []
     for kind in (absorbed_attention, unabsorbed):
-        output = kind(*tensors, topk, rows, dims, 0.2)
+        output = kind(*tensors, topk, queries, dims, 0.2)
         upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(upstream_seed))
         found.append((output, *torch.autograd.grad(output, tensors, upstream.to(DEVICE))))
     return found
 
 
-def unabsorbed(query, latent, up, topk, rows, dims, scale):
-    return sparse_attention(query, *keys_and_values(latent, up, dims), topk, rows, scale)
+def unabsorbed(query, latent, up, topk, queries, dims, scale):
+    return sparse_attention(query, *keys_and_values(latent, up, dims), topk, queries, scale)
 
 
 @pytest.mark.parametrize("heads", [8, 16, 32, 64, 72])
 @pytest.mark.parametrize("seed", range(2))
 def test_attention_for_each_count_of_heads(heads, seed):
-    rows, tensors = layout([16]), inputs(16, 1, heads, SMALL, seed)
-    topk = chosen_keys(rows, 1, 7, seed)
-    for ours, theirs in zip(*both(tensors, topk, rows, SMALL)):
+    queries, tensors = layout([16]), inputs(16, 1, heads, SMALL, seed)
+    topk = chosen_keys(queries, 1, 7, seed)
+    for ours, theirs in zip(*both(tensors, topk, queries, SMALL)):
         assert relative(ours, theirs) < 1e-5
 
 
@@ -72,11 +77,11 @@ def test_attention_for_each_count_of_heads(heads, seed):
 @pytest.mark.parametrize("k", [3, 20, 40])
 def test_attention_of_a_batch_of_documents(lengths, k):
     b = 2 if len(lengths) == 1 else 1
-    rows, tensors = layout(lengths), inputs(40, b, 3, SMALL, seed=k)
-    topk = chosen_keys(rows, b, k, k)
-    for ours, theirs in zip(*both(tensors, topk, rows, SMALL)):
+    queries, tensors = layout(lengths), inputs(40, b, 3, SMALL, seed=k)
+    topk = chosen_keys(queries, b, k, k)
+    for ours, theirs in zip(*both(tensors, topk, queries, SMALL)):
         assert relative(ours, theirs) < 1e-5
-    for ours, theirs in zip(*both(tensors, None, rows, SMALL)):
+    for ours, theirs in zip(*both(tensors, None, queries, SMALL)):
         assert relative(ours, theirs) < 1e-5
 
 
@@ -85,21 +90,21 @@ def test_attention_of_some_of_the_queries():
     whole, tensors = layout([24, 16]), inputs(40, 1, 4, SMALL, seed=0)
     topk = chosen_keys(whole, 1, 6, 0)
     positions = torch.randperm(40, generator=torch.Generator().manual_seed(1))[:17].to(DEVICE)
-    rows = Rows(whole.starts[positions], positions, 40, whole.longest)
+    queries = QueryPositions(whole.starts[positions], positions, 40, whole.longest)
     some = [tensors[0][positions], *tensors[1:]]
-    ours, theirs = both(some, topk[:, positions], rows, SMALL)
+    ours, theirs = both(some, topk[:, positions], queries, SMALL)
     for a, e in zip(ours, theirs):
         assert relative(a, e) < 1e-5
 
 
 def test_empty_places_and_a_query_without_keys():
-    rows, tensors = layout([20]), inputs(20, 1, 4, SMALL, seed=0)
-    topk = visible_topk(rows, 1)[..., :9].clone()
+    queries, tensors = layout([20]), inputs(20, 1, 4, SMALL, seed=0)
+    topk = visible_topk(queries, 1)[..., :9].clone()
     topk[0, 5, 2] = topk[0, 12, 0] = -1
     topk[0, 7] = -1
-    for ours, theirs in zip(*both(tensors, topk, rows, SMALL)):
+    for ours, theirs in zip(*both(tensors, topk, queries, SMALL)):
         assert relative(ours, theirs) < 1e-5
-    assert absorbed_attention(*tensors, topk, rows, SMALL, 0.2)[7].abs().max() == 0
+    assert absorbed_attention(*tensors, topk, queries, SMALL, 0.2)[7].abs().max() == 0
 
 
 @pytest.fixture
@@ -111,9 +116,9 @@ def deterministic():
 
 def test_the_deterministic_backward_in_pieces(deterministic, monkeypatch):
     monkeypatch.setattr(sparse_mla, "PAIR_BYTES", 11 * 2 * 6 * 80 * 4)  # 11 queries at a time
-    rows, tensors = layout([40]), inputs(40, 2, 4, SMALL, seed=3)
-    topk = chosen_keys(rows, 2, 6, 3)
-    for ours, theirs in zip(*both(tensors, topk, rows, SMALL)):
+    queries, tensors = layout([40]), inputs(40, 2, 4, SMALL, seed=3)
+    topk = chosen_keys(queries, 2, 6, 3)
+    for ours, theirs in zip(*both(tensors, topk, queries, SMALL)):
         assert relative(ours, theirs) < 1e-5
 
 
@@ -123,15 +128,17 @@ def index_inputs(s, b, heads, dim, seed):
     return [torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes]
 
 
-def by_sorting(query, key, weights, rows, k, scale):
+def by_sorting(query, key, weights, queries, k, scale):
     """The top-k as sets, from all scores at once; the lower position wins among equals."""
     products = torch.einsum("sbhd,tbd->bsht", query, key).mul(scale).relu()
     scores = torch.einsum("bsht,sbh->bst", products, weights)
     at = torch.arange(len(key), device=DEVICE)
-    seen = (at <= (rows.starts + rows.local_positions)[:, None]) & (at >= rows.starts[:, None])
+    seen = (at <= (queries.starts + queries.local_positions)[:, None]) & (
+        at >= queries.starts[:, None]
+    )
     scores = scores.masked_fill(~seen, float("-inf"))
     values, columns = scores.sort(dim=-1, descending=True, stable=True)
-    local = (columns - rows.starts[:, None]).masked_fill(values == float("-inf"), -1)
+    local = (columns - queries.starts[:, None]).masked_fill(values == float("-inf"), -1)
     return local[..., :k].sort(-1)[0]
 
 
@@ -139,38 +146,38 @@ def by_sorting(query, key, weights, rows, k, scale):
 @pytest.mark.parametrize("heads, dim", [(4, 16), (32, 32)])
 @pytest.mark.parametrize("seed", range(3))
 def test_selection(lengths, heads, dim, seed, monkeypatch):
-    from glm5_patch.ops import rows as blocks
+    from glm5_patch.ops import query_positions
 
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 21 * 50 * 4)  # 21 queries at a time
+    monkeypatch.setattr(query_positions, "BLOCK_BYTES", 21 * 50 * 4)  # 21 queries at a time
     b = 2 if len(lengths) == 1 else 1
-    rows, tensors = layout(lengths), index_inputs(50, b, heads, dim, seed)
-    ours = indexer_kernels.select(*tensors, rows, 9, dim**-0.5)
-    assert torch.equal(ours.sort(-1)[0], by_sorting(*tensors, rows, 9, dim**-0.5).int())
+    queries, tensors = layout(lengths), index_inputs(50, b, heads, dim, seed)
+    ours = indexer_kernels.select(*tensors, queries, 9, dim**-0.5)
+    assert torch.equal(ours.sort(-1)[0], by_sorting(*tensors, queries, 9, dim**-0.5).int())
 
 
 def test_long_rows_are_selected_from_candidates(monkeypatch):
     """Of a row that a sample describes, and of one that it does not."""
     monkeypatch.setattr(indexer_kernels, "IN_REGISTERS", 64)
-    rows, k, s = layout([150]), 20, 150
+    queries, k, s = layout([150]), 20, 150
     query, key, weights = index_inputs(s, 1, 4, 16, seed=0)
-    usual = indexer_kernels.select(query, key, weights, rows, k, 0.25)
-    assert torch.equal(usual.sort(-1)[0], by_sorting(query, key, weights, rows, k, 0.25).int())
+    usual = indexer_kernels.select(query, key, weights, queries, k, 0.25)
+    assert torch.equal(usual.sort(-1)[0], by_sorting(query, key, weights, queries, k, 0.25).int())
     # All scores equal: too many candidates.
     key[:] = key[0]
-    equal = indexer_kernels.select(query, key, weights, rows, k, 0.25)
-    assert torch.equal(equal.sort(-1)[0], by_sorting(query, key, weights, rows, k, 0.25).int())
+    equal = indexer_kernels.select(query, key, weights, queries, k, 0.25)
+    assert torch.equal(equal.sort(-1)[0], by_sorting(query, key, weights, queries, k, 0.25).int())
 
 
 def test_equal_scores_go_to_the_lower_positions():
     """As where every head's product is negative: the scores of many keys are 0."""
     query, key, weights = index_inputs(32, 1, 4, 16, seed=0)
     key[::2] = -query.sum((0, 1, 2)).abs()  # no rule, but many zeros among the scores
-    rows = layout([32])
+    queries = layout([32])
     weights = weights.abs().mul(
         (torch.arange(32, device=DEVICE) % 3 > 0)[:, None, None]
     )  # whole rows of zeros
-    ours = indexer_kernels.select(query, key, weights, rows, 5, 0.25)
-    assert torch.equal(ours.sort(-1)[0], by_sorting(query, key, weights, rows, 5, 0.25).int())
+    ours = indexer_kernels.select(query, key, weights, queries, 5, 0.25)
+    assert torch.equal(ours.sort(-1)[0], by_sorting(query, key, weights, queries, 5, 0.25).int())
 
 
 @pytest.mark.parametrize("in_registers", [8192, 64])
@@ -181,9 +188,9 @@ def test_scores_that_are_not_numbers_stay_in_their_row(in_registers, monkeypatch
     scores[60:70, ::3] = float("inf")
     scores.view(torch.int32)[70:80, ::2] = 0x7FFFFFFF
     scores.view(torch.int32)[90:95] = scores.view(torch.int32)[95:, ::2] = 0x7FFFFFFF
-    rows, k = layout([100]), 20
+    queries, k = layout([100]), 20
     guarded = torch.full((120, k), -7, dtype=torch.int32, device=DEVICE)
-    where = *rows.spans(), slice(0, 100), 100
+    where = *queries.spans(), slice(0, 100), 100
     indexer_kernels.topk(scores.to(DEVICE), *where, guarded[:100])
     assert (guarded[100:] == -7).all()
     for row, chosen in enumerate(guarded[:100].tolist()):

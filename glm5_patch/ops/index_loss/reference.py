@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...attention.indexer import IndexerInputs, LightningIndexer
+from ..index_topk.reference import IndexerInputs, index_scores, score_blocks
+from ..query_positions import QueryPositions, selected_keys, visible_keys, visible_topk
 from ..registry import LOSS_HEADS, use_triton
-from ..rows import Rows, selected_keys, visible_keys, visible_topk
 from ..sparse_attention.operation import MLADims, keys_and_values
 from ..sparse_attention.reference import block_logits, heads_first
 
@@ -15,19 +15,20 @@ _EPS = 1e-10
 
 
 def indexer_loss(
-    indexer: LightningIndexer,
     inputs: IndexerInputs,
     query: Tensor,
     latent: Tensor,
     up: Tensor,
     topk_indices: Tensor | None,
-    rows: Rows,
+    queries: QueryPositions,
     dims: MLADims,
     *,
     softmax_scale: float,
+    index_scale: float,
     coefficient: float,
     sparse: bool,
     per_token: bool,
+    tp_group=None,
 ) -> Tensor:
     """Scaled KL divergence of the indexer's distribution from the attention's, a scalar.
 
@@ -35,40 +36,51 @@ def indexer_loss(
     normalised; no gradient flows into it. DeepSeek-V3.2-Exp, section 2.1.
 
     Args:
-        indexer: whose parameters the loss trains.
-        inputs: the indexer's projections, with their graph.
-        query, latent, up, topk_indices, rows, dims: as of ``sparse_mla``.
+        inputs: the indexer's projections, with the graph of the parameters that the loss trains.
+        query, latent, up, topk_indices, queries, dims: as of ``sparse_mla``.
         softmax_scale: of the attention.
+        index_scale: of the products of the indexer's queries and keys.
         coefficient: ``dsa_indexer_loss_coeff``.
         sparse: both distributions over the selected keys only, not over all visible ones.
         per_token: the sum over the rows instead of their mean (``calculate_per_token_loss``).
+        tp_group: of the ranks that share the attention's heads out; None: one rank has all.
     """
     s, b = query.shape[:2]
     scale = coefficient if per_token else coefficient / (s * b)
     query, latent, up = query.detach(), latent.detach(), up.detach()
-    if sparse and _fits_triton(indexer, query, dims):
+    if sparse and _fits_triton(inputs, query, dims):
         from .triton import attention_target, sparse_indexer_loss  # imports triton
 
         if topk_indices is None:
-            topk_indices = visible_topk(rows, b).contiguous()
-        target = attention_target(query, latent, up, topk_indices, rows, dims, softmax_scale)
-        _sum_over_ranks(target, indexer)
-        return sparse_indexer_loss(inputs, target, topk_indices, rows, indexer.softmax_scale, scale)
+            topk_indices = visible_topk(queries, b).contiguous()
+        target = attention_target(query, latent, up, topk_indices, queries, dims, softmax_scale)
+        _sum_over_ranks(target, tp_group)
+        return sparse_indexer_loss(inputs, target, topk_indices, queries, index_scale, scale)
     key, _ = keys_and_values(latent, up, dims)
     return _IndexerLoss.apply(
-        indexer, *inputs, query, key, topk_indices, rows, softmax_scale, scale, sparse
+        *inputs,
+        query,
+        key,
+        topk_indices,
+        queries,
+        softmax_scale,
+        index_scale,
+        scale,
+        sparse,
+        tp_group,
     )
 
 
-def _fits_triton(indexer: LightningIndexer, query: Tensor, dims: MLADims) -> bool:
+def _fits_triton(inputs: IndexerInputs, query: Tensor, dims: MLADims) -> bool:
     heads = query.shape[2]
+    index_heads, index_dim = inputs.query.shape[2:]
     return use_triton(
         query,
         kv_lora_rank=dims.latent,
         qk_pos_emb_head_dim=dims.rope,
-        dsa_indexer_head_dim=indexer.index_head_dim,
-        dsa_indexer_n_heads=indexer.index_n_heads,
-    ) and (heads <= LOSS_HEADS and indexer.index_n_heads >= 16)
+        dsa_indexer_head_dim=index_dim,
+        dsa_indexer_n_heads=index_heads,
+    ) and (heads <= LOSS_HEADS and index_heads >= 16)
 
 
 class _IndexerLoss(torch.autograd.Function):
@@ -78,32 +90,33 @@ class _IndexerLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
-        indexer,
         index_query,
         index_key,
         weights,
         query,
         key,
         topk_indices,
-        rows,
+        queries,
         softmax_scale,
+        index_scale,
         scale,
         sparse,
+        tp_group,
     ):
         q, k = heads_first(query), heads_first(key)
         leaves = [t.detach().requires_grad_() for t in (index_query, index_key, weights)]
         inputs = IndexerInputs(*leaves)
         grads = [torch.zeros_like(leaf, dtype=torch.float32) for leaf in leaves]
         total = torch.zeros((), dtype=torch.float32, device=query.device)
-        for block in indexer.blocks(inputs):
-            visible = visible_keys(block, rows)[None]
-            valid = selected_keys(block, rows, topk_indices) & visible if sparse else visible
+        for block in score_blocks(inputs):
+            visible = visible_keys(block, queries)[None]
+            valid = selected_keys(block, queries, topk_indices) & visible if sparse else visible
             valid = valid.expand(query.shape[1], -1, -1)
             target = _target(
-                q[:, :, block], k[:, :, : rows.end(block)], valid, softmax_scale, indexer
+                q[:, :, block], k[:, :, : queries.end(block)], valid, softmax_scale, tp_group
             )
             with torch.enable_grad():
-                scores = indexer.block_scores(inputs, block, rows.end(block))
+                scores = index_scores(inputs, block, queries.end(block), index_scale)
                 loss = _kl(target, scores, valid) * scale
             for grad, part in zip(grads, torch.autograd.grad(loss, leaves)):
                 grad += part
@@ -114,20 +127,19 @@ class _IndexerLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         grads = (grad * grad_output.to(grad.dtype) for grad in ctx.saved_tensors)
-        return (None, *grads, None, None, None, None, None, None, None)
+        return (*grads, None, None, None, None, None, None, None, None, None)
 
 
-def _target(q: Tensor, k: Tensor, valid: Tensor, softmax_scale: float, indexer) -> Tensor:
+def _target(q: Tensor, k: Tensor, valid: Tensor, softmax_scale: float, tp_group) -> Tensor:
     """Attention probabilities of a block, averaged over all heads: [b, rows, end]."""
     target = block_logits(q, k, valid, softmax_scale).softmax(-1).sum(1)
-    _sum_over_ranks(target, indexer)
+    _sum_over_ranks(target, tp_group)
     return target / target.sum(-1, keepdim=True).clamp_min(_EPS)
 
 
-def _sum_over_ranks(target: Tensor, indexer: LightningIndexer) -> None:
+def _sum_over_ranks(target: Tensor, tp_group) -> None:
     """Add up, in place, what the heads of each tensor-parallel rank attend to."""
-    tp_group = indexer.pg_collection.tp
-    if tp_group.size() > 1:
+    if tp_group is not None and tp_group.size() > 1:
         torch.distributed.all_reduce(target, group=tp_group)
 
 

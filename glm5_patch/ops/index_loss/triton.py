@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..query_positions import QueryPositions
 from ..registry import LOSS_HEADS
-from ..rows import Rows
 from ..sparse_attention.absorption import absorb
 from ..sparse_attention.triton import (
     LOG2_E,
@@ -167,21 +167,32 @@ def target(
 
 
 def attention_target(
-    query: Tensor, latent: Tensor, up: Tensor, topk_indices: Tensor, rows: Rows, dims, scale: float
+    query: Tensor,
+    latent: Tensor,
+    up: Tensor,
+    topk_indices: Tensor,
+    queries: QueryPositions,
+    dims,
+    scale: float,
 ) -> Tensor:
     """As ``target``, of queries that are not absorbed; args as of ``model.sparse_mla``."""
     return target(
         absorb(query, up, dims),
         latent.squeeze(2).contiguous(),
         topk_indices,
-        *rows.spans(),
+        *queries.spans(),
         dims.latent,
         scale,
     )
 
 
 def sparse_indexer_loss(
-    inputs, target: Tensor, topk_indices: Tensor, rows: Rows, scale: float, loss_scale: float
+    inputs,
+    target: Tensor,
+    topk_indices: Tensor,
+    queries: QueryPositions,
+    scale: float,
+    loss_scale: float,
 ) -> Tensor:
     """As ``model.indexer_loss.indexer_loss`` with ``sparse``, of a target that is there already.
 
@@ -189,20 +200,20 @@ def sparse_indexer_loss(
         inputs: ``IndexerInputs``, with their graph.
         target: fp32 [b, s, k], of any total; summed over all heads of all ranks.
         topk_indices: int32 [b, s, k], contiguous.
-        rows: where the queries stand.
+        queries: where the queries stand.
         scale: of the index products.
         loss_scale: of the sum over the queries.
     """
-    return _SparseIndexerLoss.apply(*inputs, target, topk_indices, rows, scale, loss_scale)
+    return _SparseIndexerLoss.apply(*inputs, target, topk_indices, queries, scale, loss_scale)
 
 
 class _SparseIndexerLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, weights, target, topk_indices, rows, scale, loss_scale):
+    def forward(ctx, query, key, weights, target, topk_indices, queries, scale, loss_scale):
         s, b, heads, dim = query.shape
         k = topk_indices.shape[-1]
         query, key, weights = (tensor.contiguous() for tensor in (query, key, weights))
-        starts, positions = rows.spans()
+        starts, positions = queries.spans()
         scores = torch.empty(target.shape, dtype=torch.float32, device=query.device)
         loss = torch.empty((b, s), dtype=torch.float32, device=query.device)
         d_query, d_key, d_weights = (

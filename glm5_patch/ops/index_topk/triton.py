@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import compared as libraries
-from ..rows import Rows, query_blocks
+from ..query_positions import QueryPositions, query_blocks
 
 IN_REGISTERS = 4096
 """Scores of a row that a program holds in registers to select from; of longer rows, candidates."""
@@ -323,27 +323,29 @@ def topk(
 
 
 @torch.no_grad()
-def select(query: Tensor, key: Tensor, weights: Tensor, rows: Rows, k: int, scale: float) -> Tensor:
+def select(
+    query: Tensor, key: Tensor, weights: Tensor, queries: QueryPositions, k: int, scale: float
+) -> Tensor:
     """As ``LightningIndexer.select``; among equal scores the lower position wins.
 
     Args:
         query, key, weights: as of ``scores``.
-        rows: where the queries stand.
+        queries: where the queries stand.
         k: size of the top-k.
         scale: as of ``scores``.
     """
     s, b = query.shape[:2]
     query, key, weights = (tensor.contiguous() for tensor in (query, key, weights))
-    starts, positions = rows.spans()
+    starts, positions = queries.spans()
     topk_indices = torch.empty((b, s, k), dtype=torch.int32, device=query.device)
     by_cudnn = (
-        rows.is_one_sequence
+        queries.is_one_sequence
         and k <= libraries.CUDNN_MOST_TOPK
         and libraries.why_not("cudnn", query.device) is None
     )
-    for block in query_blocks(s, rows.keys * 4):
-        longest = min(rows.most_keys, rows.end(block))
-        out = torch.empty((block.stop - block.start, rows.keys), device=query.device)
+    for block in query_blocks(s, queries.keys * 4):
+        longest = min(queries.most_keys, queries.end(block))
+        out = torch.empty((block.stop - block.start, queries.keys), device=query.device)
         for batch in range(b):
             scores(query, key, weights, starts, positions, block, batch, scale, out)
             chosen = topk_indices[batch, block]

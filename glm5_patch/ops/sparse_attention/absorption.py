@@ -9,27 +9,33 @@ import torch
 from torch import Tensor
 
 from .. import compared as libraries
-from ..rows import Rows, visible_topk
+from ..query_positions import QueryPositions, visible_topk
 from . import triton as sparse_mla
 
 
 def absorbed_attention(
-    query: Tensor, latent: Tensor, up: Tensor, topk_indices: Tensor | None, rows: Rows, dims, scale
+    query: Tensor,
+    latent: Tensor,
+    up: Tensor,
+    topk_indices: Tensor | None,
+    queries: QueryPositions,
+    dims,
+    scale,
 ) -> Tensor:
     """As ``model.sparse_mla.sparse_mla``: a query times its key's projection meets the latent
     itself, and what comes out of the latent is projected to values after."""
     if topk_indices is None:
-        topk_indices = visible_topk(rows, query.shape[1])
-    return _AbsorbedAttention.apply(query, latent, up, topk_indices, rows, dims, scale)
+        topk_indices = visible_topk(queries, query.shape[1])
+    return _AbsorbedAttention.apply(query, latent, up, topk_indices, queries, dims, scale)
 
 
 class _AbsorbedAttention(torch.autograd.Function):
     """Keeps what comes out of the latent; the absorbed queries, as large, are made again."""
 
     @staticmethod
-    def forward(ctx, query, latent, up, topk_indices, rows, dims, scale):
+    def forward(ctx, query, latent, up, topk_indices, queries, dims, scale):
         s, b, heads, _ = query.shape
-        where = (topk_indices.contiguous(), *rows.spans())
+        where = (topk_indices.contiguous(), *queries.spans())
         # [t, b, 1, latent + rope] -> [t, b, latent + rope]
         absorbed, latent = absorb(query, up, dims), latent.squeeze(2).contiguous()
         out, lse = _run_forward(absorbed, latent, *where, dims.latent, scale)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..query_positions import QueryPositions
 from ..registry import use_triton
-from ..rows import Rows
 from .reference import sparse_attention
 
 
@@ -37,7 +37,7 @@ def sparse_mla(
     latent: Tensor,
     up: Tensor,
     topk_indices: Tensor | None,
-    rows: Rows,
+    queries: QueryPositions,
     dims: MLADims,
     softmax_scale: float,
 ) -> Tensor:
@@ -49,29 +49,31 @@ def sparse_mla(
         up: makes keys and values of the latent, [latent, n * (nope + value)].
         topk_indices: int32 [b, s, k], see ``blocks.selected_keys``, with every visible key of a
             query that has no more than k; None: every visible key of all queries.
-        rows: where the queries stand among the keys.
+        queries: where the queries stand among the keys.
         dims: widths.
         softmax_scale: factor of the logits.
 
     Returns:
         [s, b, n * value], of the query's dtype. A query without any key gets zeros.
     """
-    causal = rows.is_one_sequence and (topk_indices is None or rows.all_fit(topk_indices.shape[-1]))
+    causal = queries.is_one_sequence and (
+        topk_indices is None or queries.all_fit(topk_indices.shape[-1])
+    )
     widths = dict(kv_lora_rank=dims.latent, qk_pos_emb_head_dim=dims.rope)
     if not causal and use_triton(query, **widths):
         from .absorption import absorbed_attention  # imports triton
 
-        if not rows.is_one_sequence:
-            return absorbed_attention(query, latent, up, topk_indices, rows, dims, softmax_scale)
+        if not queries.is_one_sequence:
+            return absorbed_attention(query, latent, up, topk_indices, queries, dims, softmax_scale)
         # The first queries have no more keys than the top-k holds: dense attention is faster.
         k = topk_indices.shape[-1]
         first = _causal(query[:k], *keys_and_values(latent[:k], up, dims), softmax_scale)
-        rest = (query[k:], latent, up, topk_indices[:, k:], rows.after(k), dims, softmax_scale)
+        rest = (query[k:], latent, up, topk_indices[:, k:], queries.after(k), dims, softmax_scale)
         return torch.cat([first, absorbed_attention(*rest)])
     key, value = keys_and_values(latent, up, dims)
     if causal:
         return _causal(query, key, value, softmax_scale)
-    return sparse_attention(query, key, value, topk_indices, rows, softmax_scale)
+    return sparse_attention(query, key, value, topk_indices, queries, softmax_scale)
 
 
 def keys_and_values(latent: Tensor, up: Tensor, dims: MLADims) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..rows import Rows, query_blocks, selected_keys
+from ..query_positions import QueryPositions, query_blocks, selected_keys
 
 
 def sparse_attention(
@@ -18,7 +18,7 @@ def sparse_attention(
     key: Tensor,
     value: Tensor,
     topk_indices: Tensor,
-    rows: Rows,
+    queries: QueryPositions,
     softmax_scale: float,
 ) -> Tensor:
     """Softmax attention of each query over the keys that its top-k names.
@@ -28,13 +28,13 @@ def sparse_attention(
         key: [t, b, n, d]; t is s, or more under context parallelism.
         value: [t, b, n, dv].
         topk_indices: int32 [b, s, k], see ``blocks.selected_keys``.
-        rows: where the queries stand among the keys.
+        queries: where the queries stand among the keys.
         softmax_scale: factor of the logits.
 
     Returns:
         [s, b, n * dv], of the value's dtype. A query without any key gets zeros.
     """
-    output = _SparseAttention.apply(query, key, value, topk_indices, rows, softmax_scale)
+    output = _SparseAttention.apply(query, key, value, topk_indices, queries, softmax_scale)
     return output.flatten(2)
 
 
@@ -56,14 +56,14 @@ def block_logits(query: Tensor, key: Tensor, mask: Tensor, softmax_scale: float)
 
 class _SparseAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, topk_indices, rows, softmax_scale):
+    def forward(ctx, query, key, value, topk_indices, queries, softmax_scale):
         s, b, n, _ = query.shape
         q, k, v = heads_first(query), heads_first(key), heads_first(value)
         out = torch.empty((b, n, s, v.shape[-1]), dtype=torch.float32, device=query.device)
         lse = torch.empty((b, n, s), dtype=torch.float32, device=query.device)
-        for block in query_blocks(s, b * n * rows.keys * 4):
-            end = rows.end(block)
-            mask = selected_keys(block, rows, topk_indices)
+        for block in query_blocks(s, b * n * queries.keys * 4):
+            end = queries.end(block)
+            mask = selected_keys(block, queries, topk_indices)
             logits = block_logits(q[:, :, block], k[:, :, :end], mask, softmax_scale)
             # exp(-inf - 0) is 0 for a query without keys; exp(-inf + inf) would be nan.
             block_lse = logits.logsumexp(-1)
@@ -72,22 +72,22 @@ class _SparseAttention(torch.autograd.Function):
             out[:, :, block] = logits.sub_(block_lse[..., None]).exp_() @ v[:, :, :end]
         output = out.permute(2, 0, 1, 3).to(value.dtype)
         ctx.save_for_backward(query, key, value, topk_indices, output, lse)
-        ctx.rows, ctx.softmax_scale = rows, softmax_scale
+        ctx.queries, ctx.softmax_scale = queries, softmax_scale
         return output
 
     @staticmethod
     def backward(ctx, grad_output):
         query, key, value, topk_indices, output, lse = ctx.saved_tensors
-        rows = ctx.rows
+        queries = ctx.queries
         s, b, n, _ = query.shape
         q, k, v = heads_first(query), heads_first(key), heads_first(value)
         d_out = heads_first(grad_output)
         # [b, n, s]: sum over the value dimension, the softmax backward's row term.
         delta = (d_out * heads_first(output)).sum(-1)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for block in query_blocks(s, b * n * rows.keys * 4):
-            end = rows.end(block)
-            mask = selected_keys(block, rows, topk_indices)
+        for block in query_blocks(s, b * n * queries.keys * 4):
+            end = queries.end(block)
+            mask = selected_keys(block, queries, topk_indices)
             logits = block_logits(q[:, :, block], k[:, :, :end], mask, ctx.softmax_scale)
             probs = logits.sub_(lse[:, :, block, None]).exp_()
             dv[:, :, :end] += probs.transpose(-1, -2) @ d_out[:, :, block]

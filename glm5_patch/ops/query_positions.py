@@ -17,7 +17,7 @@ BLOCK_BYTES = 256 << 20
 """Upper bound of one fp32 logits tensor of a block of queries."""
 
 
-class Rows(NamedTuple):
+class QueryPositions(NamedTuple):
     """Where each query stands among the keys; it sees those from its document's start to itself."""
 
     starts: Tensor
@@ -30,7 +30,7 @@ class Rows(NamedTuple):
     """Keys of the longest document; None: of the whole sequence."""
 
     @classmethod
-    def of(cls, packed_seq_params: PackedSeqParams | None, seqlen: int, device) -> Rows:
+    def of(cls, packed_seq_params: PackedSeqParams | None, seqlen: int, device) -> QueryPositions:
         """All queries of a sequence, each at its own key.
 
         Padding inside a pack (``cu_seqlens_q_padded``) comes after the tokens it pads, so no real
@@ -64,9 +64,9 @@ class Rows(NamedTuple):
         """``starts`` and ``places`` in int32: the first and the last key that each query sees."""
         return self.starts.int(), self.places.int()
 
-    def after(self, count: int) -> Rows:
+    def after(self, count: int) -> QueryPositions:
         """Without the first queries."""
-        return Rows(self.starts[count:], self.places[count:], self.keys, self.longest)
+        return QueryPositions(self.starts[count:], self.places[count:], self.keys, self.longest)
 
     @property
     def is_one_sequence(self) -> bool:
@@ -125,37 +125,37 @@ def query_blocks(seqlen: int, bytes_per_query: int) -> Iterator[slice]:
         yield slice(begin, min(begin + rows, seqlen))
 
 
-def visible_keys(block: slice, rows: Rows) -> Tensor:
-    """Causal and document mask of a block of queries, bool [block, rows.end(block)]."""
-    device = rows.starts.device
-    if rows.positions is None:
-        queries = torch.arange(block.start, block.stop, device=device)[:, None]
+def visible_keys(block: slice, queries: QueryPositions) -> Tensor:
+    """Causal and document mask of a block of queries, bool [block, queries.end(block)]."""
+    device = queries.starts.device
+    if queries.positions is None:
+        places = torch.arange(block.start, block.stop, device=device)[:, None]
     else:
-        queries = rows.positions[block, None]
-    keys = torch.arange(rows.end(block), device=device)[None, :]
-    return (keys <= queries) & (keys >= rows.starts[block, None])
+        places = queries.positions[block, None]
+    keys = torch.arange(queries.end(block), device=device)[None, :]
+    return (keys <= places) & (keys >= queries.starts[block, None])
 
 
-def selected_keys(block: slice, rows: Rows, topk_indices: Tensor | None) -> Tensor:
-    """The keys that a block of queries attends to, bool [b or 1, block, rows.end(block)].
+def selected_keys(block: slice, queries: QueryPositions, topk_indices: Tensor | None) -> Tensor:
+    """The keys that a block of queries attends to, bool [b or 1, block, queries.end(block)].
 
     Args:
         block: the queries.
-        rows: where they stand.
+        queries: where they stand.
         topk_indices: int32 [b, s, k], positions counted from the query's document start, -1 for
             an empty place, those last; None: every visible key.
     """
     if topk_indices is None:
-        return visible_keys(block, rows)[None]
+        return visible_keys(block, queries)[None]
     chosen = topk_indices[:, block].long()
-    spare = rows.end(block)  # one more column takes the empty places
-    columns = torch.where(chosen < 0, spare, chosen + rows.starts[block, None])
+    spare = queries.end(block)  # one more column takes the empty places
+    columns = torch.where(chosen < 0, spare, chosen + queries.starts[block, None])
     mask = torch.zeros((*chosen.shape[:2], spare + 1), dtype=torch.bool, device=topk_indices.device)
     return mask.scatter_(-1, columns, True)[..., :spare]
 
 
-def visible_topk(rows: Rows, batch: int) -> Tensor:
+def visible_topk(queries: QueryPositions, batch: int) -> Tensor:
     """Every visible key of each query in the form of a top-k, int32 [b, s, longest document]."""
-    local = torch.arange(rows.most_keys, dtype=torch.int32, device=rows.starts.device)
-    last = rows.local_positions[:, None]
+    local = torch.arange(queries.most_keys, dtype=torch.int32, device=queries.starts.device)
+    last = queries.local_positions[:, None]
     return torch.where(local <= last, local, -1).expand(batch, -1, -1)

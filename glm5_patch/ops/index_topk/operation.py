@@ -1,0 +1,34 @@
+"""Which keys each query attends to."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..query_positions import QueryPositions
+from ..registry import use_triton
+from .reference import IndexerInputs
+from .reference import index_topk as by_torch
+
+
+def index_topk(inputs: IndexerInputs, queries: QueryPositions, k: int, scale: float) -> Tensor:
+    """The keys with the highest index scores among those that each query sees.
+
+    Equal scores fall as ``torch.topk`` lets them, as in Hugging Face; under
+    ``torch.use_deterministic_algorithms``, and by Triton, the lower position wins.
+
+    Args:
+        inputs: what the scores are made of.
+        queries: where the queries stand among the keys.
+        k: how many keys to select, at most t.
+        scale: of the products of queries and keys, before the weights.
+
+    Returns:
+        int32 [b, s, k]: positions counted from the query's document start; -1 where fewer keys are
+        visible.
+    """
+    heads, dim = inputs.query.shape[2:]
+    if use_triton(inputs.query, dsa_indexer_n_heads=heads, dsa_indexer_head_dim=dim):
+        from .triton import select  # imports triton
+
+        return select(*inputs, queries, k, scale)
+    return by_torch(inputs, queries, k, scale)
