@@ -154,7 +154,7 @@ def _status(options: argparse.Namespace) -> int:
     if options.imports:
         return _status_of_hosts(options)
     from ..env import Switches
-    from ..patches import PATCHES
+    from ..patches.table import PATCHES
     from ..patching.imports import is_there
     from .doctor import installation, print_findings
 
@@ -289,7 +289,7 @@ def _hosts(patch, releases: dict[str, str]) -> str:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from ..patches import PATCHES
+    from ..patches.table import PATCHES
 
     chosen = [patch for patch in PATCHES if options.id in (None, patch.id)]
     if not chosen:
