@@ -28,7 +28,7 @@ def main() -> None:
     released = parser.parse_args().released
     warnings.filterwarnings("ignore")
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # not before the switches are set
-    from glm5_patch.patches import PATCHES
+    from glm5_patch.patches.table import PATCHES
 
     if released:
         others = {patch.id for patch in PATCHES} - RUNS_HERE

@@ -9,7 +9,6 @@ import torch
 
 import glm5_patch
 from glm5_patch.errors import GLM5PatchError
-from glm5_patch.patching.imports import enable
 from glm5_patch.tools.verify import forward
 from tests.tiny import loss_of, megatron_model, pack_forward, packed, relative, saved, tokens
 
@@ -130,7 +129,7 @@ def test_without_the_checkpoint_patch_a_recompute_is_refused(checkpoint, monkeyp
     monkeypatch.setenv("GLM5_PATCH_DISABLE", "checkpoint_recompute")
     glm5_patch.disable()
     try:
-        enable()
+        glm5_patch.enable()
         with pytest.raises(GLM5PatchError, match="recompute_granularity=None, now 'full'"):
             forward(model, tokens(0, 1, 32))
         model.config.recompute_granularity = None
