@@ -1,4 +1,4 @@
-"""The indexer against Hugging Face's formulas, written out here from the tensors of a checkpoint."""
+"""The indexer against Hugging Face's formulas, written out from the tensors of a checkpoint."""
 
 import pytest
 import torch
