@@ -135,6 +135,21 @@ def test_an_mtp_layer_is_loaded_and_saved_with_a_model_that_has_one(world, copy,
     assert all(torch.equal(again.read(name), tensor) for name, tensor in made.items())
 
 
+def test_an_mtp_layer_is_loaded_under_its_published_names(world, copy):
+    """Of the index of GLM-5.2's checkpoint, where the MTP layer comes after the last one."""
+    made = add_mtp_layer(copy)
+    model = megatron_model(HFCheckpoint(copy), mtp_num_layers=1)
+    parameters = dict(model.named_parameters())
+    for ours, published in {
+        "enorm": "enorm",
+        "hnorm": "hnorm",
+        "eh_proj": "eh_proj",
+        "final_layernorm": "shared_head.norm",
+    }.items():
+        expected = made[f"model.layers.8.{published}.weight"]
+        assert torch.equal(parameters[f"mtp.layers.0.{ours}.weight"], expected), ours
+
+
 @pytest.mark.parametrize("name", ["enorm.weight", "self_attn.indexer.wk.weight"])
 def test_an_incomplete_mtp_layer_is_refused_by_a_model_that_has_one(name, world, copy):
     add_mtp_layer(copy)
