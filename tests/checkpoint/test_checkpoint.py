@@ -108,6 +108,7 @@ def test_indexers_on_skip_layers_are_reported_and_dropped(world, good, copy):
 def test_saving_gives_back_every_tensor_and_every_file(world, copy, tmp_path, monkeypatch):
     mtp = {"model.layers.8.eh_proj.weight": torch.randn(64, 128)}
     edit(copy, lambda tensors: tensors.update(mtp))
+    edit_config(copy, num_nextn_predict_layers=1)
     (copy / "tokenizer.json").write_text("{}")
     source = HFCheckpoint(copy)
     model = megatron_model(source)
