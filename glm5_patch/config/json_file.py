@@ -22,8 +22,9 @@ def read_json(path: Path) -> Any:
     Raises:
         CheckpointError: it is absent, no regular file, unreadable, a Git LFS pointer or no JSON.
     """
+    content = _content(path)
     try:
-        return json.loads(_content(path))
+        return json.loads(content)
     except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from None
     except RecursionError:

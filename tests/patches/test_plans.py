@@ -149,4 +149,4 @@ def test_uniform_splits_are_explained():
 
 def test_a_wrong_path_is_named(tmp_path, capsys):
     assert cli.main(["plan", "--config", str(tmp_path / "x.yaml"), "--pp", "2"]) == 2
-    assert "give a config.json" in capsys.readouterr().err
+    assert "x.yaml: no such file" in capsys.readouterr().err
