@@ -14,9 +14,9 @@ def activate() -> None:
     if os.environ.get("GLM5_PATCH", "").strip().lower() in ("0", "false", "off", "no"):
         return
     try:
-        from .patching import imports as hooks
+        from .patches import MACHINE
 
-        hooks.enable()
+        MACHINE.enable()
     except Exception as error:
         print(
             f"glm5-patch: problem in activation: {type(error).__name__}: {error}",

@@ -3,19 +3,21 @@
 ============================ ======================================================
 ``GLM5_PATCH=0``             arm nothing (also ``false``, ``off``, ``no``)
 ``GLM5_PATCH_DISABLE=a,b``   leave out the patches with these ids
-``GLM5_PATCH_STRICT=1``      raise where a patch fails or an id is unknown, instead of
+``GLM5_PATCH_STRICT=1``      raise where a patch fails or a switch is wrong, instead of
                              warning and refusing later to build a GLM-5 model
 ``GLM5_PATCH_LOG=debug``     log what is armed and applied to stderr (any logging level)
 ``GLM5_PATCH_KERNELS=torch`` what computes sparse attention: ``auto``, ``triton``, ``cudnn``,
                              ``flash_mla``, ``torch``
 ============================ ======================================================
+
+A wrong value counts as if the variable were not set, and ``problems`` names it.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import warnings
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from .errors import GLM5PatchError
@@ -27,7 +29,11 @@ LOG = "GLM5_PATCH_LOG"
 KERNELS = "GLM5_PATCH_KERNELS"
 
 _KERNELS = ("auto", "triton", "cudnn", "flash_mla", "torch")
-_OFF = frozenset({"0", "false", "off", "no"})
+_ON = ("1", "true", "on", "yes")
+_OFF = ("0", "false", "off", "no")
+_LEVELS = ("debug", "info", "warning", "error", "critical")
+_CHOICES = {ENABLED: _ON + _OFF, STRICT: _ON + _OFF, LOG: _LEVELS, KERNELS: _KERNELS}
+_NAMES = (*_CHOICES, DISABLE)
 
 logger = logging.getLogger("glm5_patch")
 
@@ -42,31 +48,51 @@ class Switches(NamedTuple):
 
     @classmethod
     def read(cls) -> Switches:
-        disabled = os.environ.get(DISABLE, "").split(",")
         return cls(
-            enabled=os.environ.get(ENABLED, "").strip().lower() not in _OFF,
-            disabled_ids=frozenset(part.strip() for part in disabled if part.strip()),
-            strict=os.environ.get(STRICT, "").strip().lower() not in _OFF | {""},
-            log_level=os.environ.get(LOG, "").strip(),
+            enabled=_value(ENABLED) not in _OFF,
+            disabled_ids=frozenset(part.lower() for part in _disabled_ids()),
+            strict=_value(STRICT) in _ON,
+            log_level=_value(LOG),
         )
 
     def apply_log_level(self) -> None:
         """Show this package's log lines without touching the root logger of the host program."""
-        if not self.log_level:
+        if self.log_level not in _LEVELS:
             return
-        level = logging.getLevelName(self.log_level.upper())
-        if not isinstance(level, int):
-            warnings.warn(
-                f"glm5-patch: {LOG}={self.log_level!r} is no logging level; use debug or info",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-            return
-        logger.setLevel(level)
+        logger.setLevel(self.log_level.upper())
         if not logger.handlers:
             handler = logging.StreamHandler()
             handler.setFormatter(logging.Formatter("%(name)s %(levelname)s: %(message)s"))
             logger.addHandler(handler)
+
+
+def problems(patch_ids: Collection[str] | None = None) -> list[str]:
+    """What is wrong with this package's environment variables: one sentence each, which repeats
+    what was typed and says what is meant, as far as that can be guessed.
+
+    Args:
+        patch_ids: the ids that there are; without them ``GLM5_PATCH_DISABLE`` is not looked at.
+    """
+    found = []
+    for name in sorted(os.environ):
+        if name.upper().replace("_", "").startswith("GLM5PATCH") and name not in _NAMES:
+            found.append(
+                f"{name} is not a variable of glm5-patch{_guess(name.upper(), _NAMES)}; "
+                f"it has no effect. There are {', '.join(_NAMES)}"
+            )
+    for name, choices in _CHOICES.items():
+        if _value(name) and _value(name) not in choices:
+            found.append(
+                f"{name}={os.environ[name]!r} must be one of {', '.join(choices)}"
+                f"{_guess(_value(name), choices)}; it has no effect"
+            )
+    for typed in _disabled_ids() if patch_ids is not None else ():
+        if typed.lower() not in patch_ids:
+            found.append(
+                f"{DISABLE} names {typed!r}, which is not a patch"
+                f"{_guess(typed.lower(), patch_ids)}; there are {', '.join(sorted(patch_ids))}"
+            )
+    return found
 
 
 def kernels() -> str:
@@ -75,9 +101,12 @@ def kernels() -> str:
     Raises:
         GLM5PatchError: for no kernels that there are.
     """
-    asked = os.environ.get(KERNELS, "").strip().lower() or "auto"
+    asked = _value(KERNELS) or "auto"
     if asked not in _KERNELS:
-        raise GLM5PatchError(f"{KERNELS}={asked} is none of {', '.join(_KERNELS)}")
+        typed = os.environ[KERNELS]
+        raise GLM5PatchError(
+            f"{KERNELS}={typed!r} must be one of {', '.join(_KERNELS)}{_guess(asked, _KERNELS)}"
+        )
     return asked
 
 
@@ -89,3 +118,18 @@ def installed_version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _value(name: str) -> str:
+    return os.environ.get(name, "").strip().lower()
+
+
+def _disabled_ids() -> list[str]:
+    return os.environ.get(DISABLE, "").replace(",", " ").split()
+
+
+def _guess(typed: str, known: Iterable[str]) -> str:
+    import difflib  # here: only a wrong switch pays for it
+
+    close = difflib.get_close_matches(typed, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

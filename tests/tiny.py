@@ -10,37 +10,50 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
-from glm5_patch.attention.build import gpt_model, transformer_config
+from glm5_patch.attention.build import (
+    HF_LATENT_NORM_EPSILON,
+    gpt_model,
+    set_latent_norm_epsilon,
+    transformer_config,
+)
 from glm5_patch.checkpoint.reader import HFCheckpoint
 from glm5_patch.config.huggingface import HFConfig
 from glm5_patch.tools.verify import forward, randomize
 
 SHARING = {"index_topk_freq": 4, "index_skip_topk_offset": 3}
 FLAVOURS = {"5.2": SHARING, "5.1": {}}
+RMS_NORM_EPS = 3e-5
+"""Neither that of k_norm and of Hugging Face's latent norms (1e-6) nor a default (1e-5)."""
+SMALL = ("q_a_proj.weight", "kv_a_proj_with_mqa.weight", "indexer.wk.weight")
+"""What goes into a latent norm or into k_norm."""
 
 transformers.utils.logging.disable_progress_bar()
 
 
-def hf_config(index_topk: int = 8, flavour: str = "5.2", **changes):
+def hf_config(index_topk: int = 9, flavour: str = "5.2", **changes):
+    """Every size differs from the others and from every library's default, so that a setting that
+    is dropped, or taken for its neighbour, shows in a shape or in a result."""
     fields = dict(
         vocab_size=96,
         hidden_size=64,
-        intermediate_size=96,
-        moe_intermediate_size=32,
+        intermediate_size=112,
+        moe_intermediate_size=72,
         num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        n_shared_experts=2,
+        n_routed_experts=10,
+        num_experts_per_tok=3,
+        routed_scaling_factor=1.7,
         q_lora_rank=48,
-        kv_lora_rank=32,
+        kv_lora_rank=56,
         qk_nope_head_dim=24,
         qk_rope_head_dim=16,
-        v_head_dim=32,
+        v_head_dim=80,
         index_topk=index_topk,
         index_head_dim=32,
         index_n_heads=4,
-        rms_norm_eps=1e-6,  # what Hugging Face's latent norms have whatever the config says
+        rms_norm_eps=RMS_NORM_EPS,
         rope_parameters={
             "rope_type": "default",
             "rope_theta": 8e6 if flavour == "5.2" else 1e6,
@@ -50,11 +63,16 @@ def hf_config(index_topk: int = 8, flavour: str = "5.2", **changes):
     return transformers.GlmMoeDsaConfig(**{**fields, **FLAVOURS[flavour], **changes})
 
 
-def hf_model(config, seed: int = 0):
+def hf_model(config, seed: int = 0, small: tuple[str, ...] = SMALL):
     torch.manual_seed(seed)
     model = transformers.GlmMoeDsaForCausalLM(config).float()
     model.set_attn_implementation("eager")
     randomize(model)
+    # The epsilon of a norm shows only where the variance of its input is about as small.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(small):
+                parameter.mul_(0.01)
     return model
 
 
@@ -98,7 +116,9 @@ def megatron_config(hf: HFConfig, **overrides):
 
 
 def megatron_model(checkpoint: HFCheckpoint, **overrides):
+    """The loaded model; its latent norms have Hugging Face's epsilon and not ``rms_norm_eps``."""
     model = gpt_model(checkpoint.config, megatron_config(checkpoint.config, **overrides))
+    set_latent_norm_epsilon(model, HF_LATENT_NORM_EPSILON)
     checkpoint.load_into(model)
     return model
 

@@ -78,7 +78,9 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
             project_once = project
 
             def project(*latents):
-                return self.qkv_up_checkpoint.checkpoint(project_once, *latents)
+                return self.qkv_up_checkpoint.checkpoint(
+                    lambda *latents: _all_need_grad(project_once(*latents)), *latents
+                )
 
         query, key, value = project(q_latent, kv_latent, k_rope)
         if self.checkpoint_core_attention and self.training:
@@ -150,3 +152,11 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
             )
 
         return tensor_parallel.checkpoint(core, False, query, key, value, x, qr)
+
+
+def _all_need_grad(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Where gradients are recorded, outputs of frozen parameters alone need one too: the host's
+    checkpoint runs the backward of every output of its recompute."""
+    if not torch.is_grad_enabled():
+        return outputs
+    return tuple(t if t.requires_grad else t.detach().requires_grad_() for t in outputs)

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .reader import INDEX, HFCheckpoint
+from .files import INDEX
+from .reader import HFCheckpoint
 from .writer import free_directory
 
 ROPE_FIRST, ROPE_LAST = "rope-first", "rope-last"

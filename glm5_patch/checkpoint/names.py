@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..config.huggingface import HFConfig
 from ..errors import CheckpointError
 
-INDEXER = re.compile(r"model\.layers\.(\d+)\.self_attn\.indexer\.")
+if TYPE_CHECKING:  # names and shapes are asked for without torch too
+    import torch
+    from torch import Tensor
 
-LAYER = re.compile(r"model\.layers\.(\d+)\.")
+INDEXER = re.compile(r"model\.layers\.(\d{1,9})\.self_attn\.indexer\.")
+
+LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 
 
 def expected_tensors(hf: HFConfig, mtp_layers: int = 0) -> dict[str, tuple[int, ...]]:
@@ -165,6 +167,46 @@ def _layer_sources(name: str, first_expert: int) -> tuple[str, ...] | None:
     return None
 
 
+_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""Their rows are tokens, which megatron-core pads to a multiple of the ranks that share them."""
+
+
+def own_slices(name: str, whole: Sequence[int], own: Sequence[int]) -> tuple[slice, ...]:
+    """Which part of a tensor this tensor-parallel rank holds.
+
+    Args:
+        name: of the parameter.
+        whole: shape of the tensor in the checkpoint.
+        own: shape of what the rank holds of it. Of a padded vocabulary the slice has fewer rows:
+            those that the checkpoint has.
+
+    Raises:
+        CheckpointError: the shapes are not those of a split between the ranks.
+    """
+    from megatron.core import parallel_state
+
+    if ".experts." in name:
+        ranks = parallel_state.get_expert_tensor_parallel_world_size()
+        rank = parallel_state.get_expert_tensor_parallel_rank()
+    else:
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        rank = parallel_state.get_tensor_model_parallel_rank()
+    split = [dim for dim, size in enumerate(own) if dim >= len(whole) or size != whole[dim]]
+    slices = [slice(0, size) for size in whole]
+    if not split and len(own) == len(whole):
+        return tuple(slices)
+    dim = split[0] if split else 0
+    padded = name in _VOCABULARY and dim == 0 and own[0] * ranks > whole[0]
+    if len(split) != 1 or len(own) != len(whole) or (own[dim] * ranks != whole[dim] and not padded):
+        raise CheckpointError(
+            f"{name} has shape {list(own)} on this rank, of {ranks} that share it, and the "
+            f"checkpoint {list(whole)}"
+        )
+    first, last = (min(place * own[dim], whole[dim]) for place in (rank, rank + 1))
+    slices[dim] = slice(first, last)
+    return tuple(slices)
+
+
 def own_part(name: str, whole: Sequence[Tensor], like: Tensor) -> Tensor:
     """What this tensor-parallel rank holds of a parameter.
 
@@ -176,24 +218,12 @@ def own_part(name: str, whole: Sequence[Tensor], like: Tensor) -> Tensor:
     Raises:
         CheckpointError: the shapes are not those of a split between the ranks.
     """
-    from megatron.core import parallel_state
+    import torch
 
-    wanted = [like.shape[0] // len(whole), *like.shape[1:]]
-    split = [dim for dim, size in enumerate(wanted) if size != whole[0].shape[dim]]
-    if not split:
-        return torch.cat(list(whole))
-    if ".experts." in name:
-        ranks = parallel_state.get_expert_tensor_parallel_world_size()
-        rank = parallel_state.get_expert_tensor_parallel_rank()
-    else:
-        ranks = parallel_state.get_tensor_model_parallel_world_size()
-        rank = parallel_state.get_tensor_model_parallel_rank()
-    if len(split) > 1 or wanted[split[0]] * ranks != whole[0].shape[split[0]]:
-        raise CheckpointError(
-            f"{name} has shape {list(like.shape)} on this rank, of {ranks} that share it, and the "
-            f"checkpoint {len(whole)} times {list(whole[0].shape)}"
-        )
-    return torch.cat([tensor.chunk(ranks, split[0])[rank] for tensor in whole])
+    own = (like.shape[0] // len(whole), *like.shape[1:])
+    part = torch.cat([tensor[own_slices(name, tensor.shape, own)] for tensor in whole])
+    padding = like.shape[0] - part.shape[0]
+    return torch.cat([part, part.new_zeros(padding, *part.shape[1:])]) if padding else part
 
 
 def pieces(model: torch.nn.Module) -> Iterator[tuple[str, Tensor, tuple[str, ...]]]:

@@ -1,151 +1,162 @@
-"""Reading Hugging Face checkpoints of GLM-5: checked, then loaded into a Megatron model.
+"""Reading a Hugging Face checkpoint of a GLM-5: checked, then loaded into a Megatron model.
 
 A checkpoint of a model with index sharing has indexer tensors on its computing layers only.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..config.huggingface import HFConfig
 from ..errors import CheckpointError
-from .names import expected_tensors, own_part, pieces
-from .survey import CheckpointReport, Survey, missing_hint
+from .dequantize import dequantized
+from .files import CheckpointFiles
+from .headers import Stored
+from .names import own_slices, pieces
+from .survey import CheckpointReport
 
-INDEX = "model.safetensors.index.json"
-
-SINGLE = "model.safetensors"
-
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".index.json")
+_THREADS = 4
+_MAPPED_BYTES = 128 << 20
+"""A file is opened anew after this much: pages of a mapping count as the process's memory."""
 
 
-class HFCheckpoint:
-    """A directory with config.json and safetensors files, checked before anything is built.
+class _Read(NamedTuple):
+    """One part of one tensor of the checkpoint, and where it goes."""
 
-    Only headers are read until ``read`` is called.
-    """
+    source: str
+    slices: tuple[slice, ...]
+    target: Tensor
 
-    def __init__(self, directory: str | Path):
-        """Raises CheckpointError, in one line, for a directory that can't be this model."""
-        self.directory = Path(directory)
-        if not self.directory.is_dir():
-            raise CheckpointError(f"{self.directory}: no such directory")
-        self.config = HFConfig.from_directory(self.directory)
-        self.files: dict[str, Path] = {}
-        """Tensor -> the file that holds it."""
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for path in self._weight_files():
-            with self.open(path) as file:
-                for name in file.keys():
-                    self.files[name] = path
-                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
-        self.config = self.config.agreeing_with(self.shapes, self.directory / "config.json")
 
-    @cached_property
-    def report(self) -> CheckpointReport:
-        """Compare with what the configuration asks for.
+class HFCheckpoint(CheckpointFiles):
+    """A checkpoint whose tensors can be read. Only headers are read until one is asked for."""
 
-        Raises:
-            CheckpointError: a tensor is missing, has another shape, or is unknown.
+    def read(self, name: str, slices: tuple[slice, ...] = ()) -> Tensor:
+        """One tensor, or a part of it, on the CPU; in the dtype of the file, but float8 as bf16.
+
+        Args:
+            name: Hugging Face's.
+            slices: one for each dimension; none for the whole.
         """
-        return self._report(0)
+        with self.open(self.tensors[name].path) as file:
+            return self._read(file, name, slices or self._whole(name)).clone()
 
-    def _report(self, mtp_layers: int) -> CheckpointReport:
-        expected = expected_tensors(self.config, mtp_layers)
-        survey = Survey.of(self.shapes, self.config, expected)
-        schedule = self.config.schedule
-        for name, shape in expected.items():
-            if name not in self.shapes:
-                hint = missing_hint(name, self.config)
-                raise CheckpointError(f"{self.directory}: {name} is missing{hint}")
-            if self.shapes[name] != shape:
-                raise CheckpointError(
-                    f"{self.files[name]}: {name} has shape {list(self.shapes[name])}, "
-                    f"config.json makes it {list(shape)}"
-                )
-        for name in survey.unexpected:
-            raise CheckpointError(f"{self.files[name]}: {name} is no tensor of this model")
-        computing = len(schedule.computing_layers)
-        return CheckpointReport(
-            tensors=len(expected),
-            computing_layers=computing,
-            skip_layers=schedule.num_layers - computing,
-            dropped=survey.dropped,
-            mtp=survey.mtp,
-        )
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU, in the dtype of the file."""
-        with self.open(self.files[name]) as file:
-            return file.get_tensor(name)
-
-    def load_into(self, model: torch.nn.Module) -> CheckpointReport:
+    def load_into(
+        self,
+        model: torch.nn.Module | Sequence[torch.nn.Module],
+        advance: Callable[[str], None] = lambda file: None,
+    ) -> CheckpointReport:
         """Copy into every parameter and buffer of this rank its part of the tensors.
 
         Each rank reads for itself: its pipeline stage, its experts, its slice of what tensor
         parallelism splits.
 
+        Args:
+            model: this rank's, as built or wrapped (``DistributedDataParallel``,
+                ``Float16Module``), or the list of its virtual pipeline chunks.
+            advance: called with the name of each file when its tensors have been read.
+
         Raises:
             CheckpointError: a parameter of the model has no tensor, or none of its shape.
         """
-        report = self._report(model.config.mtp_num_layers or 0)
+        chunks = [unwrapped(chunk) for chunk in (model if _is_list(model) else [model])]
+        report = self.report_for(max(chunk.config.mtp_num_layers or 0 for chunk in chunks))
+        by_file: dict[Path, list[_Read]] = {}
         with torch.no_grad():
-            for name, target, sources in pieces(model):
-                absent = [source for source in sources if source not in self.shapes]
-                if absent:
-                    raise CheckpointError(f"{self.directory}: {name} needs {absent[0]}")
-                target.copy_(own_part(name, [self.read(source) for source in sources], target))
+            for chunk in chunks:
+                _keep_expert_bias_in_fp32(chunk)
+                for read in self._reads(chunk):
+                    by_file.setdefault(self.tensors[read.source].path, []).append(read)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for path in pool.map(self._load_file, *zip(*sorted(by_file.items()))):
+                advance(path.name)
         return report
-
-    def extra_files(self) -> Iterator[Path]:
-        """Everything that is no weight and not config.json: tokenizer, generation config, ..."""
-        for path in sorted(self.directory.iterdir()):
-            if path.is_file() and path.name != "config.json":
-                if not path.name.endswith(_WEIGHT_SUFFIXES):
-                    yield path
-
-    def _weight_files(self) -> list[Path]:
-        index = self.directory / INDEX
-        if index.exists():
-            try:
-                weight_map = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise CheckpointError(f"{index}: not an index of safetensors: {error!r}") from None
-            files = sorted({self.directory / name for name in weight_map.values()})
-        else:
-            files = sorted(self.directory.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{self.directory}: no .safetensors file")
-        for path in files:
-            if not path.exists():
-                raise CheckpointError(f"{path}: no such file, but {index.name} names it")
-        return files
 
     @staticmethod
     def open(path: Path):
         """One of its files; raises CheckpointError if it is damaged."""
         try:
             return safe_open(path, framework="pt")
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: damaged or truncated: {error}") from None
 
+    def _reads(self, model: torch.nn.Module) -> Iterator[_Read]:
+        for name, target, sources in pieces(model):
+            absent = [source for source in sources if source not in self.shapes]
+            if absent:
+                raise CheckpointError(f"{self.directory}: {name} needs {absent[0]}")
+            rows = target.shape[0] // len(sources)
+            for number, source in enumerate(sources):
+                part = target.narrow(0, number * rows, rows)
+                slices = own_slices(name, self.shapes[source], part.shape)
+                present = slices[0].stop - slices[0].start
+                part[present:] = 0  # a padded vocabulary
+                yield _Read(source, slices, part[:present])
 
-def shapes_in(directory: Path, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes of a few tensors of a checkpoint, opening only their files; {} if one is not there."""
-    try:
-        index = directory / INDEX
-        weight_map = json.loads(index.read_text())["weight_map"] if index.exists() else {}
-        shapes = {}
-        for name in names:
-            with safe_open(directory / weight_map.get(name, SINGLE), framework="pt") as file:
-                shapes[name] = tuple(file.get_slice(name).get_shape())
-        return shapes
-    except (OSError, ValueError, LookupError, TypeError, SafetensorError):
-        return {}
+    def _load_file(self, path: Path, reads: list[_Read]) -> Path:
+        """Read the parts in the order in which they lie in the file."""
+        reads = sorted(reads, key=lambda read: _place(self.tensors[read.source]))
+        with torch.no_grad():
+            while reads:
+                mapped = 0
+                with self.open(path) as file:
+                    while reads and mapped < _MAPPED_BYTES:
+                        source, slices, target = reads.pop(0)
+                        target.copy_(self._read(file, source, slices))
+                        mapped += target.numel() * target.element_size()
+        return path
+
+    def _whole(self, name: str) -> tuple[slice, ...]:
+        return tuple(slice(0, size) for size in self.shapes[name])
+
+    def _read(self, file, name: str, slices: tuple[slice, ...]) -> Tensor:
+        stored = self.tensors[name]
+        try:
+            if not slices:
+                return file.get_tensor(stored.name)
+            if stored.expert is None:
+                tensor = file.get_slice(stored.name)[slices]
+            else:
+                rows, first = slices[0], stored.first_row
+                expert = slice(stored.expert, stored.expert + 1)
+                own = (expert, slice(first + rows.start, first + rows.stop), *slices[1:])
+                tensor = file.get_slice(stored.name)[own][0]
+        except SafetensorError as error:
+            raise CheckpointError(f"{stored.path}: damaged or truncated: {error}") from None
+        scale = self.scales.get(name)
+        if scale is None:
+            return tensor
+        with self.open(scale.path) as scales:
+            return dequantized(tensor, scales.get_tensor(scale.name), self.block, slices)
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The GPTModel inside ``DistributedDataParallel``, ``Float16Module`` and their like."""
+    while not hasattr(model, "decoder") and isinstance(
+        getattr(model, "module", None), torch.nn.Module
+    ):
+        model = model.module
+    return model
+
+
+def _is_list(model: object) -> bool:
+    return isinstance(model, Sequence) or isinstance(model, torch.nn.ModuleList)
+
+
+def _place(stored: Stored) -> tuple[int, int, int]:
+    return stored.begin, stored.expert or 0, stored.first_row
+
+
+def _keep_expert_bias_in_fp32(model: torch.nn.Module) -> None:
+    """``Float16Module`` rounds the buffer; megatron-core makes it fp32 again at the next forward,
+    which is too late for what is copied into it now."""
+    for module in model.modules():
+        bias = getattr(module, "expert_bias", None)
+        if isinstance(bias, Tensor) and bias.dtype != torch.float32:
+            bias.data = bias.data.float()

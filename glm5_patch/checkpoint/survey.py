@@ -22,16 +22,21 @@ class Survey(NamedTuple):
     """Indexer tensors of skip layers, as some conversions write them; not read."""
     mtp: tuple[str, ...]
     """Tensors of multi-token-prediction layers that the model is built without; not read."""
+    surplus: tuple[str, ...]
+    """Tensors of layers that config.json has neither in the decoder nor for MTP."""
     unexpected: tuple[str, ...]
 
     @classmethod
     def of(cls, names: Iterable[str], hf: HFConfig, expected: Collection[str]) -> Survey:
         """Of the names that a checkpoint has, and those that ``expected_tensors`` gives."""
         names, expected = set(names), set(expected)
-        dropped, mtp, unexpected = [], [], []
+        dropped, mtp, surplus, unexpected = [], [], [], []
+        layers = hf.num_hidden_layers + hf.num_nextn_predict_layers
         for name in sorted(names - expected):
             layer = LAYER.match(name)
-            if layer and int(layer[1]) >= hf.num_hidden_layers:
+            if layer and int(layer[1]) >= layers:
+                surplus.append(name)
+            elif layer and int(layer[1]) >= hf.num_hidden_layers:
                 mtp.append(name)
             elif INDEXER.match(name):
                 dropped.append(name)
@@ -50,6 +55,7 @@ class Survey(NamedTuple):
             expected_absent=tuple(name for name in of_skip_layers if name not in names),
             dropped=tuple(dropped),
             mtp=tuple(mtp),
+            surplus=tuple(surplus),
             unexpected=tuple(unexpected),
         )
 
@@ -67,6 +73,8 @@ class CheckpointReport:
     """Indexer tensors on skip layers, as some conversions write them; not loaded."""
     mtp: tuple[str, ...]
     """Tensors of the multi-token-prediction layers; not loaded."""
+    dequantized: int = 0
+    """Tensors of float8 that become bf16 when they are loaded."""
 
     def __str__(self) -> str:
         text = (
@@ -75,6 +83,8 @@ class CheckpointReport:
         )
         if self.dropped:
             text += f"; {len(self.dropped)} indexer tensors on skip layers dropped"
+        if self.dequantized:
+            text += f"; {self.dequantized} of them are float8 and become bf16"
         if self.mtp:
             text += f"; {len(self.mtp)} tensors of the MTP layer not loaded"
         return text

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..config.huggingface import HFConfig
 from ..errors import CheckpointError
+from .files import INDEX, SINGLE
 from .names import expected_tensors, pieces
-from .reader import INDEX, SINGLE, HFCheckpoint
+from .reader import HFCheckpoint
 
 MAX_SHARD_BYTES = 5 << 30
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from functools import cached_property
@@ -10,43 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ScheduleError
+from .hf_fields import FIELDS, rope_parameters, shown
+from .json_file import read_json
 from .schedule import MEGATRON_DEFAULT_OFFSET, IndexSchedule
 
 MODEL_TYPE = "glm_moe_dsa"
 
-# GlmMoeDsaConfig's defaults, for fields that a config.json may leave out.
-_DEFAULTS = {
-    "vocab_size": 154880,
-    "hidden_size": 6144,
-    "intermediate_size": 12288,
-    "moe_intermediate_size": 2048,
-    "num_hidden_layers": 78,
-    "num_attention_heads": 64,
-    "n_shared_experts": 1,
-    "n_routed_experts": 256,
-    "routed_scaling_factor": 2.5,
-    "kv_lora_rank": 512,
-    "q_lora_rank": 2048,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 256,
-    "qk_nope_head_dim": 192,
-    "n_group": 1,
-    "topk_group": 1,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": True,
-    "hidden_act": "silu",
-    "max_position_embeddings": 202752,
-    "initializer_range": 0.02,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "index_topk": 2048,
-    "index_head_dim": 128,
-    "index_n_heads": 32,
-    "first_k_dense_replace": 3,
-    "num_nextn_predict_layers": 0,
-    "indexer_rope_interleave": True,
+_OTHER_MODELS = {
+    "glm5_next": "GLM-5.3-Flash, which has another attention (KDA, pooled keys, mHC)",
+    "glm5_next_text": "GLM-5.3-Flash, which has another attention (KDA, pooled keys, mHC)",
+    "glm4_moe": "GLM-4.5 to 4.7, which have no sparse attention",
+    "glm4_moe_lite": "GLM-4.7-Flash, which has no sparse attention",
+    "glm4v_moe": "GLM-4.5V, which has no sparse attention",
+    "deepseek_v3": "DeepSeek-V3, which has no sparse attention",
+    "deepseek_v32": "DeepSeek-V3.2, whose indexer computes otherwise",
 }
 
 ROPE_WIDTH_TENSORS = (
@@ -55,13 +32,7 @@ ROPE_WIDTH_TENSORS = (
 )
 """Their rows are kv_lora_rank + qk_rope_head_dim, and heads * (nope + rope)."""
 
-_MUST_BE = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "norm_topk_prob": True,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-}
+_MOST_EXPERTS = 1 << 20
 
 
 class HFConfig:
@@ -83,35 +54,47 @@ class HFConfig:
         """Read a configuration, whatever its file is called.
 
         Raises:
-            CheckpointError: the file can't be read, is not JSON, or describes another model.
+            CheckpointError: the file can't be read, is not JSON, describes another model, or has a
+                field that no GLM-5 can have.
         """
         path = Path(path)
-        try:
-            raw = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: no such file; give a Hugging Face directory") from None
-        except OSError as error:
-            raise CheckpointError(f"{path}: {error.strerror}") from None
-        except ValueError as error:
-            raise CheckpointError(f"{path}: not valid JSON: {error}") from None
-        if not isinstance(raw, dict) or raw.get("model_type") != MODEL_TYPE:
-            found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
-            raise CheckpointError(f"{path}: model_type is {found!r}, not {MODEL_TYPE!r}")
+        raw = read_json(path)
+        model_type = raw.get("model_type") if isinstance(raw, dict) else None
+        if model_type != MODEL_TYPE:
+            found = shown(model_type) if isinstance(raw, dict) else f"in a {type(raw).__name__}"
+            other = _OTHER_MODELS.get(model_type) if isinstance(model_type, str) else None
+            raise CheckpointError(
+                f"{path}: model_type is {found}{f', {other}' if other else ''}; "
+                f"only {MODEL_TYPE!r} (GLM-5, 5.1, 5.2, 5.3) is supported"
+            )
         config = cls(raw)
         config.validate(path)
         return config
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in _DEFAULTS:
+        if name.startswith("_") or name not in FIELDS:
             raise AttributeError(f"{type(self).__name__} has no field {name!r}")
-        value = self.raw.get(name)
-        return _DEFAULTS[name] if value is None else value
+        return FIELDS[name].read(self.raw)
+
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        """``rope_type``, and ``rope_theta`` if the file has one, wherever."""
+        return rope_parameters(self.raw)
 
     @property
     def rope_theta(self) -> float:
-        """``rope_theta``, nested in ``rope_parameters`` (transformers 5) or flat (4)."""
-        nested = self.raw.get("rope_parameters") or {}
-        return float(nested.get("rope_theta") or self.raw.get("rope_theta") or 1e6)
+        """``rope_theta``, nested in ``rope_parameters`` (transformers 5) or flat (4).
+
+        Raises:
+            CheckpointError: there is none. Releases differ in what they take then.
+        """
+        theta = self.rope_parameters.get("rope_theta")
+        if theta is None:
+            raise CheckpointError(
+                "rope_theta is absent; put the model's own into rope_parameters "
+                "(GLM-5 and 5.1 have 1000000, GLM-5.2 has 8000000)"
+            )
+        return float(theta)
 
     def agreeing_with(self, shapes: Mapping[str, tuple[int, ...]], source: Path) -> HFConfig:
         """This configuration with the rotary width that the weights have.
@@ -124,7 +107,7 @@ class HFConfig:
             shapes: of the weights, by name; those of layer 0's attention are looked at.
             source: names the file in the warning.
         """
-        key, query = (shapes.get(name, (0,))[0] for name in ROPE_WIDTH_TENSORS)
+        key, query = ((shapes.get(name) or (0,))[0] for name in ROPE_WIDTH_TENSORS)
         width = key - self.kv_lora_rank
         by_query = query / self.num_attention_heads - self.qk_nope_head_dim
         if not width == by_query > 0 or width == self.qk_rope_head_dim:
@@ -138,12 +121,38 @@ class HFConfig:
 
     @cached_property
     def schedule(self) -> IndexSchedule:
-        return IndexSchedule.from_hf({**self.raw, "num_hidden_layers": self.num_hidden_layers})
+        """By ``indexer_types``, ``index_topk_pattern``, or frequency and offset, as transformers.
+
+        A list has 'full' and 'shared', a pattern that is a string has F and S. A list of letters is
+        refused: transformers takes each letter of it for 'full'.
+        """
+        fields = {"num_hidden_layers": self.num_hidden_layers}
+        types, name = self.indexer_types, "index_topk_pattern"
+        pattern = self.index_topk_pattern
+        if isinstance(pattern, list):
+            pattern = dataclasses.replace(FIELDS["indexer_types"], name=name).read(self.raw)
+        elif pattern is not None and set(pattern) - set("FS"):
+            raise CheckpointError(f"{name} is {shown(pattern)}, but must be a string of F and S")
+        freq, offset = self.index_topk_freq, self.index_skip_topk_offset
+        fields |= {"indexer_types": types, "index_topk_pattern": pattern, "index_topk_freq": freq}
+        if "index_skip_topk_offset" in self.raw:
+            fields["index_skip_topk_offset"] = offset
+        if types is None and pattern is None and freq > 1 and offset < 1:
+            raise CheckpointError(
+                f"index_skip_topk_offset is {offset}, which makes layer 1 a skip layer without a "
+                "source; it must be at least 1"
+            )
+        try:
+            return IndexSchedule.from_hf(fields)
+        except ScheduleError as error:
+            if types is not None or pattern is None:
+                raise
+            raise CheckpointError(f"{name} is {shown(pattern)}: {error}") from None
 
     @property
     def moe_layers(self) -> list[int]:
         """1 for a MoE layer, 0 for a dense one: by ``mlp_layer_types``, or the first are dense."""
-        types = self.raw.get("mlp_layer_types")
+        types = self.mlp_layer_types
         if types is None:
             dense = self.first_k_dense_replace
             return [int(i >= dense) for i in range(self.num_hidden_layers)]
@@ -151,24 +160,73 @@ class HFConfig:
 
     def validate(self, path: Path) -> None:
         """Raises CheckpointError for values that GLM-5 never has and this package would ignore."""
-        for field, value in _MUST_BE.items():
-            found = self.raw.get(field)
-            if found is not None and found != value:
-                raise CheckpointError(f"{path}: {field} is {found!r}; only {value!r} is supported")
-        rope_type = (self.raw.get("rope_parameters") or {}).get("rope_type", "default")
-        if rope_type != "default":
-            raise CheckpointError(
-                f"{path}: rope_type is {rope_type!r}; only 'default' is supported"
-            )
-        if len(self.moe_layers) != self.num_hidden_layers:
-            raise CheckpointError(
-                f"{path}: mlp_layer_types has {len(self.moe_layers)} entries for "
-                f"num_hidden_layers={self.num_hidden_layers}"
-            )
         try:
+            for field in FIELDS.values():
+                field.read(self.raw)
+            _ = self.rope_theta
+            self._check_together()
             str(self.schedule)
-        except ScheduleError as error:
+        except (CheckpointError, ScheduleError) as error:
             raise CheckpointError(f"{path}: {error}") from None
+
+    def _check_together(self) -> None:
+        """Fields that contradict each other."""
+        layers, heads = self.num_hidden_layers, self.num_attention_heads
+        for name in ("mlp_layer_types", "layer_types"):
+            types = getattr(self, name)
+            if types is not None and len(types) != layers:
+                raise CheckpointError(
+                    f"{name} has {len(types)} entries for num_hidden_layers={layers}"
+                )
+        if "num_key_value_heads" in self.raw and self.num_key_value_heads != heads:
+            raise CheckpointError(
+                f"num_key_value_heads is {self.num_key_value_heads}, but must be "
+                f"num_attention_heads, {heads}: each head has a key of its own"
+            )
+        width = self.qk_rope_head_dim
+        if width % 2 or width > self.index_head_dim:
+            raise CheckpointError(
+                f"qk_rope_head_dim is {width}, but must be even and at most index_head_dim, "
+                f"{self.index_head_dim}"
+            )
+        if self.pad_token_id is not None and not self.pad_token_id < self.vocab_size:
+            raise CheckpointError(
+                f"pad_token_id is {self.pad_token_id}, but must be below vocab_size, "
+                f"{self.vocab_size}"
+            )
+        if self.raw.get("per_layer_config"):
+            raise CheckpointError("per_layer_config is set; the layers of a GLM-5 are alike")
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        experts, groups, chosen = self.n_routed_experts, self.n_group, self.num_experts_per_tok
+        if experts * self.num_hidden_layers > _MOST_EXPERTS:
+            raise CheckpointError(
+                f"n_routed_experts is {experts} in {self.num_hidden_layers} layers, which is more "
+                f"than {_MOST_EXPERTS} experts"
+            )
+        if experts % groups or experts // groups < 2:
+            raise CheckpointError(
+                f"n_group is {groups}, but must divide n_routed_experts, {experts}, into groups of "
+                "at least 2"
+            )
+        if self.topk_group > groups:
+            raise CheckpointError(
+                f"topk_group is {self.topk_group}, but must be at most n_group, {groups}"
+            )
+        if chosen > self.topk_group * (experts // groups):
+            raise CheckpointError(
+                f"num_experts_per_tok is {chosen}, but only "
+                f"{self.topk_group * (experts // groups)} can be chosen: n_routed_experts is "
+                f"{experts}, in {groups} groups of which topk_group, {self.topk_group}, count"
+            )
+        if groups > 1 and chosen // self.topk_group != 2:
+            # transformers scores a group by its best two, megatron-core by its best topk / groups.
+            raise CheckpointError(
+                f"num_experts_per_tok is {chosen}, but must be 2 * topk_group, "
+                f"{2 * self.topk_group}, where n_group is not 1: megatron-core would score the "
+                "groups by another number of experts than transformers"
+            )
 
     def megatron_kwargs(self) -> dict[str, Any]:
         """Arguments of ``MLATransformerConfig`` that describe this model and nothing else.

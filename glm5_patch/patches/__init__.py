@@ -3,6 +3,10 @@ they wait for. Their files are read once such a module has been imported, or som
 
 from __future__ import annotations
 
+import pkgutil
+
+from ..patching.machine import Machine
+
 MODULES = (
     "megatron.core.transformer.transformer_config",
     "megatron.core.models.gpt.experimental_attention_variant_module_specs",
@@ -22,10 +26,5 @@ MODULES = (
 )
 """Every module that a patch changes."""
 
-
-def __getattr__(name: str):
-    if name == "PATCHES":
-        from .table import PATCHES
-
-        return PATCHES
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+MACHINE = Machine(MODULES, lambda: pkgutil.resolve_name(f"{__name__}.table:PATCHES"))
+"""The one of this process. The table goes by its name: patches ask the machine about others."""

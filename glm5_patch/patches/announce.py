@@ -58,9 +58,10 @@ def describe(config: Any) -> str:
     from ..config.fields import describe_conventions
     from ..config.schedule import IndexSchedule
     from ..env import installed_version
-    from ..patching.ledger import LEDGER, State
+    from ..patching.ledger import State
+    from . import MACHINE
 
-    states = [entry.state for entry in LEDGER]
+    states = [row.state for row in MACHINE.status()]
     core = installed_version("megatron-core") or "from a folder on the path"
     attention = sparse_attention_by(
         config.params_dtype, getattr(config, "dsa_kernel_backend", "none")
@@ -82,15 +83,16 @@ def sparse_attention_by(dtype: torch.dtype, host_backend: str = "none") -> str:
         host_backend: ``dsa_kernel_backend`` of its configuration, where that knows one.
     """
     from ..ops.registry import computed_by, triton_and_libraries, why_torch
-    from ..patching.ledger import LEDGER, State
+    from ..patching.ledger import State
+    from . import MACHINE
 
     device = _device()
-    spec, hooks = (LEDGER[i] if i in LEDGER else None for i in ("dsa_spec", "dsa_kernels"))
-    if spec is not None and spec.state is State.APPLIED:
+    spec, hooks = MACHINE.row("dsa_spec"), MACHINE.row("dsa_kernels")
+    if spec.state is State.APPLIED:
         return computed_by(device, dtype)
-    if hooks is None or hooks.state is not State.APPLIED:
-        entry = hooks if spec is not None and spec.state is State.NOT_NEEDED else spec
-        reason = f"{entry.patch.id} {entry.state.value}" if entry else "nothing is armed"
+    if hooks.state is not State.APPLIED:
+        row = hooks if spec.state is State.NOT_NEEDED else spec
+        reason = f"{row.id} {row.state.value}"
     elif host_backend != "none":
         reason = f"dsa_kernel_backend={host_backend}"
     else:

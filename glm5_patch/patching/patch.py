@@ -69,6 +69,16 @@ class Patch:
         """Make the change. Whatever was done before an exception is undone by the caller."""
         raise NotImplementedError
 
+    def still_right(self, module: ModuleType) -> Finding | None:
+        """Probe the host module again after somebody replaced what this patch had changed.
+
+        Returns:
+            ``Finding(False, reason)`` if what is there now does this patch's job: then it counts as
+            not needed, and nobody replaces it. ``Finding(True, reason)`` if it does not, None if
+            that can't be told: then a GLM-5 model is refused, and ``enable()`` wraps it.
+        """
+        return None
+
     def guards(self, config: Any) -> bool:
         """Whether a model of this configuration is wrong without the patch."""
         return True

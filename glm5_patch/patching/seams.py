@@ -5,12 +5,31 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import weakref
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
+
+from .imports import half_imported
 
 Around = Callable[[Callable[..., Any], Any, tuple, dict], Any]
 
 _MISSING = object()
+_DEEPEST = 100
+"""Wrappers around each other, before it is taken for a circle."""
+
+
+class _Wrapping:
+    """What one wrapper does. ``around`` is None once it is undone: then it only calls on."""
+
+    def __init__(self, around: Around):
+        self.around: Around | None = around
+        self.over: Any = _MISSING
+        """The attribute, as it stands in its owner, whose place the wrapper took."""
+
+
+_WRAPPINGS: weakref.WeakKeyDictionary[Callable, _Wrapping] = weakref.WeakKeyDictionary()
+"""Every wrapper that is alive, undone or not."""
 
 
 def host_wrapper(original: Callable, around: Around, *, method: bool = False) -> Callable:
@@ -23,46 +42,104 @@ def host_wrapper(original: Callable, around: Around, *, method: bool = False) ->
     ``__module__`` and ``__qualname__`` is pickled by that name, copied as itself, and unwraps
     with ``inspect.unwrap`` to the identical original.
 
+    Somebody may keep it for ever (an alias in a class, a wrapper of theirs around it), so once
+    ``Seams.undo`` has run it does what ``original`` does.
+
     Args:
         original: the host's function.
         around: receives the original, the instance (None for a function), and the arguments.
-        method: the first positional argument is the instance.
+        method: the first positional argument is the instance, or the class of a class method.
     """
+    wrapping = _Wrapping(around)
 
     if method:
 
         @functools.wraps(original)
         def call(self, *args, **kwargs):
-            return around(functools.partial(original, self), self, args, kwargs)
+            around, wrapped = wrapping.around, original.__get__(self, type(self))
+            if around is None:
+                return wrapped(*args, **kwargs)
+            return around(wrapped, self, args, kwargs)
 
     else:
 
         @functools.wraps(original)
         def call(*args, **kwargs):
+            around = wrapping.around
+            if around is None:
+                return original(*args, **kwargs)
             return around(original, None, args, kwargs)
 
+    _WRAPPINGS[call] = wrapping
     return call
 
 
-def aliases(original: Any) -> Iterator[tuple[Any, str]]:
-    """Every ``(module, name)`` that holds this very object, as ``from x import f`` leaves it."""
-    for module in list(sys.modules.values()):
-        # vars() and not getattr(): lazy modules import on attribute access.
-        for name, value in list(getattr(module, "__dict__", {}).items()):
-            if value is original:
-                yield module, name
+def beneath(value: Any) -> Iterator[Any]:
+    """``value``, and whatever it wraps, from the outside in: ``functools.wraps``, wrapt, partials,
+    and the descriptors of a class."""
+    for _ in range(_DEEPEST):
+        yield value
+        if isinstance(value, property):
+            value = value.fget
+        elif isinstance(value, (functools.partial, functools.cached_property)):
+            value = value.func
+        else:
+            value = getattr(value, "__wrapped__", _MISSING)
+        if value is _MISSING:
+            return
+
+
+class _Change:
+    """One attribute, or one key of a dictionary, that was given another value."""
+
+    def __init__(self, owner: Any, name: Any, value: Any, original: Any, wrapper: Callable | None):
+        self.owner, self.name, self.value, self.original = owner, name, value, original
+        self.wrapper = wrapper
+
+    def held(self) -> Any:
+        items = self.owner if isinstance(self.owner, dict) else vars(self.owner)
+        return items.get(self.name, _MISSING)
+
+    def is_in_place(self) -> bool:
+        """Also where somebody put a wrapper of theirs around it."""
+        held = self.held()
+        if held is self.value:
+            return True
+        return self.wrapper is not None and any(part is self.wrapper for part in beneath(held))
+
+    def undo(self) -> None:
+        if self.wrapper is not None:
+            _WRAPPINGS[self.wrapper].around = None
+        if self.held() is not self.value:
+            return  # reloaded, or replaced or wrapped by somebody else: theirs stays
+        original = _without_undone(self.original)
+        if original is _MISSING:
+            if isinstance(self.owner, dict):
+                del self.owner[self.name]
+            else:
+                delattr(self.owner, self.name)
+        else:
+            setattr(self.owner, self.name, original)
 
 
 class Seams:
     """The attributes that one patch replaced, in order, with what they held before."""
 
-    def __init__(self, *, late: bool = False):
-        """``late``: the target was imported before, so others may hold aliases to rebind."""
+    def __init__(self, *, late: bool = False, outlived: Seams | None = None):
+        """
+        Args:
+            late: the target was imported before, so others anywhere may hold aliases of it.
+            outlived: what the patch changed in an earlier execution of the module.
+        """
         self._late = late
-        self._changes: list[tuple[Any, str, Any, Any]] = []
+        self._changes: list[_Change] = []
+        self._outlived = outlived
 
     def wrap(self, owner: Any, name: str, around: Around, *, reads: tuple[str, ...] = ()) -> None:
-        """Wrap a function, or a method if ``owner`` is a class.
+        """Wrap a function, or a method, class method, static method or property of a class.
+
+        What it is stays what it is, and modules that hold the same function by another name get
+        the wrapper as well. An undone wrapper of ours that somebody wrapped is used again.
 
         Args:
             owner: the module or class that has it.
@@ -74,17 +151,21 @@ class Seams:
             AttributeError: the host calls it otherwise now.
             TypeError: a parameter of ``reads`` is gone; better now than in the user's call.
         """
-        original = _own(owner, name)
-        _insist_on_parameters(original, name, reads)
-        if isinstance(original, staticmethod):
-            self._set(owner, name, staticmethod(host_wrapper(original.__func__, around)), original)
-            return
-        wrapper = host_wrapper(original, around, method=isinstance(owner, type))
-        if self._late:
-            for module, alias in aliases(original):
-                if (module, alias) != (owner, name):
-                    self._set(module, alias, wrapper, original)
-        self._set(owner, name, wrapper, original)
+        held = _own(owner, name)
+        function, rebuild, method = _taken_apart(owner, name, held)
+        _insist_on_parameters(function, name, reads)
+        undone = next((part for part in beneath(function) if _is_undone(part)), None)
+        if undone is not None:
+            wrapping = _WRAPPINGS[undone]
+            original = wrapping.over if undone is function else held
+            self._changes.append(_Change(owner, name, held, original, undone))
+            wrapping.around, wrapper = around, undone
+        else:
+            wrapper = host_wrapper(function, around, method=method)
+            _WRAPPINGS[wrapper].over = held
+            self._set(owner, name, rebuild(wrapper), held, wrapper)
+        others = _modules() if self._late else _modules_near(owner)
+        _rebind(wrapper.__wrapped__, wrapper, others)
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """Put ``value`` in the place of an existing attribute of ``owner`` itself."""
@@ -94,62 +175,147 @@ class Seams:
         """Give ``owner`` an attribute that it does not have of its own."""
         if name in vars(owner):
             raise AttributeError(f"{owner!r} already has {name!r}")
-        self._set(owner, name, value, _MISSING)
+        inner = getattr(value, "__func__", value)
+        ours = inspect.isfunction(inner) and inner in _WRAPPINGS
+        self._set(owner, name, value, _MISSING, inner if ours else None)
 
     def add_item(self, mapping: dict, key: Any, value: Any) -> None:
         """Give a mapping of the host a key that it lacks."""
         if key in mapping:
             raise KeyError(f"{key!r} is already there")
         mapping[key] = value
-        self._changes.append((mapping, key, value, _MISSING))
+        self._changes.append(_Change(mapping, key, value, _MISSING, None))
 
     def lost(self) -> str | None:
-        """The first replacement that is no longer in place (the host was reloaded), or None."""
-        for owner, name, value, _ in self._changes:
-            held = owner.get(name) if isinstance(owner, dict) else vars(owner).get(name)
-            if held is not value:
-                return name
-            if isinstance(owner, type) and _superseded(owner):
-                return f"{owner.__qualname__}.{name}"
+        """The first attribute that no longer leads to what was put there, or None."""
+        for change in list(self._changes):
+            if not change.is_in_place():
+                return change.name
         return None
 
     def missed_aliases(self) -> Iterator[tuple[str, str]]:
         """Modules, and their names, that still hold a function which was replaced elsewhere."""
-        for owner, name, _, original in self._changes:
-            if isinstance(owner, dict) or original is _MISSING:
+        for change in list(self._changes):
+            if change.wrapper is None or change.original is _MISSING:
                 continue
-            for module, alias in aliases(original):
-                if inspect.isroutine(original) and (module, alias) != (owner, name):
-                    yield module.__name__, alias
+            for module in _modules():
+                for alias in _names_of(change.wrapper.__wrapped__, module):
+                    if (module, alias) != (change.owner, change.name):
+                        yield module.__name__, alias
 
     def undo(self) -> None:
-        """Put the identical originals back, last change first."""
+        """Put the identical originals back, last change first, in aliases as well.
+
+        Where somebody else has replaced or wrapped the attribute since, theirs stays, and a
+        wrapper of ours beneath it does what the original does.
+        """
         while self._changes:
-            owner, name, value, original = self._changes.pop()
-            if isinstance(owner, dict):
-                owner.pop(name, None)
-            elif vars(owner).get(name) is not value:
-                continue  # reloaded, or replaced again by someone else: theirs stays
-            elif original is _MISSING:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, original)
+            change = self._changes.pop()
+            change.undo()
+            if change.wrapper is not None:
+                _rebind(change.wrapper, inspect.unwrap(change.wrapper, stop=_is_live), _modules())
+        if self._outlived is not None:
+            self._outlived.undo()
 
-    def _set(self, owner: Any, name: str, value: Any, original: Any) -> None:
+    def outlive(self) -> Seams:
+        """Undo what a new execution of the module would find, and keep the rest.
+
+        A reload leaves old classes and functions behind that others hold. They stay patched until
+        the ``Seams`` that is returned is undone.
+        """
+        kept = Seams(outlived=self._outlived)
+        again = Seams()
+        for change in self._changes:
+            shared = isinstance(change.owner, ModuleType) and _is_loaded(change.owner)
+            (again if shared and change.is_in_place() else kept)._changes.append(change)
+        again.undo()
+        return kept
+
+    def _set(self, owner, name: str, value, original, wrapper: Callable | None = None) -> None:
         setattr(owner, name, value)
-        self._changes.append((owner, name, value, original))
+        self._changes.append(_Change(owner, name, value, original, wrapper))
 
 
-def _superseded(cls: type) -> bool:
-    """Whether the module of a class now has another class by its name, as after a reload."""
-    found = sys.modules.get(cls.__module__)
-    for part in cls.__qualname__.split("."):
-        found = getattr(found, "__dict__", {}).get(part)
-    return isinstance(found, type) and found is not cls
+def _is_undone(value: Any) -> bool:
+    wrapping = _WRAPPINGS.get(value) if inspect.isfunction(value) else None
+    return wrapping is not None and wrapping.around is None
 
 
-def _insist_on_parameters(original: Any, name: str, reads: tuple[str, ...]) -> None:
-    parameters = inspect.signature(getattr(original, "__func__", original)).parameters
+def _is_live(value: Any) -> bool:
+    return not _is_undone(value)
+
+
+def _without_undone(attribute: Any) -> Any:
+    """The attribute itself, or what an undone wrapper of ours took the place of."""
+    while True:
+        inner = getattr(attribute, "__func__", getattr(attribute, "fget", attribute))
+        if not _is_undone(inner):
+            return attribute
+        attribute = _WRAPPINGS[inner].over
+
+
+def _taken_apart(owner: Any, name: str, held: Any) -> tuple[Callable, Callable, bool]:
+    """The function of an attribute, how to make such an attribute of another, and whether its
+    first argument is an instance or a class."""
+    if isinstance(held, staticmethod):
+        return held.__func__, staticmethod, False
+    if isinstance(held, classmethod):
+        return held.__func__, classmethod, True
+    if isinstance(held, property):
+        kind, doc = type(held), held.__doc__
+        return held.fget, lambda get: kind(get, held.fset, held.fdel, doc), True
+    if isinstance(held, functools.cached_property):
+
+        def rebuild(function: Callable) -> functools.cached_property:
+            rebuilt = type(held)(function)
+            rebuilt.__set_name__(owner, name)
+            return rebuilt
+
+        return held.func, rebuild, True
+    if isinstance(owner, type) and not hasattr(held, "__get__"):
+        return held, staticmethod, False  # Python passes no instance to such a callable
+    return held, lambda function: function, isinstance(owner, type)
+
+
+def _modules() -> list[ModuleType]:
+    return [module for module in list(sys.modules.values()) if hasattr(module, "__dict__")]
+
+
+def _modules_near(owner: Any) -> list[ModuleType]:
+    """Those that may hold an alias of what a module defines that has only just been executed: its
+    own package's, and all that are being executed."""
+    name = owner.__name__ if isinstance(owner, ModuleType) else owner.__module__
+    top = name.partition(".")[0]
+    return [
+        module
+        for key, module in list(sys.modules.items())
+        if (key.partition(".")[0] == top or half_imported(module)) and hasattr(module, "__dict__")
+    ]
+
+
+def _is_loaded(module: ModuleType) -> bool:
+    return sys.modules.get(module.__name__) is module
+
+
+def _names_of(value: Any, module: ModuleType) -> list[str]:
+    # vars() and not getattr(): lazy modules import on attribute access.
+    held = vars(module)
+    if id(value) not in map(id, list(held.values())):
+        return []
+    return [name for name, other in list(held.items()) if other is value]
+
+
+def _rebind(old: Any, new: Any, modules: list[ModuleType]) -> None:
+    """Put ``new`` where modules hold this very object, as ``from x import f`` leaves it."""
+    for module in modules:
+        for name in _names_of(old, module):
+            setattr(module, name, new)
+
+
+def _insist_on_parameters(function: Any, name: str, reads: tuple[str, ...]) -> None:
+    if not reads:
+        return
+    parameters = inspect.signature(function).parameters
     for parameter in reads:
         if parameter not in parameters:
             raise TypeError(f"{name}({', '.join(parameters)}) has no parameter {parameter!r}")

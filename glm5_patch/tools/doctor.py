@@ -125,7 +125,7 @@ def switches() -> Finding:
 def switch_problems() -> list[str]:
     """One line for each environment variable that has no meaning."""
     from .. import env
-    from ..patches import PATCHES
+    from ..patches.table import PATCHES
 
     problems = []
     value = os.environ.get(ENABLED, "")
@@ -188,25 +188,25 @@ def _in_a_second_process() -> list[dict]:
 
 def probe() -> Iterator[Finding]:
     """Is each patch in place? Call it in a process that has imported torch and nothing else."""
-    from ..patches import PATCHES
-    from ..patching import imports as hooks
-    from ..patching.ledger import LEDGER, State
+    from ..patches import MACHINE
+    from ..patching.imports import import_host
+    from ..patching.ledger import State
 
-    active = any(entry.state is not State.DISABLED for entry in LEDGER)
+    active = any(row.state is not State.DISABLED for row in MACHINE.status())
     yield Finding(
         "active after `import torch`",
         active,
-        f"{len(list(LEDGER))} patches armed" if active else "no patch is armed",
+        f"{len(MACHINE.patches)} patches armed" if active else "no patch is armed",
         "see the entry point, the autoload and the switches above",
     )
     yield _kernels()
     if not active:
         return
     present = []
-    for host in sorted({patch.host for patch in PATCHES}):
-        own = [patch for patch in PATCHES if patch.host == host]
+    for host in sorted({patch.host for patch in MACHINE.patches}):
+        own = [patch for patch in MACHINE.patches if patch.host == host]
         try:
-            found = [patch for patch in own if hooks.import_host(patch.module)]
+            found = [patch for patch in own if import_host(patch.module)]
         except Exception as error:
             cause = f"does not import: {type(error).__name__}: {error}"
             yield Finding(
@@ -225,15 +225,15 @@ def probe() -> Iterator[Finding]:
         "hosts", bool(present), f"{len(present)} patches have one", "install megatron-core"
     )
     for patch in present:
-        cause = hooks.why_not_in_place(patch)
-        entry = LEDGER[patch.id]
+        cause = MACHINE.why_not_in_place(patch)
+        row = MACHINE.row(patch.id)
         yield Finding(
             patch.id,
             cause is None,
-            cause or f"{entry.state.value}: {entry.reason}",
+            cause or f"{row.state.value}: {row.reason}",
             f"without it: {patch.why}",
         )
-        for module, name in entry.seams.missed_aliases() if entry.seams else ():
+        for module, name in MACHINE.missed_aliases(patch):
             yield Finding(
                 f"{patch.id}, alias",
                 False,

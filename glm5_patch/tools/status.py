@@ -29,7 +29,7 @@ _VARIABLES = ("GLM5_PATCH", "TORCH_DEVICE_BACKEND_AUTOLOAD", "CUDA_VISIBLE_DEVIC
 
 def of_installation() -> Result:
     """What can be seen without importing torch or a host."""
-    from ..patches import PATCHES
+    from ..patches.table import PATCHES
     from ..patching.imports import is_there
     from .doctor import installation, print_findings
 
@@ -115,7 +115,7 @@ def explain(patch_id: str | None) -> Result:
     Raises:
         GLM5PatchError: there is no such patch.
     """
-    from ..patches import PATCHES
+    from ..patches.table import PATCHES
 
     chosen = [patch for patch in PATCHES if patch_id in (None, patch.id)]
     if not chosen:

@@ -5,16 +5,16 @@ import subprocess
 import sys
 import textwrap
 
-from glm5_patch import patches
+from glm5_patch.patches import table
 
-PATCHES = [patch for patch in patches.PATCHES if not patch.on_request]
+PATCHES = [patch for patch in table.PATCHES if not patch.on_request]
 """Those of Megatron-Bridge, which takes long to import, have their own tests."""
 
 REPORT = """
 import importlib, inspect, json, sys
 import glm5_patch
-from glm5_patch import patches
-PATCHES = [patch for patch in patches.PATCHES if not patch.on_request]
+from glm5_patch.patches import table
+PATCHES = [patch for patch in table.PATCHES if not patch.on_request]
 
 def in_place(patch):
     # Looks at the host itself, not at the ledger; None where that can't tell (a flag).

@@ -74,7 +74,7 @@ def test_a_fault_is_survived_and_named(outcomes, patch, fault):
 
 
 BREAK = """
-import glm5_patch.patches as table
+from glm5_patch.patches import table
 patch = next(p for p in table.PATCHES if p.id == "{id}")
 def broken(*args): raise RuntimeError("broken on purpose")
 type(patch).apply = broken
@@ -135,7 +135,7 @@ def test_require_names_a_failed_patch():
 
 def test_require_refuses_a_host_that_lacks_a_module():
     code = (
-        "import glm5_patch.patches as table\n"
+        "from glm5_patch.patches import table\n"
         "gate = next(patch for patch in table.PATCHES if patch.id == 'gate')\n"
         "type(gate).module = 'megatron.core.not_there'\n"
         "import glm5_patch\n"

@@ -97,7 +97,7 @@ def test_a_reload_of_any_host_module_is_noticed_and_repaired(expected):
     code = f"""
 {ALL}
 {REPORT}
-from glm5_patch.patching.imports import raise_unless_in_place
+from glm5_patch.patches import MACHINE
 from tests.activation.fork import in_a_fork
 
 def after_reload(name):
@@ -105,7 +105,7 @@ def after_reload(name):
     needed = any(glm5_patch.status()[p.id].state == "applied" for p in patches)
     importlib.reload(sys.modules[name])
     try:
-        raise_unless_in_place(patches)
+        MACHINE.raise_unless_in_place(patches)
         noticed = not needed or all(in_place(p) is not False for p in patches)
     except glm5_patch.errors.GLM5PatchError as error:
         noticed = "was replaced after patching" in str(error)
@@ -121,12 +121,13 @@ print(json.dumps({{name: in_a_fork(after_reload, name) for name in {MODULES}}}))
 FAKE_HOST = """
 import sys
 import torch
-sys.modules[__name__].half = True
+sys.machine.enable()
 {end}
 def function(): return 1
 """
 FAKE_PATCH = """
-import sys, glm5_patch.patches as table
+import sys
+from glm5_patch.patching.machine import Machine
 from glm5_patch.patching.patch import Finding, Patch
 class Fake(Patch):
     id, module, attribute = "fake", "fake_host", "function"
@@ -134,7 +135,7 @@ class Fake(Patch):
     def needed(self, module): return Finding(True, "fake")
     def apply(self, module, seams):
         seams.wrap(module, "function", lambda wrapped, i, a, k: wrapped() + 1)
-table.PATCHES, table.MODULES = (Fake(),), ("fake_host",)
+sys.machine = machine = Machine(["fake_host"], lambda: [Fake()])
 """
 
 
@@ -146,12 +147,11 @@ def test_a_half_imported_module_that_fails_is_patched_on_its_next_import(tmp_pat
         import fake_host
     except OSError:
         pass
-    import glm5_patch
     assert "fake_host" not in sys.modules
-    assert glm5_patch.status()["fake"].state == "armed", glm5_patch.status()
+    assert machine.row("fake").state == "armed", machine.row("fake")
     sys.again = True
     import fake_host
-    print(fake_host.function(), glm5_patch.status()["fake"].state.value)
+    print(fake_host.function(), machine.row("fake").state.value)
     """)
     assert output(code, PYTHONPATH=str(tmp_path)) == "2 applied"
 
@@ -218,15 +218,15 @@ def test_disable_puts_back_every_identical_object_of_every_host():
 def test_an_unknown_id_warns_and_is_an_error_when_strict():
     code = "import glm5_patch; glm5_patch.enable()"
     result = python(code, "-W", "always", GLM5_PATCH_DISABLE="gate,nonsense")
-    assert result.returncode == 0 and "unknown patches ['nonsense']" in result.stderr
+    assert result.returncode == 0 and "names 'nonsense', which is not a patch" in result.stderr
     strict = python(code, GLM5_PATCH_DISABLE="nonsense", GLM5_PATCH_STRICT="1")
-    assert strict.returncode == 1 and "unknown patches ['nonsense']" in strict.stderr
+    assert strict.returncode == 1 and "names 'nonsense', which is not a patch" in strict.stderr
 
 
 @pytest.mark.parametrize(
     ("switches", "says"),
     [
-        ({"GLM5_PATCH_LOG": "loud"}, "GLM5_PATCH_LOG='loud' is no logging level"),
+        ({"GLM5_PATCH_LOG": "loud"}, "GLM5_PATCH_LOG='loud' must be one of"),
         ({"GLM5_PATCH_STRICT": "1", "GLM5_PATCH_DISABLE": "nonsense"}, "problem in activation"),
     ],
 )

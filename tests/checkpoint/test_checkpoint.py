@@ -108,6 +108,7 @@ def test_indexers_on_skip_layers_are_reported_and_dropped(world, good, copy):
 def test_saving_gives_back_every_tensor_and_every_file(world, copy, tmp_path, monkeypatch):
     mtp = {"model.layers.8.eh_proj.weight": torch.randn(64, 128)}
     edit(copy, lambda tensors: tensors.update(mtp))
+    edit_config(copy, num_nextn_predict_layers=1)
     (copy / "tokenizer.json").write_text("{}")
     source = HFCheckpoint(copy)
     model = megatron_model(source)
@@ -133,6 +134,21 @@ def test_an_mtp_layer_is_loaded_and_saved_with_a_model_that_has_one(world, copy,
     assert again.shapes == source.shapes
     assert all(torch.equal(again.read(name), source.read(name)) for name in source.shapes)
     assert all(torch.equal(again.read(name), tensor) for name, tensor in made.items())
+
+
+def test_an_mtp_layer_is_loaded_under_its_published_names(world, copy):
+    """Of the index of GLM-5.2's checkpoint, where the MTP layer comes after the last one."""
+    made = add_mtp_layer(copy)
+    model = megatron_model(HFCheckpoint(copy), mtp_num_layers=1)
+    parameters = dict(model.named_parameters())
+    for ours, published in {
+        "enorm": "enorm",
+        "hnorm": "hnorm",
+        "eh_proj": "eh_proj",
+        "final_layernorm": "shared_head.norm",
+    }.items():
+        expected = made[f"model.layers.8.{published}.weight"]
+        assert torch.equal(parameters[f"mtp.layers.0.{ours}.weight"], expected), ours
 
 
 @pytest.mark.parametrize("name", ["enorm.weight", "self_attn.indexer.wk.weight"])

@@ -254,6 +254,10 @@ def step(case: Case, chunks):
 
 def compare(case: Case, chunks, losses, topk_indices, folder: Path) -> dict:
     models = [chunk.module for chunk in chunks]
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    expected = MICROBATCHES // _dp_size() if last else 0
+    if len(losses) != expected:
+        raise AssertionError(f"{len(losses)} losses, where this rank computes {expected}")
     values = after_optimizer(case, chunks) if case.distributed_optimizer else gradients(models)
     path = folder / f"{case.batch}.pt"
     if torch.distributed.get_world_size() == 1:

@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from glm5_patch.patches import PATCHES
+from glm5_patch.patches.table import PATCHES
 from tests.distributed.cases import CASES
 
 ROOT = Path(__file__).parents[2]

@@ -13,28 +13,16 @@ from glm5_patch.ops.query_positions import (
     QueryPositions,
     document_starts,
     longest_document,
-    selected_keys,
-    visible_keys,
 )
-from glm5_patch.ops.sparse_attention.operation import MLADims, keys_and_values
+from glm5_patch.ops.sparse_attention.operation import MLADims
 from glm5_patch.tools.verify import forward
+from tests.ops import dense
 from tests.tiny import megatron_model, relative, saved, tokens
 
 S, B, HEADS, SCALE = 24, 2, 3, 0.3
 INDEX_HEADS, INDEX_DIM, INDEX_TOPK, INDEX_SCALE = 16, 16, 8, 0.25
 SETTINGS = dict(softmax_scale=SCALE, index_scale=INDEX_SCALE, coefficient=0.7)
 DIMS = MLADims(latent=64, nope=24, rope=16, value=8)
-
-
-def reference(inputs, query, key, mask, index_scale):
-    """KL(attention || indexer), mean over queries (megatron-core 0.19's definition)."""
-    scores = torch.einsum("sbhd,tbd->bsht", inputs.query, inputs.key) * index_scale
-    scores = torch.einsum("bsht,sbh->bst", scores.relu(), inputs.weights)
-    log_predicted = scores.masked_fill(~mask, float("-inf")).log_softmax(-1)
-    logits = torch.einsum("sbnd,tbnd->bnst", query, key) * SCALE
-    target = logits.masked_fill(~mask[:, None], float("-inf")).softmax(-1).mean(1)
-    terms = target * (target.clamp_min(1e-10).log() - log_predicted.masked_fill(~mask, 0.0))
-    return terms.masked_fill(~mask, 0.0).sum(-1).mean()
 
 
 def random_inputs(seed, s=S, b=B):
@@ -60,15 +48,20 @@ def test_loss_and_gradients_equal_the_definition(seed, sparse, rows_per_block, m
     monkeypatch.setattr(query_positions, "BLOCK_BYTES", rows_per_block * B * INDEX_HEADS * S * 4)
     inputs, attention = random_inputs(seed)
     queries = QueryPositions(torch.zeros(S, dtype=torch.int64))
-    topk_indices = index_topk(inputs, queries, INDEX_TOPK, INDEX_SCALE)
+    scores = dense.index_scores(*inputs, INDEX_SCALE)
+    mask = dense.visible([S]).expand(B, S, S)
+    if sparse:
+        mask = dense.best(scores.detach(), mask, INDEX_TOPK)
+    topk_indices = torch.full((B, S, INDEX_TOPK), -1, dtype=torch.int32)
+    for b, row in itertools.product(range(B), range(S)):
+        chosen = mask[b, row].nonzero().flatten()[:INDEX_TOPK]
+        topk_indices[b, row, : len(chosen)] = chosen
     settings = dict(SETTINGS, sparse=sparse)
     given = (inputs, *attention, topk_indices, queries, DIMS)
     loss = indexer_loss(*given, **settings, per_token=False)
-    whole = slice(0, S)
-    mask = selected_keys(whole, queries, topk_indices) if sparse else visible_keys(whole, queries)
-    mask = mask.expand(B, S, S)
-    key, _ = keys_and_values(*attention[1:], DIMS)
-    expected = 0.7 * reference(inputs, attention[0], key, mask, INDEX_SCALE)
+    key, _ = dense.keys_and_values(*attention[1:], DIMS.nope, DIMS.value)
+    probs = dense.probabilities(attention[0], key, mask, SCALE)
+    expected = 0.7 * dense.index_loss(scores, probs, mask)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for ours, theirs in zip(
         torch.autograd.grad(loss * 3, inputs), torch.autograd.grad(expected * 3, inputs)

@@ -1,5 +1,3 @@
-import itertools
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -8,16 +6,10 @@ from glm5_patch.errors import GLM5PatchError
 from glm5_patch.ops import query_positions
 from glm5_patch.ops.query_positions import QueryPositions, document_starts, selected_keys
 from glm5_patch.ops.sparse_attention.reference import sparse_attention
+from tests.ops import dense
 from tests.tiny import relative
 
 HEADS, DIM, VALUE_DIM, SCALE = 3, 16, 8, 0.25
-
-
-def reference(query, key, value, mask, scale):
-    """Dense attention with a mask [b, s, s], all at once."""
-    logits = torch.einsum("sbnd,tbnd->bnst", query, key) * scale
-    probs = logits.masked_fill(~mask[:, None], float("-inf")).softmax(-1).nan_to_num()
-    return torch.einsum("bnst,tbnd->sbnd", probs, value).flatten(2)
 
 
 def random_topk(s, b, k, starts, generator):
@@ -31,8 +23,8 @@ def random_topk(s, b, k, starts, generator):
     return topk
 
 
-def packed_starts(lengths):
-    return document_starts([0, *itertools.accumulate(lengths)])
+def test_starts_of_documents():
+    assert document_starts([0, 1, 4, 4, 6]).tolist() == [0, 1, 1, 1, 4, 4]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -42,15 +34,14 @@ def test_blocked_equals_dense_forward_and_backward(seed, rows_per_block, lengths
     generator = torch.Generator().manual_seed(seed)
     s, b, k = 40, 1 if len(lengths) > 1 else 2, 6
     monkeypatch.setattr(query_positions, "BLOCK_BYTES", rows_per_block * b * HEADS * s * 4)
-    starts = packed_starts(lengths)
+    starts = dense.starts_of(lengths)
     topk = random_topk(s, b, k, starts, generator)
     tensors = [
         torch.randn(s, b, HEADS, d, generator=generator, requires_grad=True)
         for d in (DIM, DIM, VALUE_DIM)
     ]
     output = sparse_attention(*tensors, topk, QueryPositions(starts), SCALE)
-    mask = selected_keys(slice(0, s), QueryPositions(starts), topk)
-    expected = reference(*tensors, mask, SCALE)
+    expected = dense.attention(*tensors, dense.selected(topk, lengths), SCALE)
     assert relative(output, expected) < 1e-6
     upstream = torch.randn(output.shape, generator=generator)
     ours = torch.autograd.grad(output, tensors, upstream)
@@ -65,7 +56,7 @@ def test_queries_may_stand_anywhere_among_the_keys(rows_per_block, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     s, b, k = 40, 2, 6
     monkeypatch.setattr(query_positions, "BLOCK_BYTES", rows_per_block * b * HEADS * s * 4)
-    starts = packed_starts([24, 16])
+    starts = dense.starts_of([24, 16])
     topk = random_topk(s, b, k, starts, generator)
     query, key, value = (
         torch.randn(s, b, HEADS, d, generator=generator) for d in (DIM, DIM, VALUE_DIM)
@@ -78,7 +69,7 @@ def test_queries_may_stand_anywhere_among_the_keys(rows_per_block, monkeypatch):
 
 
 def test_selection_never_reaches_another_document():
-    starts = packed_starts([5, 3])
+    starts = dense.starts_of([5, 3])
     topk = torch.tensor([0, 2, -1], dtype=torch.int32).expand(1, 8, 3)
     mask = selected_keys(slice(0, 8), QueryPositions(starts), topk)[0]
     assert mask[7].nonzero().flatten().tolist() == [5, 7]

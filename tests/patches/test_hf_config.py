@@ -12,7 +12,7 @@ from glm5_patch.config.huggingface import ROPE_WIDTH_TENSORS, HFConfig
 from glm5_patch.config.schedule import IndexSchedule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-GLM_5_2 = IndexSchedule.from_freq(78, 4, 3)
+GLM_5_2 = IndexSchedule.from_types("FF" + "FSSS" * 19, 78)
 
 
 def published(name="glm-5.2.json", **changes):

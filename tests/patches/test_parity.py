@@ -5,16 +5,46 @@ import random
 import pytest
 import torch
 
-from glm5_patch.attention.build import HF_LATENT_NORM_EPSILON, set_latent_norm_epsilon
+from glm5_patch.attention.build import HF_LATENT_NORM_EPSILON, gpt_model, set_latent_norm_epsilon
 from glm5_patch.checkpoint.names import pieces
 from glm5_patch.checkpoint.reader import HFCheckpoint
-from glm5_patch.config.schedule import IndexSchedule
 from glm5_patch.testing.parity import compare_topk, kept_share, recorded, recorded_hf
 from glm5_patch.tools.verify import forward
-from tests.tiny import hf_config, hf_model, loss_of, megatron_model, relative, saved, tokens
+from tests.tiny import (
+    hf_config,
+    hf_model,
+    loss_of,
+    megatron_config,
+    megatron_model,
+    relative,
+    saved,
+    tokens,
+)
 
 # One sequence length and index_topk for each seed.
 SIZES = {0: (64, 8), 1: (128, 16), 2: (256, 32), 3: (512, 64), 4: (192, 8)}
+
+
+def compared(ours, theirs, ids_of):
+    """Compare selections and logits, on other tokens again until a sequence is without near ties.
+
+    How many near ties there are is a matter of rounding, so of the processor and its BLAS. Each of
+    them is looked at, and tokens behind one see other keys: they can't be compared.
+
+    Returns:
+        The sequences without near ties, and how many layers selected.
+    """
+    for draw in range(8):
+        ids = ids_of(draw)
+        with torch.no_grad(), recorded(ours) as our_topk, recorded_hf(theirs) as their_topk:
+            logits, expected = forward(ours, ids), theirs(ids, use_cache=False).logits
+        topk = compare_topk(our_topk, their_topk)
+        assert topk.differing == 0
+        assert (logits - expected)[topk.intact].abs().max() <= 2e-5
+        untouched = ids[topk.intact.all(-1)]
+        if len(untouched):
+            return untouched, len(our_topk.topk_indices)
+    pytest.fail("every sequence of eight draws has near ties")
 
 
 @pytest.mark.parametrize("flavour", ["5.2", "5.1"])
@@ -24,20 +54,8 @@ def test_topk_logits_and_gradients_equal_hugging_face(world, tmp_path, seed, fla
     theirs = hf_model(hf_config(index_topk, flavour), seed)
     theirs.save_pretrained(tmp_path / "hf")
     ours = megatron_model(HFCheckpoint(tmp_path / "hf"))
-    for draw in range(4):
-        ids = tokens(seed + 100 * draw, 2, length)
-        with torch.no_grad(), recorded(ours) as our_topk, recorded_hf(theirs) as their_topk:
-            logits, expected = forward(ours, ids), theirs(ids, use_cache=False).logits
-        assert len(their_topk) == 8
-        topk = compare_topk(our_topk, their_topk)
-        assert topk.differing == 0
-        assert topk.near_ties <= 2
-        assert (logits - expected)[topk.intact].abs().max() <= 2e-5
-        # Tokens behind a near tie see other keys: their gradients can't be compared.
-        untouched = ids[topk.intact.all(-1)]
-        if len(untouched):
-            break
-    assert len(untouched)
+    untouched, layers = compared(ours, theirs, lambda draw: tokens(seed + 100 * draw, 2, length))
+    assert layers == 8
 
     loss_of(forward(ours, untouched), untouched).backward()
     loss_of(theirs(untouched, use_cache=False).logits, untouched).backward()
@@ -80,13 +98,12 @@ def test_skip_layers_have_no_indexer_and_use_their_sources_topk(world, tmp_path)
     model = megatron_model(saved(tmp_path / "hf"))
     with torch.no_grad(), recorded(model) as found:
         forward(model, tokens(0, 1, 40))
-    schedule = IndexSchedule.from_megatron(model.config)
+    sources = {1: 1, 2: 2, 3: 3, 4: 3, 5: 3, 6: 3, 7: 7, 8: 7}
     for layer in model.decoder.layers:
         number = layer.layer_number
         has_indexer = any(".indexer." in name for name, _ in layer.named_parameters())
         assert has_indexer == (number in (1, 2, 3, 7))
-        source = schedule.source(number)
-        assert torch.equal(found.topk_indices[number], found.topk_indices[source])
+        assert torch.equal(found.topk_indices[number], found.topk_indices[sources[number]])
 
 
 @pytest.mark.parametrize("pattern", ["FSFSSFFS", "FFSSSSSS", "FSSSSSSF"])
@@ -95,44 +112,33 @@ def test_any_pattern_equals_hugging_face(world, tmp_path, pattern):
     theirs = hf_model(hf_config(indexer_types=kinds), 1)
     theirs.save_pretrained(tmp_path / "hf")
     ours = megatron_model(HFCheckpoint(tmp_path / "hf"))
-    ids = tokens(1, 2, 64)
-    with torch.no_grad(), recorded(ours) as found, recorded_hf(theirs) as expected:
-        logits, reference = forward(ours, ids), theirs(ids, use_cache=False).logits
-    topk = compare_topk(found, expected)
-    assert topk.differing == 0
-    assert topk.near_ties <= 1
-    assert (logits - reference)[topk.intact].abs().max() <= 2e-5
+    _, layers = compared(ours, theirs, lambda draw: tokens(1 + draw, 2, 64))
+    assert layers == 8
 
 
 def test_a_pattern_of_78_layers_equals_hugging_face(world, tmp_path):
     rng = random.Random(0)
     pattern = "F" + "".join(rng.choice("FSSS") for _ in range(77))
     kinds = ["full" if letter == "F" else "shared" for letter in pattern]
-    small = dict(num_hidden_layers=78, indexer_types=kinds, n_routed_experts=2, hidden_size=32)
+    small = dict(num_hidden_layers=78, indexer_types=kinds, n_routed_experts=4, hidden_size=32)
     theirs = hf_model(hf_config(**small), 2)
     theirs.save_pretrained(tmp_path / "hf")
     ours = megatron_model(HFCheckpoint(tmp_path / "hf"))
-    ids = tokens(2, 4, 32)
-    with torch.no_grad(), recorded(ours) as found, recorded_hf(theirs) as expected:
-        forward(ours, ids), theirs(ids, use_cache=False)
-    assert len(found.topk_indices) == 78
-    topk = compare_topk(found, expected)
-    assert topk.differing == 0
-    assert topk.intact.float().mean() > 0.5
+    _, layers = compared(ours, theirs, lambda draw: tokens(2 + draw, 4, 32))
+    assert layers == 78
 
 
 def test_latent_norm_epsilon_is_where_hugging_face_stands_alone(world, tmp_path):
-    """With a config of 1e-5 the host's latent norms and Hugging Face's differ, by design."""
-    theirs = hf_model(hf_config(rms_norm_eps=1e-5))
-    with torch.no_grad():  # small latents, where an epsilon shows
-        for layer in theirs.model.layers:
-            layer.self_attn.q_a_proj.weight.mul_(0.01)
+    """By default the host's latent norms have rms_norm_eps, by design."""
+    theirs = hf_model(hf_config())
     theirs.save_pretrained(tmp_path / "hf")
     checkpoint = HFCheckpoint(tmp_path / "hf")
+    assert checkpoint.config.rms_norm_eps != HF_LATENT_NORM_EPSILON
     ids = tokens(0, 1, 48)
     expected = theirs(ids, use_cache=False).logits
-    by_default = forward(megatron_model(checkpoint), ids)
-    model = megatron_model(checkpoint)
+    model = gpt_model(checkpoint.config, megatron_config(checkpoint.config))
+    checkpoint.load_into(model)
+    by_default = forward(model, ids)
     set_latent_norm_epsilon(model, HF_LATENT_NORM_EPSILON)
     with_knob = forward(model, ids)
     assert (with_knob - expected).abs().max() < 2e-5

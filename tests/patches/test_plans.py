@@ -110,8 +110,16 @@ def test_plans_are_ranked_and_two_numbers_are_offered_too(config_json, capsys):
     balance = [plan["slowest_over_mean"] for plan in report["plans"]]
     assert balance == sorted(balance) and len(balance) == 20
     assert report["first_and_last"]["layers"] == [2, 12, 12, 12, 12, 12, 12, 4]
-    flags = report["first_and_last"]["megatron_flags"]
-    assert flags["--decoder-first-pipeline-num-layers"] == 2
+    assert report["first_and_last"]["megatron_flags"] == {
+        "--pipeline-model-parallel-size": 8,
+        "--decoder-first-pipeline-num-layers": 2,
+        "--decoder-last-pipeline-num-layers": 4,
+    }
+    assert report["first_and_last"]["bridge_provider"] == {
+        "pipeline_model_parallel_size": 8,
+        "num_layers_in_first_pipeline_stage": 2,
+        "num_layers_in_last_pipeline_stage": 4,
+    }
 
 
 def test_multi_token_prediction_goes_to_the_last_chunk(config_json, capsys):

@@ -9,7 +9,6 @@ import torch
 
 import glm5_patch
 from glm5_patch.errors import GLM5PatchError
-from glm5_patch.patching.imports import enable
 from glm5_patch.tools.verify import forward
 from tests.tiny import loss_of, megatron_model, pack_forward, packed, relative, saved, tokens
 
@@ -60,12 +59,15 @@ def gradients(model, losses):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_equal(ours, theirs):
-    """1e-6 over the whole gradient, and no single parameter far off."""
+def assert_equal(ours, theirs, mode):
+    """On the CPU a recompute repeats every operation, so bit for bit; but where it is the norms'
+    alone, autograd adds up the gradients of a norm's readers in another order."""
     assert ours.keys() == theirs.keys()
-    assert relative(*(torch.cat([g.flatten() for g in s.values()]) for s in (ours, theirs))) <= 1e-6
-    for name, gradient in theirs.items():
-        assert relative(ours[name], gradient) <= 1e-5 or not gradient.any(), name
+    if mode == "layernorm":
+        assert max(relative(ours[n], g) for n, g in theirs.items() if g.any()) <= 3e-6
+        assert [n for n, g in theirs.items() if not g.any() and ours[n].any()] == []
+    else:
+        assert [n for n, g in theirs.items() if not torch.equal(ours[n], g)] == []
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +104,7 @@ def test_gradients_equal_those_without_recompute(
     for seed in (0, 1):
         plain = gradients_without_recompute(layout, coefficient, seed)
         model = megatron_model(checkpoint, dsa_indexer_loss_coeff=coefficient, **MODES[mode])
-        assert_equal(gradients(model, microbatches(layout, seed)), plain)
+        assert_equal(gradients(model, microbatches(layout, seed)), plain, mode)
 
 
 def test_a_pack_equals_its_documents_one_by_one(our_core, checkpoint, lower_position_first):
@@ -130,7 +132,7 @@ def test_without_the_checkpoint_patch_a_recompute_is_refused(checkpoint, monkeyp
     monkeypatch.setenv("GLM5_PATCH_DISABLE", "checkpoint_recompute")
     glm5_patch.disable()
     try:
-        enable()
+        glm5_patch.enable()
         with pytest.raises(GLM5PatchError, match="recompute_granularity=None, now 'full'"):
             forward(model, tokens(0, 1, 32))
         model.config.recompute_granularity = None

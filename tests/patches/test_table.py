@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from glm5_patch.patches import MODULES, PATCHES
+from glm5_patch.patches import MODULES
+from glm5_patch.patches.table import PATCHES
 from glm5_patch.patching.patch import Patch
 
 FOLDER = Path(importlib.import_module("glm5_patch.patches").__file__).parent

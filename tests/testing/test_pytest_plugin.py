@@ -60,6 +60,25 @@ def test_patched_and_unpatched_tests_follow_each_other(run):
     assert not re.search("^glm5-patch .*: ", result.stdout.str(), re.M)  # quiet unless asked
 
 
+def test_patches_that_a_fixture_switched_on_go_off_again(run):
+    result = run(
+        """
+        import glm5_patch
+
+        def test_somebody_switches_off():
+            glm5_patch.disable()
+            assert not is_patched()
+
+        def test_patched(glm5_patched):
+            assert is_patched()
+
+        def test_off_again():
+            assert not is_patched()
+        """.replace("\n        ", "\n")
+    )
+    result.assert_outcomes(passed=3)
+
+
 def test_off_means_off_and_what_needs_patches_fails_with_the_reason(run):
     result = run(
         """

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from glm5_patch.patches import PATCHES
+from glm5_patch.patches.table import PATCHES
 from tests.activation.fresh import environment
 
 ROOT = Path(__file__).parents[2]

@@ -43,8 +43,7 @@ def _init(wrapped, instance, args, kwargs):
     instance.n_routed_experts = raw.n_routed_experts
     if hasattr(instance, "num_experts"):
         instance.num_experts = raw.n_routed_experts
-    instance.rope_parameters = {**(instance.rope_parameters or {}), "rope_theta": raw.rope_theta}
-    instance.rope_parameters.setdefault("rope_type", "default")
+    instance.rope_parameters = {**(instance.rope_parameters or {}), **raw.rope_parameters}
     instance.indexer_types = list(raw.schedule.types)
     for name in ("index_topk_freq", "index_skip_topk_offset", "indexer_rope_interleave"):
         if name in kwargs:

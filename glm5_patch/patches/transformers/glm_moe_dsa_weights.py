@@ -46,7 +46,7 @@ def _believe(config_dict: dict, directory: str | os.PathLike | None) -> dict:
         return config_dict
     from pathlib import Path
 
-    from ...checkpoint.reader import shapes_in  # here: `import torch` need not pay for it
+    from ...checkpoint.files import shapes_in  # here: `import torch` need not pay for it
     from ...config.huggingface import ROPE_WIDTH_TENSORS, HFConfig
 
     shapes = shapes_in(Path(directory), ROPE_WIDTH_TENSORS)

@@ -11,6 +11,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from glm5_patch.attention.build import HF_LATENT_NORM_EPSILON, set_latent_norm_epsilon
 from glm5_patch.tools.verify import forward
 from tests.tiny import hf_config, hf_model, loss_of
 
@@ -70,6 +71,7 @@ def build(bridge, settings: dict):
     )
     if torch.cuda.is_available():
         model.cuda()
+    set_latent_norm_epsilon(model, HF_LATENT_NORM_EPSILON)  # or Hugging Face computes others
     bridge.load_hf_weights([model])
     return model
 

@@ -19,8 +19,8 @@ import glm5_patch
 from glm5_patch.checkpoint.bridge_report import checked, report
 from glm5_patch.config.huggingface import HFConfig
 from glm5_patch.errors import CheckpointError
-from glm5_patch.patches import PATCHES
 from glm5_patch.patches.megatron_bridge.glm5_provider import _DESCRIBES_THE_MODEL
+from glm5_patch.patches.table import PATCHES
 from tests.hosts import tables
 from tests.hosts.bridge import standin
 from tests.hosts.bridge.helpers import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ....config.fields import is_glm5
 from ....errors import GLM5PatchError
-from ....patching.ledger import LEDGER, State
+from ....patching.ledger import State
 from ....patching.patch import Finding, Patch
 
 
@@ -27,18 +27,23 @@ def _forward(wrapped, instance, args, kwargs):
     if not is_glm5(instance.config):
         return wrapped(*args, **kwargs)
     from ....topk.carrier import open_carrier
+    from ..frozen_inputs import with_grad
 
+    args, kwargs = with_grad(instance, args, kwargs)
     _refuse_unsafe_recompute(instance)
     with open_carrier():
         return wrapped(*args, **kwargs)
 
 
 def _refuse_unsafe_recompute(block) -> None:
-    recomputes = block.training and block.config.recompute_granularity is not None
-    entry = LEDGER["checkpoint_recompute"]
-    if recomputes and entry.state is not State.APPLIED:
+    if not block.training or block.config.recompute_granularity is None:
+        return
+    from ... import MACHINE
+
+    row = MACHINE.row("checkpoint_recompute")
+    if row.state is not State.APPLIED:
         raise GLM5PatchError(
-            f"patch 'checkpoint_recompute' is {entry.state.value} ({entry.reason}), so a recompute "
+            f"patch 'checkpoint_recompute' is {row.state.value} ({row.reason}), so a recompute "
             "would not find the top-k of its own microbatch; train without recompute "
             f"(recompute_granularity=None, now {block.config.recompute_granularity!r})"
         )
