@@ -120,7 +120,14 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
         return self.linear_kv_up_proj(basis.unsqueeze(1))[0].squeeze(1)
 
     def _run_core_attention(
-        self, query, key, value, attention_mask, packed_seq_params=None, attn_mask_type=None, **inputs
+        self,
+        query,
+        key,
+        value,
+        attention_mask,
+        packed_seq_params=None,
+        attn_mask_type=None,
+        **inputs,
     ):
         """megatron-core 0.19 pads the values of a pack here, which the core's are not."""
         return self.core_attention(

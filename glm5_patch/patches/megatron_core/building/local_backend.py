@@ -6,6 +6,7 @@ from ....config.fields import is_glm5
 from ....patching.patch import Finding, Patch, argument
 from ...probes.megatron_core import lacks_te_linear, why_backend_refuses_local
 
+
 class LocalBackend(Patch):
     id = "local_backend"
     module = "megatron.core.models.gpt.experimental_attention_variant_module_specs"
