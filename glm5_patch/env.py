@@ -1,14 +1,16 @@
 """Every environment variable that glm5-patch reads.
 
-============================ ======================================================
-``GLM5_PATCH=0``             arm nothing (also ``false``, ``off``, ``no``)
-``GLM5_PATCH_DISABLE=a,b``   leave out the patches with these ids
-``GLM5_PATCH_STRICT=1``      raise where a patch fails or a switch is wrong, instead of
-                             warning and refusing later to build a GLM-5 model
-``GLM5_PATCH_LOG=debug``     log what is armed and applied to stderr (any logging level)
-``GLM5_PATCH_KERNELS=torch`` what computes sparse attention: ``auto``, ``triton``, ``cudnn``,
-                             ``flash_mla``, ``torch``
-============================ ======================================================
+============================= =====================================================
+``GLM5_PATCH=0``              arm nothing (also ``false``, ``off``, ``no``)
+``GLM5_PATCH_DISABLE=a,b``    leave out the patches with these ids
+``GLM5_PATCH_STRICT=1``       raise where a patch fails or a switch is wrong, instead of
+                              warning and refusing later to build a GLM-5 model
+``GLM5_PATCH_LOG=debug``      log what is armed and applied to stderr (any logging level)
+``GLM5_PATCH_ATTENTION=host`` whose attention modules a GLM-5 is built of: ``auto`` (the
+                              host's where they are right), ``plugin``, ``host``
+``GLM5_PATCH_KERNELS=torch``  what computes sparse attention: ``auto``, ``triton``, ``cudnn``,
+                              ``flash_mla``, ``torch``
+============================= =====================================================
 
 A wrong value counts as if the variable were not set, and ``problems`` names it.
 """
@@ -27,12 +29,20 @@ DISABLE = "GLM5_PATCH_DISABLE"
 STRICT = "GLM5_PATCH_STRICT"
 LOG = "GLM5_PATCH_LOG"
 KERNELS = "GLM5_PATCH_KERNELS"
+ATTENTION = "GLM5_PATCH_ATTENTION"
 
 _KERNELS = ("auto", "triton", "cudnn", "flash_mla", "torch")
+_ATTENTION = ("auto", "plugin", "host")
 _ON = ("1", "true", "on", "yes")
 _OFF = ("0", "false", "off", "no")
 _LEVELS = ("debug", "info", "warning", "error", "critical")
-_CHOICES = {ENABLED: _ON + _OFF, STRICT: _ON + _OFF, LOG: _LEVELS, KERNELS: _KERNELS}
+_CHOICES = {
+    ENABLED: _ON + _OFF,
+    STRICT: _ON + _OFF,
+    LOG: _LEVELS,
+    KERNELS: _KERNELS,
+    ATTENTION: _ATTENTION,
+}
 _NAMES = (*_CHOICES, DISABLE)
 
 logger = logging.getLogger("glm5_patch")
@@ -99,15 +109,18 @@ def kernels() -> str:
     """What ``GLM5_PATCH_KERNELS`` asks for.
 
     Raises:
-        GLM5PatchError: for no kernels that there are.
+        GLM5PatchError: a value that it does not have.
     """
-    asked = _value(KERNELS) or "auto"
-    if asked not in _KERNELS:
-        typed = os.environ[KERNELS]
-        raise GLM5PatchError(
-            f"{KERNELS}={typed!r} must be one of {', '.join(_KERNELS)}{_guess(asked, _KERNELS)}"
-        )
-    return asked
+    return _asked(KERNELS)
+
+
+def attention() -> str:
+    """What ``GLM5_PATCH_ATTENTION`` asks for.
+
+    Raises:
+        GLM5PatchError: a value that it does not have.
+    """
+    return _asked(ATTENTION)
 
 
 def installed_version(distribution: str) -> str | None:
@@ -118,6 +131,16 @@ def installed_version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _asked(name: str) -> str:
+    asked, choices = _value(name) or "auto", _CHOICES[name]
+    if asked not in choices:
+        raise GLM5PatchError(
+            f"{name}={os.environ[name]!r} must be one of {', '.join(choices)}"
+            f"{_guess(asked, choices)}"
+        )
+    return asked
 
 
 def _value(name: str) -> str:

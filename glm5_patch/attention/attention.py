@@ -31,6 +31,9 @@ class CrossLayerDSAttention(MegatronModule):
     ``CrossLayerMLASelfAttention`` hands it over.
     """
 
+    requires_dsa_inputs = True
+    """megatron-core 0.19 on asks for it: whether ``forward`` takes ``x`` and ``qr``."""
+
     observer: Callable[[int, Tensor], None] | None = None
     """Called with the layer number and the top-k that each forward attends to; for metrics."""
 

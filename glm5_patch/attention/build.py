@@ -56,7 +56,7 @@ def mtp_block_spec(config, spec, vp_stage: int | None = None):
     from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
     from megatron.core.models.gpt import gpt_layer_specs
 
-    from .local_backend import LocalDSASpecProvider
+    from .local_backend import local_spec_provider
 
     if not spec.layer_specs:  # as Megatron-LM does: the layer is that of another stage
         build = specs.get_transformer_block_with_experimental_attention_variant_spec
@@ -66,7 +66,7 @@ def mtp_block_spec(config, spec, vp_stage: int | None = None):
             config, spec, use_transformer_engine=True, vp_stage=vp_stage
         )
     return gpt_layer_specs.get_gpt_mtp_block_spec_for_backend(
-        config, spec, backend=LocalDSASpecProvider(), vp_stage=vp_stage
+        config, spec, backend=local_spec_provider()(), vp_stage=vp_stage
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
-from megatron.core.models.backends import LocalSpecProvider
 from torch import Tensor
 
 
@@ -51,14 +52,6 @@ class DuplicatedLinear(torch.nn.Module):
         return torch.nn.functional.linear(x, self.weight), None
 
 
-try:
-    # MLA knows one class of linear layers with the whole weight on every rank, where it has any.
-    import transformer_engine.pytorch  # noqa: F401
-    from megatron.core.extensions.transformer_engine import TELinear as WholeLinear
-except ImportError:
-    WholeLinear = DuplicatedLinear
-
-
 class LocalNorm:
     """torch's LayerNorm or RMSNorm; the host's wrapper of them refuses sequence parallelism."""
 
@@ -72,11 +65,24 @@ class LocalNorm:
         return norm
 
 
-class LocalDSASpecProvider(LocalSpecProvider):
+@functools.cache
+def local_spec_provider() -> type:
     """The host's local backend, complete enough for a DSA model."""
+    # Here: import hooks of the host need DuplicatedLinear, and may not import more of the host.
+    from megatron.core.models.backends import LocalSpecProvider
 
-    def linear(self) -> type:
-        return WholeLinear
+    try:
+        # MLA knows one class of linear layers with the whole weight on every rank, if it has any.
+        import transformer_engine.pytorch  # noqa: F401
+        from megatron.core.extensions.transformer_engine import TELinear as linear_class
+    except ImportError:
+        linear_class = DuplicatedLinear
 
-    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, **_) -> type:
-        return LocalNorm
+    class LocalDSASpecProvider(LocalSpecProvider):
+        def linear(self) -> type:
+            return linear_class
+
+        def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, **_) -> type:
+            return LocalNorm
+
+    return LocalDSASpecProvider

@@ -119,10 +119,31 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
             basis = basis.chunk(tp.size())[tp.rank()]
         return self.linear_kv_up_proj(basis.unsqueeze(1))[0].squeeze(1)
 
+    def _run_core_attention(
+        self,
+        query,
+        key,
+        value,
+        attention_mask,
+        packed_seq_params=None,
+        attn_mask_type=None,
+        **inputs,
+    ):
+        """megatron-core 0.19 pads the values of a pack here, which the core's are not."""
+        return self.core_attention(
+            query,
+            key,
+            value,
+            attention_mask,
+            packed_seq_params=packed_seq_params,
+            attn_mask_type=attn_mask_type or self.attn_mask_type,
+            **inputs,
+        )
+
     def _checkpointed_attention_forward(
         self, query, key, value, attention_mask, *args, packed_seq_params=None, **kwargs
     ):
-        """The released megatron-core 0.16 to 0.18 give the core no ``x`` and ``qr`` here."""
+        """megatron-core 0.16 to 0.18 give the core no ``x`` and ``qr`` here."""
         (x, qr), self._core_inputs = self._core_inputs, None
 
         def core(query, key, value, x, qr):

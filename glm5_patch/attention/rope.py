@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 from megatron.core.models.common.embeddings import apply_rotary_pos_emb
 from torch import Tensor
@@ -23,7 +24,11 @@ class Rope:
             interleaved: pairs are (0, 1), (2, 3), ... and not the two halves.
         """
         self._embedding, self._cp_group = rotary_pos_emb, cp_group
-        # apply_rotary_pos_emb pairs neighbours for MLA and splits halves otherwise.
+        # apply_rotary_pos_emb pairs neighbours for MLA and splits halves otherwise; from
+        # megatron-core 0.19 on an argument tells it, and not the configuration.
+        takes = inspect.signature(apply_rotary_pos_emb).parameters
+        told_by_argument = "mla_rotary_interleaved" in takes
+        self._pairing = {"mla_rotary_interleaved": interleaved} if told_by_argument else {}
         self._config = copy.copy(config)
         self._config.multi_latent_attention = interleaved
         self._config.rotary_interleaved = False
@@ -39,5 +44,10 @@ class Rope:
     def rotate(self, tensor: Tensor, angles: Tensor, mscale: float) -> Tensor:
         """Rotate [s, b, heads, d]."""
         return apply_rotary_pos_emb(
-            tensor, angles, config=self._config, mscale=mscale, cp_group=self._cp_group
+            tensor,
+            angles,
+            config=self._config,
+            mscale=mscale,
+            cp_group=self._cp_group,
+            **self._pairing,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from ..errors import GLM5PatchError
@@ -24,7 +24,9 @@ def glm5_attention_spec(host_spec: ModuleSpec, config, backend) -> ModuleSpec:
     Raises:
         GLM5PatchError: the host's attention is none that ours could stand in for.
     """
-    if host_spec.module is not MLASelfAttention:
+    if not {field.name for field in dataclasses.fields(MLASelfAttentionSubmodules)} >= {
+        field.name for field in dataclasses.fields(host_spec.submodules)
+    }:
         raise GLM5PatchError(
             f"this megatron-core builds a DSA layer's attention as {host_spec.module.__name__}, "
             "which glm5-patch does not know; report it with `glm5-patch doctor`"
@@ -35,8 +37,9 @@ def glm5_attention_spec(host_spec: ModuleSpec, config, backend) -> ModuleSpec:
         rms_norm = config.normalization == "RMSNorm"
         latent_norm = backend.layer_norm(rms_norm=rms_norm, for_qk=True)
     indexer = host.core_attention.submodules.indexer
+    kept = {field.name: getattr(host, field.name) for field in dataclasses.fields(host)}
     submodules = dataclasses.replace(
-        host,
+        MLASelfAttentionSubmodules(**kept),
         linear_q_up_proj=backend.column_parallel_linear(),
         linear_kv_up_proj=backend.column_parallel_linear(),
         q_layernorm=latent_norm,

@@ -10,6 +10,8 @@ from ..patching.machine import Machine
 MODULES = (
     "megatron.core.transformer.transformer_config",
     "megatron.core.models.gpt.experimental_attention_variant_module_specs",
+    "megatron.core.transformer.multi_latent_attention",
+    "megatron.core.transformer.experimental_attention_variant.absorbed_mla",
     "megatron.core.transformer.moe.moe_utils",
     "megatron.core.transformer.attention",
     "megatron.core.transformer.transformer_block",

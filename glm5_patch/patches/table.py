@@ -8,7 +8,7 @@ from .megatron_bridge.local_lora import LocalLoRA
 from .megatron_core.building.dsa_spec import DSASpec
 from .megatron_core.building.gate import Gate
 from .megatron_core.building.latent_norm_names import LatentNormNames
-from .megatron_core.building.local_backend import LocalBackend
+from .megatron_core.building.local_backend import LocalAbsorbedLinear, LocalBackend, LocalLinear
 from .megatron_core.building.moe_without_te import MoEWithoutTE
 from .megatron_core.building.pipeline_split_check import BlockSpec
 from .megatron_core.building.transformer_config import ConfigFields
@@ -26,6 +26,8 @@ from .transformers.glm_moe_dsa_weights import GlmMoeDsaConfigWeights
 PATCHES = (
     ConfigFields(),
     LocalBackend(),
+    LocalLinear(),
+    LocalAbsorbedLinear(),
     DSASpec(),
     BlockSpec(),
     MoEWithoutTE(),

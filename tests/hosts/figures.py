@@ -51,7 +51,7 @@ def run_as_released() -> None:
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear
     from megatron.core.transformer.experimental_attention_variant import dsa
 
-    from glm5_patch.attention.local_backend import LocalDSASpecProvider
+    from glm5_patch.attention.local_backend import local_spec_provider
 
     class NormAndLinear(ColumnParallelLinear):
         """What Transformer Engine's layer of that kind computes."""
@@ -73,7 +73,7 @@ def run_as_released() -> None:
             hadamard = torch.cat(pair, 0)
         return x @ hadamard * size**-0.5
 
-    LocalDSASpecProvider.column_parallel_layer_norm_linear = lambda self: NormAndLinear
+    local_spec_provider().column_parallel_layer_norm_linear = lambda self: NormAndLinear
     dsa.rotate_activation = rotate
     dispatch = specs.get_experimental_attention_variant_module_spec
 

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from ....config.fields import is_dsa, is_glm5, set_conventions
+from typing import NamedTuple
+
+from .... import env
+from ....config.fields import ZIGZAG, is_dsa, is_glm5, set_conventions
+from ....errors import GLM5PatchError
 from ....patching.patch import Finding, Patch
-from ...probes.megatron_core import why_dsa_spec_is_wrong
+from ...probes.megatron_core import hangs_topk_on_arguments, why_dsa_spec_is_wrong
 from .gate import check_gate
+
+
+class Stack(NamedTuple):
+    """Whose attention modules a GLM-5 is built of."""
+
+    is_plugin: bool
+    reason: str
 
 
 class DSASpec(Patch):
@@ -14,20 +25,56 @@ class DSASpec(Patch):
     attribute = "get_experimental_attention_variant_module_spec"
     why = "A 'dsa' layer is refused, or selects other keys than GLM-5 (57 % right at best)."
     upstream = "megatron-core 0.18.0 knows 'dsa'; 0.19.0 has the right spec and index sharing"
-    remove_when = "no supported megatron-core is older than 0.19"
+    remove_when = "the host's own modules are right, under recompute too"
 
     def needed(self, module) -> Finding:
-        reason = why_dsa_spec_is_wrong(module)
-        return Finding(reason is not None, reason or "the host's own spec is right")
+        wrong = why_dsa_spec_is_wrong(module)
+        if wrong is None and hangs_topk_on_arguments(module):
+            return Finding(True, "the host's index sharing is wrong under recompute")
+        if wrong is None and env.attention() == "plugin":
+            return Finding(True, f"{env.ATTENTION}=plugin")
+        return Finding(wrong is not None, wrong or "the host's own spec is right")
 
     def apply(self, module, seams) -> None:
+        wrong = why_dsa_spec_is_wrong(module)
+
         def dispatch(wrapped, instance, args, kwargs):
-            return _dispatch(module, wrapped, *args, **kwargs)
+            return _dispatch(module, wrong, wrapped, *args, **kwargs)
 
         seams.wrap(module, self.attribute, dispatch, reads=("config", "backend"))
 
 
-def _dispatch(module, wrapped, config, backend=None):
+def attention_stack(config, wrong: str | None) -> Stack:
+    """Whose modules a GLM-5 is built of, as ``GLM5_PATCH_ATTENTION`` asks.
+
+    Args:
+        config: the ``TransformerConfig`` of a GLM-5.
+        wrong: why the host's modules can't be a GLM-5's; None if they can.
+
+    Raises:
+        GLM5PatchError: the host's modules are asked for, and can't do what the configuration says.
+    """
+    asked = env.attention()
+    kernels = getattr(config, "dsa_kernel_backend", "none") or "none"
+    if asked == "auto" and kernels != "none" and wrong is None:
+        asked, reason = "host", f"dsa_kernel_backend={kernels}"
+    else:
+        reason = f"{env.ATTENTION}={asked}"
+    if asked != "host":
+        return Stack(True, reason)
+    unset = f"unset {env.ATTENTION}, or set it to plugin"
+    if wrong is not None:
+        raise GLM5PatchError(f"{reason}: {wrong}; {unset}")
+    order = config.dsa_context_parallel_order
+    if order != ZIGZAG and config.context_parallel_size > 1:
+        raise GLM5PatchError(
+            f"dsa_context_parallel_order={order!r} with {reason}: megatron-core's own sparse "
+            f"attention takes {ZIGZAG!r} alone; {unset}"
+        )
+    return Stack(False, reason)
+
+
+def _dispatch(module, wrong, wrapped, config, backend=None):
     if not is_glm5(config):
         try:
             return wrapped(config=config, backend=backend)
@@ -38,6 +85,8 @@ def _dispatch(module, wrapped, config, backend=None):
             config.dsa_is_glm5 = True
     check_gate(config)
     set_conventions(config)
+    if not attention_stack(config, wrong).is_plugin:
+        return wrapped(config=config, backend=backend)
     from ....attention.spec import glm5_attention_spec  # imports torch and the host
 
     backend = backend or module._get_backend_spec_provider(config=config)

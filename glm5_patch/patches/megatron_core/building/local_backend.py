@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 from ....config.fields import is_glm5
 from ....patching.patch import Finding, Patch, argument
 from ...probes.megatron_core import lacks_te_linear, why_backend_refuses_local
-
-_MLA_MODULES = (
-    "megatron.core.transformer.multi_latent_attention",
-    "megatron.core.transformer.experimental_attention_variant.absorbed_mla",  # 0.17 on
-)
 
 
 class LocalBackend(Patch):
@@ -28,20 +21,64 @@ class LocalBackend(Patch):
 
     def apply(self, module, seams) -> None:
         seams.wrap(module, self.attribute, _backend, reads=("config",))
-        # MLA decides by this name how a down projection is split; None is no class to ask for.
-        from ....attention.local_backend import DuplicatedLinear
-
-        for mla in filter(lacks_te_linear, map(sys.modules.get, _MLA_MODULES)):
-            seams.replace(mla, "TELinear", DuplicatedLinear)
 
     def guards(self, config) -> bool:
         return config.transformer_impl == "local"
+
+
+class LocalLinear(Patch):
+    id = "local_linear"
+    module = "megatron.core.transformer.multi_latent_attention"
+    attribute = "TELinear"
+    why = "Without Transformer Engine, MLA has no linear layer with a whole weight on every rank."
+    upstream = "none"
+    remove_when = "MLA takes the linear layer of any backend as a down projection"
+
+    def needed(self, module) -> Finding:
+        return _needs_linear(module)
+
+    def apply(self, module, seams) -> None:
+        _give_linear(module, seams)
+
+    def guards(self, config) -> bool:
+        return config.transformer_impl == "local"
+
+
+class LocalAbsorbedLinear(Patch):
+    id = "local_absorbed_linear"
+    module = "megatron.core.transformer.experimental_attention_variant.absorbed_mla"
+    attribute = "TELinear"
+    why = "As local_linear, where the host's own absorbed attention is built (megatron-core 0.19)."
+    upstream = "none"
+    remove_when = "MLA takes the linear layer of any backend as a down projection"
+
+    def needed(self, module) -> Finding:
+        return _needs_linear(module)
+
+    def apply(self, module, seams) -> None:
+        _give_linear(module, seams)
+
+    def guards(self, config) -> bool:
+        return config.transformer_impl == "local"
+
+
+def _needs_linear(module) -> Finding:
+    if lacks_te_linear(module):
+        return Finding(True, "TELinear is no class, and MLA asks what is one")
+    return Finding(False, "Transformer Engine's linear layer is there")
+
+
+def _give_linear(module, seams) -> None:
+    # MLA decides by this name how a down projection is split.
+    from ....attention.local_backend import DuplicatedLinear
+
+    seams.replace(module, "TELinear", DuplicatedLinear)
 
 
 def _backend(wrapped, instance, args, kwargs):
     config = argument(wrapped, args, kwargs, "config")
     if config.transformer_impl != "local" or not is_glm5(config):
         return wrapped(*args, **kwargs)
-    from ....attention.local_backend import LocalDSASpecProvider  # imports torch and the host
+    from ....attention.local_backend import local_spec_provider  # imports torch and the host
 
-    return LocalDSASpecProvider()
+    return local_spec_provider()()

@@ -142,11 +142,6 @@ def _validate(config) -> None:
     if order == ZIGZAG or config.context_parallel_size == 1:
         return
     zigzag = f"cut the batch in zigzag order and set dsa_context_parallel_order={ZIGZAG!r}"
-    if not refuses_context_parallel():
-        raise GLM5PatchError(
-            f"dsa_context_parallel_order={order!r}: this megatron-core's own sparse attention "
-            f"knows its zigzag order alone; {zigzag}"
-        )
     if config.mtp_num_layers:
         raise GLM5PatchError(
             f"dsa_context_parallel_order={order!r} with mtp_num_layers={config.mtp_num_layers}: "
