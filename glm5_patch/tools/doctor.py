@@ -224,6 +224,17 @@ def probe() -> Iterator[Finding]:
     yield Finding(
         "hosts", bool(present), f"{len(present)} patches have one", "install megatron-core"
     )
+    core = sys.modules.get("megatron.core.transformer.transformer_config")
+    if core is not None:
+        from ..patches.probes.megatron_core import why_arguments_fail
+
+        cause = why_arguments_fail(core.TransformerConfig)
+        yield Finding(
+            "command line of Megatron-LM",
+            cause is None,
+            cause or "every dsa_ field is an argument",
+            "no model can be launched by it; report it, and set GLM5_PATCH=0 until then",
+        )
     for patch in present:
         cause = MACHINE.why_not_in_place(patch)
         row = MACHINE.row(patch.id)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import warnings
+from argparse import ArgumentParser
 from types import ModuleType, SimpleNamespace
 
 from . import names_read_by
@@ -26,6 +27,28 @@ def one_sided_flags(config_class: type) -> list[dataclasses.Field]:
         and isinstance(field.default, bool)
         and "argparse_meta" not in field.metadata
     ]
+
+
+def why_arguments_fail(config_class: type) -> str | None:
+    """What keeps a command line from being made of the sparse attention's fields.
+
+    Megatron-LM's parser is made of all fields of ``TransformerConfig``, for every model: one
+    field of a type that it does not know stops every launch.
+    """
+    own = [f for f in dataclasses.fields(config_class) if f.name.startswith("dsa_")]
+    for field in own:
+        if isinstance(field.type, str):
+            return f"the type of {field.name} is the string {field.type!r}"
+    try:
+        from megatron.training.argument_utils import ArgumentGroupFactory
+    except Exception:  # not in this wheel, or without what it needs
+        return None
+    others = {f.name for f in dataclasses.fields(config_class)} - {f.name for f in own}
+    try:
+        ArgumentGroupFactory(config_class, exclude=list(others)).build_group(ArgumentParser())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 @functools.cache
