@@ -157,6 +157,17 @@ class CrossLayerDSAttention(MegatronModule):
         return topk_indices, inputs
 
     def _attach_loss(self, output, inputs, query, key, value, topk_indices, layout) -> Tensor:
+        rows = layout.rows
+        if layout.real is not None:  # padding teaches the indexer nothing
+            if not len(layout.real):
+                return output
+            rows = rows.of_queries(layout.real)
+            query = query[layout.real]
+            inputs = inputs._replace(
+                query=inputs.query[layout.real], weights=inputs.weights[layout.real]
+            )
+            if topk_indices is not None:
+                topk_indices = topk_indices[:, layout.real]
         loss = indexer_loss(
             self.indexer,
             inputs,
@@ -164,7 +175,7 @@ class CrossLayerDSAttention(MegatronModule):
             key,
             value,
             topk_indices,
-            layout.rows,
+            rows,
             self.dims,
             softmax_scale=self.softmax_scale,
             coefficient=self._loss_coefficient,

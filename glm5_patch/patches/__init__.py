@@ -7,6 +7,7 @@ MODULES = (
     "megatron.core.transformer.transformer_config",
     "megatron.core.models.gpt.experimental_attention_variant_module_specs",
     "megatron.core.transformer.moe.moe_utils",
+    "megatron.core.transformer.moe.router",
     "megatron.core.transformer.attention",
     "megatron.core.transformer.transformer_block",
     "megatron.core.transformer.experimental_attention_variant.dsa",
