@@ -160,13 +160,24 @@ class CrossLayerDSAttention(MegatronModule):
         return topk_indices, inputs
 
     def _attach_loss(self, output, inputs, query, key, value, topk_indices, layout) -> Tensor:
+        queries = layout.queries
+        if layout.real is not None:  # padding teaches the indexer nothing
+            if not len(layout.real):
+                return output
+            queries = queries.of_queries(layout.real)
+            query = query[layout.real]
+            inputs = inputs._replace(
+                query=inputs.query[layout.real], weights=inputs.weights[layout.real]
+            )
+            if topk_indices is not None:
+                topk_indices = topk_indices[:, layout.real]
         loss = indexer_loss(
             inputs,
             query,
             key,
             value,
             topk_indices,
-            layout.queries,
+            queries,
             self.dims,
             softmax_scale=self.softmax_scale,
             index_scale=self.indexer.softmax_scale,

@@ -68,6 +68,10 @@ class QueryPositions(NamedTuple):
         """Without the first queries."""
         return QueryPositions(self.starts[count:], self.places[count:], self.keys, self.longest)
 
+    def of_queries(self, queries: Tensor) -> QueryPositions:
+        """Some queries alone, int64; the keys stay."""
+        return QueryPositions(self.starts[queries], self.places[queries], self.keys, self.longest)
+
     @property
     def is_one_sequence(self) -> bool:
         """Query i stands at key i, and sees all keys up to it."""

@@ -13,6 +13,7 @@ MODULES = (
     "megatron.core.transformer.multi_latent_attention",
     "megatron.core.transformer.experimental_attention_variant.absorbed_mla",
     "megatron.core.transformer.moe.moe_utils",
+    "megatron.core.transformer.moe.router",
     "megatron.core.transformer.attention",
     "megatron.core.transformer.transformer_block",
     "megatron.core.transformer.experimental_attention_variant.dsa",

@@ -18,6 +18,7 @@ from .megatron_core.running.dsa_kernels import DSAKernels
 from .megatron_core.running.index_schedule import IndexShareSchedule
 from .megatron_core.running.index_share_carrier import IndexShareCarrier
 from .megatron_core.running.indexer_loss_scale import IndexerLossScale
+from .megatron_core.running.router_padding import RouterPadding
 from .megatron_core.running.te_checkpoint import TECheckpoint
 from .megatron_core.running.topk_carrier import BlockCarrier
 from .transformers.glm_moe_dsa_config import GlmMoeDsaConfigValues
@@ -40,6 +41,7 @@ PATCHES = (
     CheckpointRecompute(),
     CheckpointWithoutTE(),
     IndexerLossScale(),
+    RouterPadding(),
     TECheckpoint(),
     GlmMoeDsaConfigValues(),
     GlmMoeDsaConfigWeights(),

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from ..config.fields import CONTIGUOUS, ZIGZAG
 from ..errors import GLM5PatchError
-from ..ops.query_positions import QueryPositions, document_bounds, document_starts, longest_document
+from ..ops.query_positions import (
+    QueryPositions,
+    document_bounds,
+    document_starts,
+    is_thd,
+    longest_document,
+)
 from .carrier import current_carrier
 
 
@@ -25,6 +31,8 @@ class Layout(NamedTuple):
     queries: QueryPositions
     split: ContextParallel | None = None
     """If the sequence is split between ranks."""
+    real: Tensor | None = None
+    """int64: the queries of this rank that are not padding; None: all of them."""
 
     @classmethod
     def of(cls, config, cp_group, packed_seq_params, local_length: int, device) -> Layout:
@@ -39,6 +47,7 @@ class Layout(NamedTuple):
             layout = cls(split.queries, split)
         else:
             layout = cls(QueryPositions.of(packed_seq_params, local_length, device))
+        layout = layout._replace(real=real_queries(packed_seq_params, layout.queries))
         if carrier is not None:
             carrier.layout = layout
         return layout
@@ -46,6 +55,45 @@ class Layout(NamedTuple):
     def gather(self, tensor: Tensor) -> Tensor:
         """[s / cp, ...] of every rank -> [s, ...] in natural order."""
         return tensor if self.split is None else self.split.gather(tensor)
+
+
+def real_queries(packed_seq_params, queries: QueryPositions) -> Tensor | None:
+    """The queries of a pack that are not padding, int64, or None where there is no padding.
+
+    ``real_token_mask_q`` (bool [s], megatron-core 0.19's name) says which they are. Without it the
+    lengths in ``cu_seqlens_q`` do, where ``cu_seqlens_q_padded`` says how documents are padded.
+
+    Raises:
+        GLM5PatchError: ``real_token_mask_q`` fits neither this rank's tokens nor the whole pack.
+    """
+    if not is_thd(packed_seq_params):
+        return None
+    mask = getattr(packed_seq_params, "real_token_mask_q", None)
+    if mask is None:
+        mask = _real_by_lengths(packed_seq_params, queries)
+        if mask is None:
+            return None
+    else:
+        mask = mask.flatten().bool().to(queries.starts.device)
+        if len(mask) == queries.keys:
+            mask = mask[queries.places]
+        elif len(mask) != len(queries.starts):
+            raise GLM5PatchError(
+                f"real_token_mask_q has {len(mask)} entries for {len(queries.starts)} tokens on "
+                f"this rank, {queries.keys} in the pack; give it one entry for each token"
+            )
+    real = mask.nonzero().squeeze(1)
+    return None if len(real) == len(mask) else real
+
+
+def _real_by_lengths(packed_seq_params, queries: QueryPositions) -> Tensor | None:
+    padded = packed_seq_params.cu_seqlens_q_padded
+    if padded is None:
+        return None
+    device = queries.starts.device
+    lengths = packed_seq_params.cu_seqlens_q.diff().to(device)
+    document = torch.searchsorted(padded.long().to(device), queries.places, right=True) - 1
+    return queries.local_positions < lengths[document]
 
 
 class ContextParallel:

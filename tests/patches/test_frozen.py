@@ -103,7 +103,7 @@ def test_recompute_trains_what_is_trainable(
     _, plain = gradients_without_recompute(frozen, layout)
     assert plain
     _, found = gradients_of(checkpoint, frozen, layout, **MORE_MODES[mode])
-    assert_equal(found, plain)
+    assert_equal(found, plain, mode)
 
 
 @pytest.mark.parametrize("frozen", FROZEN)

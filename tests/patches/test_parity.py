@@ -40,10 +40,11 @@ def compared(ours, theirs, ids_of):
             logits, expected = forward(ours, ids), theirs(ids, use_cache=False).logits
         topk = compare_topk(our_topk, their_topk)
         assert topk.differing == 0
-        assert (logits - expected)[topk.intact].abs().max() <= 2e-5
+        layers = len(our_topk.topk_indices)
+        assert (logits - expected)[topk.intact].abs().max() <= 2e-5 * max(1, layers / 8)
         untouched = ids[topk.intact.all(-1)]
         if len(untouched):
-            return untouched, len(our_topk.topk_indices)
+            return untouched, layers
     pytest.fail("every sequence of eight draws has near ties")
 
 

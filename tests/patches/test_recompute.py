@@ -85,14 +85,6 @@ def gradients_without_recompute(checkpoint):
     return of
 
 
-@pytest.fixture
-def lower_position_first():
-    """Equal scores fall alike in rows of different length only in a fixed order."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize(
     ("layout", "coefficient"),
     [("bshd", None), ("bshd", 0.1), ("thd", None), ("thd", 0.1), ("mask", None), ("reused", None)],

@@ -260,6 +260,35 @@ def reads_unbound_gemm(moe_utils: ModuleType) -> bool:
     return not bound and hasattr(moe_utils, "RouterGatingLinearFunction")
 
 
+def why_padding_is_counted(router_class: type) -> str | None:
+    """What the router does to a ``padding_mask`` beside an expert bias, tried on three tokens, the
+    last of which is padding.
+
+    megatron-core 0.16 to 0.19 lay the mask [tokens] along the experts of the map [tokens, experts];
+    where there are as many tokens as experts, they count wrong ones.
+    """
+    import torch
+
+    if not hasattr(router_class, "_apply_expert_bias"):
+        return None  # a core from before padding masks
+    for experts in (2, 3):
+        router = SimpleNamespace(
+            enable_expert_bias=True,
+            frozen_expert_bias=False,
+            local_tokens_per_expert=torch.zeros(experts),
+        )
+        routing_map = torch.ones(3, experts, dtype=torch.bool)
+        padding_mask = torch.tensor([False, False, True])
+        try:
+            with torch.enable_grad():
+                router_class._apply_expert_bias(router, routing_map, padding_mask=padding_mask)
+        except RuntimeError:
+            return "the router lays the padding mask along the experts"
+        if (router.local_tokens_per_expert != 2).any():
+            return "the router counts padded tokens"
+    return None
+
+
 def reads_unbound_fp8_state(random: ModuleType) -> bool:
     """Whether a checkpoint looks for fp8 state, which without Transformer Engine nothing binds."""
     takes_false_for_fp8 = random.CheckpointWithoutOutput(fp8=False).fp8
