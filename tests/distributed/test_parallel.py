@@ -7,7 +7,16 @@ import pytest
 
 import glm5_patch
 from tests.distributed import run
-from tests.distributed.cases import CASES, CHECKPOINT, CONTIGUOUS, READERS, RECOMPUTE, SP, Case
+from tests.distributed.cases import (
+    CASES,
+    CHECKPOINT,
+    CONTIGUOUS,
+    READERS,
+    RECOMPUTE,
+    SOME,
+    SP,
+    Case,
+)
 
 GRADIENTS, LOSS = 1e-6, 1e-6
 # Tensor parallelism sums the partial products of a matrix in another order; so much the same
@@ -46,9 +55,13 @@ def shortcomings(case, found):
     return "; ".join(problems)
 
 
-def test_every_split_equals_one_process(tmp_path):
-    found = run.everything(tmp_path, list(CASES))
-    wrong = {name: shortcomings(case, found[name]) for name, case in NAMES.items()}
+@pytest.mark.parametrize(
+    "cases",
+    [pytest.param(SOME, id="some"), pytest.param(CASES, id="all", marks=pytest.mark.nightly)],
+)
+def test_splits_equal_one_process(cases, tmp_path):
+    found = run.everything(tmp_path, list(cases))
+    wrong = {case.name: shortcomings(case, found[case.name]) for case in cases}
     assert {name: text for name, text in wrong.items() if text} == {}
     assert found["refused"]["same"]
     assert "holds layer 5, a skip layer whose source, layer 3," in found["refused"]["says"]
