@@ -213,6 +213,13 @@ FAULTS = (
         "tests/topk/test_carrier.py",
     ),
     Fault(
+        "a patch that fails leaves the host half changed",
+        "patching/machine.py",
+        "seams.undo()\n            if not isinstance",
+        "pass\n            if not isinstance",
+        "tests/patches/test_failing_apply.py",
+    ),
+    Fault(
         "the indexer loss of every microbatch counts whole",
         "patches/megatron_core/running/indexer_loss_scale.py",
         "scale = scale / num_microbatches",
