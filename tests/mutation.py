@@ -245,7 +245,7 @@ FAULTS = (
         "testing/pytest_plugin.py",
         "        if not was_on:\n            glm5_patch.disable()",
         "        pass",
-        "tests/testing/test_pytest_plugin.py",
+        "tests/testing/test_pytest_plugin.py::test_each_test_has_the_patches_that_it_asks_for",
     ),
     Fault(
         "indexers average no gradients over the ranks of tensor parallelism",
