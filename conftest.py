@@ -8,6 +8,9 @@ from pathlib import Path
 
 # Tiny tensors: threads would only wait for each other, here and in child processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Inductor compiles one function of megatron-core's router, 5 to 11 s in each process. The test of
+# `glm5-patch verify` leaves it on.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 # Triton reads it when it is imported, which a host may do.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -17,6 +20,15 @@ import pytest  # noqa: E402
 warnings.filterwarnings(
     "ignore", message=".*(Apex|Transformer Engine|cuda_graph_scope|core_attn is from).*"
 )
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """Tests that share a fixture of their module run in one worker, which makes it once."""
+    for item in items:
+        fixtures = item._fixtureinfo.name2fixturedefs.values()
+        if any(one.scope == "module" for definitions in fixtures for one in definitions):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(scope="session")

@@ -213,6 +213,13 @@ FAULTS = (
         "tests/topk/test_carrier.py",
     ),
     Fault(
+        "a patch that fails leaves the host half changed",
+        "patching/machine.py",
+        "seams.undo()\n            if not isinstance",
+        "pass\n            if not isinstance",
+        "tests/patches/test_failing_apply.py",
+    ),
+    Fault(
         "the indexer loss of every microbatch counts whole",
         "patches/megatron_core/running/indexer_loss_scale.py",
         "scale = scale / num_microbatches",
@@ -238,7 +245,7 @@ FAULTS = (
         "testing/pytest_plugin.py",
         "        if not was_on:\n            glm5_patch.disable()",
         "        pass",
-        "tests/testing/test_pytest_plugin.py",
+        "tests/testing/test_pytest_plugin.py::test_each_test_has_the_patches_that_it_asks_for",
     ),
     Fault(
         "indexers average no gradients over the ranks of tensor parallelism",

@@ -163,6 +163,30 @@ def _cases():
 
 CASES = tuple(_cases())
 
+_SOME = """
+TP 2, forward, thd
+TP 2 + SP, thd
+TP 2 + SP, indexer loss
+PP 2, recompute full, thd
+PP 2, recompute block
+PP 2, recompute core_attn
+PP 2, recompute layernorm
+PP 2, indexer loss, recompute full
+PP 2 x VPP 2, recompute full
+PP 2 x VPP 2, recompute mla_up_proj, thd
+PP 2 x VPP 2 x TP 2 + SP, recompute full
+CP 2, recompute full, thd
+CP 2, indexer loss, recompute core_attn
+CP 2 x TP 2 + SP
+CP 2, contiguous, indexer loss, recompute mla_up_proj, thd
+CP 2 x TP 2 + SP, contiguous, recompute full
+EP 2 x TP 2 + SP
+DP 2, distributed optimizer
+MTP, PP 2, recompute core_attn
+MTP alone on the last stage
+"""
+SOME = tuple(case for case in CASES if case.name in _SOME.splitlines())
+"""One of each kind; the others are more of the same."""
 
 CHECKPOINT = Case("PP 2 x TP 2 + SP, distributed checkpoint", pp=2, tp=2, settings={**UNEVEN, **SP})
 """Saved so and loaded into one process, and the other way round."""

@@ -7,12 +7,22 @@ import pytest
 
 import glm5_patch
 from tests.distributed import run
-from tests.distributed.cases import CASES, CHECKPOINT, CONTIGUOUS, READERS, RECOMPUTE, SP, Case
+from tests.distributed.cases import (
+    CASES,
+    CHECKPOINT,
+    CONTIGUOUS,
+    READERS,
+    RECOMPUTE,
+    SOME,
+    SP,
+    Case,
+)
 
-GRADIENTS, LOSS = 1e-6, 1e-6
-# Tensor parallelism sums the partial products of a matrix in another order; so much the same
-# gradients move in one process when they are compared with Hugging Face's.
-GRADIENTS_TP = 5e-6
+LOSS = 5e-7
+# Relative, over all parameters of a rank and of the worst one. Tensor parallelism sums the partial
+# products of a matrix in another order, too.
+GRADIENTS, WORST = 2e-6, 4e-6
+GRADIENTS_TP, WORST_TP = 6e-6, 8e-6
 # Of a model without MoE layers too, from 0.19 on.
 HOSTS_REFUSAL = "AbsorbedMLA requires sequence_parallel when tensor_model_parallel_size > 1"
 ZIGZAG_ONLY = "this megatron-core's own sparse attention knows its zigzag order alone"
@@ -25,6 +35,12 @@ def native_dsa() -> bool:
     return glm5_patch.require()["dsa_spec"].state == "not_needed"
 
 
+def repeats_every_operation(case):
+    """Whether stages alone are split: then each does what one process does, in its order."""
+    adds_up_anew = case.settings.items() >= RECOMPUTE["layernorm"].items()
+    return case.world == case.pp > 1 and not adds_up_anew and "mtp_num_layers" not in case.settings
+
+
 def shortcomings(case, found):
     """What is wrong with one result, as text; nothing if it is right."""
     if "error" in found:
@@ -32,23 +48,31 @@ def shortcomings(case, found):
             native_dsa() and case.settings.items() >= CONTIGUOUS.items() and ZIGZAG_ONLY
         )
         return "" if expected and expected in found["error"] else found["error"]
-    bound = GRADIENTS_TP if case.settings.items() >= SP.items() else GRADIENTS
+    tp = case.settings.items() >= SP.items()
+    gradients, worst = (GRADIENTS_TP, WORST_TP) if tp else (GRADIENTS, WORST)
     problems = []
+    if repeats_every_operation(case):
+        if found["loss"] or found["gradients"]:
+            problems.append(f"not bit for bit: {found}")
     if not found["loss"] <= LOSS:
         problems.append(f"loss off by {found['loss']}")
     if not found["topk_equal"]:
         problems.append("ranks of a tensor-parallel group select other keys")
     if not case.forward_only:
-        if not found["gradients"] <= bound:
+        if not (found["gradients"] <= gradients and found["worst"][1] <= worst):
             problems.append(f"gradients off by {found['gradients']}, most in {found['worst']}")
         if case.indexer_loss and found["computing"] != [1, 2, 3, 7]:
             problems.append(f"indexers of layers {found['computing']} have gradients")
     return "; ".join(problems)
 
 
-def test_every_split_equals_one_process(tmp_path):
-    found = run.everything(tmp_path, list(CASES))
-    wrong = {name: shortcomings(case, found[name]) for name, case in NAMES.items()}
+@pytest.mark.parametrize(
+    "cases",
+    [pytest.param(SOME, id="some"), pytest.param(CASES, id="all", marks=pytest.mark.nightly)],
+)
+def test_splits_equal_one_process(cases, tmp_path):
+    found = run.everything(tmp_path, list(cases))
+    wrong = {case.name: shortcomings(case, found[case.name]) for case in cases}
     assert {name: text for name, text in wrong.items() if text} == {}
     assert found["refused"]["same"]
     assert "holds layer 5, a skip layer whose source, layer 3," in found["refused"]["says"]

@@ -4,9 +4,10 @@
 
 A HOST is PACKAGE==RELEASE, or several of them joined by +, the first of which is tested.
 INTERPRETER is the python of an environment that has torch and the test dependencies. A release that
-can't be installed counts as a failure. Prints a line for each host and a table at the end. With
---record it measures each host instead (tests/hosts/figures.py) and writes docs/hosts.json and the
-tables that are made from it.
+can't be installed counts as a failure. Hosts are tested two at a time, so the one that takes the
+longest comes first. Prints when each begins and ends, and a table at the end. With --record it
+measures each host instead (tests/hosts/figures.py) and writes docs/hosts.json and the tables that
+are made from it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 PARITY = ["tests/patches/test_parity.py", "tests/patches/test_config_fields.py", "tests/hosts"]
 TESTS = {
     "megatron-core": PARITY,
-    "transformers": ["tests/patches/test_hf_config.py", "tests/hosts"],
+    "transformers": ["tests/patches/test_hf_config.py", "tests/hosts/test_tables.py"],
     "megatron-bridge": ["tests/hosts/bridge"],
     # It has too little of GLM-5 to be patched.
     "megatron-core==0.16.0rc0.dev132713": ["tests/activation/test_unsupported.py"],
@@ -51,6 +52,8 @@ TESTS = {
         "tests/distributed",
     ],
 }
+AT_ONCE = 2
+"""Hosts; each runs its tests in one process, so that what is imported is imported once."""
 PARALLEL = ("0.16.1", "0.18.2", "0.19.2")
 # transformers brings tokenizers of the version it insists on; megatron-core's needs are all there.
 # Bridge's needs are in tests/hosts/bridge/requirements.txt.
@@ -120,13 +123,13 @@ class Host:
 def test(host: Host) -> dict[str, int]:
     """The counts of pytest's last line."""
     tests = TESTS.get(host.requirement, TESTS[host.package])
-    result = host.run("-m", "pytest", "-q", "-n", "auto", "-p", "no:cacheprovider", *tests)
+    result = host.run("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
     lines = result.stdout.strip().splitlines() or [""]
     found = re.findall(r"(\d+) (passed|failed|error|skipped)", lines[-1])
     counts = {kind: int(n) for n, kind in found}
     for line in lines:
         if line.startswith(("FAILED", "ERROR", "SKIPPED")):
-            print("   ", line[:200])
+            print(f"    {host.requirement}: {line[:200]}")
     if result.returncode and not counts.get("failed"):
         print(result.stdout[-2000:], result.stderr[-2000:])
         counts["failed"] = counts.get("error", 1)
@@ -154,32 +157,28 @@ def _printed(result: subprocess.CompletedProcess) -> dict:
 
 
 def on_each(requested: list[tuple[str, str]], action: Callable[[Host], dict]) -> dict[str, dict]:
-    """Act on every host, and meanwhile install the next; one that fails has {"failed": 1}."""
-    table = {}
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as installer:
+    """Act on every host, two at a time; one that fails has {"failed": 1}."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(AT_ONCE) as pool:
         hosts = [
             Host(python, requirement, os.path.join(folder, str(number)))
             for number, (python, requirement) in enumerate(requested)
         ]
-        installed = installer.submit(hosts[0].install)
-        for number, host in enumerate(hosts, 1):
-            print(f"[{number}/{len(hosts)}] {host.requirement}", flush=True)
-            start = time.perf_counter()
-            try:
-                this, installed = installed, installer.submit(_install_next, hosts[number:])
-                this.result()
-                table[host.requirement] = action(host)
-            except HostFailed as error:
-                print("   ", error)
-                table[host.requirement] = {"failed": 1}
-            shutil.rmtree(host.folder, ignore_errors=True)
-            print(f"    {time.perf_counter() - start:.0f} s", flush=True)
-    return table
+        results = pool.map(lambda host: _on_one(host, action), hosts)
+        return {host.requirement: result for host, result in zip(hosts, results)}
 
 
-def _install_next(hosts: list[Host]) -> None:
-    if hosts:
-        hosts[0].install()
+def _on_one(host: Host, action: Callable[[Host], dict]) -> dict:
+    print(f"{host.requirement}: begins", flush=True)
+    start = time.perf_counter()
+    try:
+        host.install()
+        result = action(host)
+    except HostFailed as error:
+        print("   ", error)
+        result = {"failed": 1}
+    shutil.rmtree(host.folder, ignore_errors=True)
+    print(f"{host.requirement}: {time.perf_counter() - start:.0f} s", flush=True)
+    return result
 
 
 def print_counts(table: dict[str, dict[str, int]]) -> bool:

@@ -49,22 +49,3 @@ def test_the_transformers_at_hand_is_patched_as_recorded():
     if release not in RECORD["transformers"]:
         pytest.skip(f"transformers {release} is not in docs/hosts.json")
     assert found == recorded("transformers", release, found)
-
-
-@pytest.mark.parametrize("release", CORES)
-def test_every_core_is_right_when_patched(release):
-    for row in CORES[release]["figures"].values():
-        assert row["same_input"] > 0.9999 and row["end_to_end"] > 0.999
-        assert row["logits"] <= 2e-5
-        assert row["gradients"] <= 1e-5
-        assert row["recompute"] <= 1e-6
-
-
-@pytest.mark.parametrize("release", CORES)
-def test_every_core_is_wrong_as_released(release):
-    """So the figures can fail, and a release that is right one day is noticed."""
-    released = CORES[release]["released"]
-    if released["5.2"] is None:
-        assert released["5.1"]["same_input"] < 0.65
-    else:
-        assert released["5.2"]["recompute"] > 0.5

@@ -10,8 +10,9 @@ import pytest
 pytest_plugins = ["pytester"]
 
 SPECS = "megatron.core.models.gpt.experimental_attention_variant_module_specs"
+TORCH = "import pytest, torch\n"
 PRELUDE = f"""
-import pytest, torch
+{TORCH}
 import {SPECS} as specs
 
 def is_patched():
@@ -26,8 +27,8 @@ def run(pytester, monkeypatch):
     for name in [name for name in os.environ if name.startswith(("GLM5_PATCH", "PYTEST_ADDOPTS"))]:
         monkeypatch.delenv(name)
 
-    def run(tests, *options):
-        pytester.makepyfile(PRELUDE + tests)
+    def run(tests, *options, prelude=PRELUDE):
+        pytester.makepyfile(prelude + tests)
         plugin = () if _is_installed() else ("-p", "glm5_patch.testing.pytest_plugin")
         return pytester.runpytest_subprocess("-W", "ignore", *plugin, *options)
 
@@ -40,9 +41,12 @@ def _is_installed() -> bool:
     return bool(entry_points(group="pytest11", name="glm5_patch"))
 
 
-def test_patched_and_unpatched_tests_follow_each_other(run):
+def test_each_test_has_the_patches_that_it_asks_for(run):
+    """In one process, whatever the tests before it asked for."""
     result = run(
         """
+        import glm5_patch
+
         def test_as_it_comes(glm5_status):
             assert is_patched() and glm5_status["gate"].state == "applied"
 
@@ -54,29 +58,34 @@ def test_patched_and_unpatched_tests_follow_each_other(run):
 
         def test_again_as_it_comes():
             assert is_patched()
-        """.replace("\n        ", "\n")
-    )
-    result.assert_outcomes(passed=4)
-    assert not re.search("^glm5-patch .*: ", result.stdout.str(), re.M)  # quiet unless asked
 
+        @pytest.mark.glm5_patches
+        def test_marked():
+            assert is_patched()
 
-def test_patches_that_a_fixture_switched_on_go_off_again(run):
-    result = run(
-        """
-        import glm5_patch
+        @pytest.mark.glm5_patches("gate", "dsa_spec")
+        def test_marked_with_two():
+            assert is_patched()
+
+        @pytest.mark.glm5_patches("gaet")
+        def test_a_typing_error():
+            pass
 
         def test_somebody_switches_off():
             glm5_patch.disable()
             assert not is_patched()
 
-        def test_patched(glm5_patched):
+        def test_patched_where_it_was_off(glm5_patched):
             assert is_patched()
 
         def test_off_again():
             assert not is_patched()
-        """.replace("\n        ", "\n")
+        """.replace("\n        ", "\n"),
+        "--strict-markers",
     )
-    result.assert_outcomes(passed=3)
+    result.assert_outcomes(passed=9, errors=1)
+    result.stdout.fnmatch_lines(["*ValueError: no patch is called*gaet*"])
+    assert not re.search("^glm5-patch .*: ", result.stdout.str(), re.M)  # quiet unless asked
 
 
 def test_off_means_off_and_what_needs_patches_fails_with_the_reason(run):
@@ -101,35 +110,14 @@ def test_off_means_off_and_what_needs_patches_fails_with_the_reason(run):
     result.stdout.fnmatch_lines(["glm5-patch *: off", "*GLM5PatchError: patch *GLM5_PATCH=0*"])
 
 
-def test_a_marked_test_runs_where_the_patches_are_in_place(run):
-    result = run(
-        """
-        @pytest.mark.glm5_patches
-        def test_all():
-            assert is_patched()
-
-        @pytest.mark.glm5_patches("gate", "dsa_spec")
-        def test_two():
-            assert is_patched()
-
-        @pytest.mark.glm5_patches("gaet")
-        def test_a_typing_error():
-            pass
-        """.replace("\n        ", "\n"),
-        "--strict-markers",
-    )
-    result.assert_outcomes(passed=2, errors=1)
-    result.stdout.fnmatch_lines(["*ValueError: no patch is called*gaet*"])
-
-
 def test_the_ini_file_sets_the_default_and_the_option_beats_it(run, pytester):
     pytester.makeini("[pytest]\nglm5_patch = off\n")
     tests = "def test_it(glm5_status):\n    assert not glm5_status\n"
-    run(tests).assert_outcomes(passed=1)
+    run(tests, prelude=TORCH).assert_outcomes(passed=1)
     tests = "def test_it(glm5_status):\n    assert glm5_status\n"
-    run(tests, "--glm5-patch=auto").assert_outcomes(passed=1)
+    run(tests, "--glm5-patch=auto", prelude=TORCH).assert_outcomes(passed=1)
     pytester.makeini("[pytest]\nglm5_patch = loud\n")
-    result = run(tests)
+    result = run(tests, prelude=TORCH)
     result.stderr.fnmatch_lines(["*glm5_patch='loud' is none of auto, off, strict*"])
 
 
@@ -140,12 +128,12 @@ import re
 def test_it():
     assert os.environ["GLM5_PATCH_STRICT"] == "1"
 """
-    run(tests, "--glm5-patch=strict").assert_outcomes(passed=1)
+    run(tests, "--glm5-patch=strict", prelude="").assert_outcomes(passed=1)
 
 
 def test_it_goes_with_xdist_and_with_warnings_as_errors(run):
     tests = "def test_it(glm5_patched):\n    assert is_patched()\n"
-    run(tests, "-n", "2").assert_outcomes(passed=1)
+    run(tests, "-n", "1").assert_outcomes(passed=1)
     result = run(tests, "-W", "error::pytest.PytestWarning", "-p", "no:xdist")
     result.assert_outcomes(passed=1)
 
