@@ -21,6 +21,7 @@ from ..ops.query_positions import visible_topk
 from ..ops.sparse_attention.operation import MLADims, sparse_mla
 from ..topk.carrier import current_carrier, require_carrier
 from ..topk.tokens import Layout
+from .mask import require_causal
 
 
 class CrossLayerDSAttention(MegatronModule):
@@ -92,7 +93,8 @@ class CrossLayerDSAttention(MegatronModule):
                 sequence.
             value: what makes keys and values of the latent,
                 [kv_lora_rank, n * (qk_head_dim + v_head_dim)].
-            attention_mask: ignored: the mask is causal, within documents if packed.
+            attention_mask: checked, see ``require_causal``: the mask is causal, within documents if
+                packed.
             x: hidden states [s, b, h] ([s / tp, b, h] under sequence parallelism).
             qr: normalised query latent [s, b, q_lora_rank] likewise.
             packed_seq_params: documents of a pack.
@@ -102,7 +104,7 @@ class CrossLayerDSAttention(MegatronModule):
 
         Raises:
             MissingTopkError: a skip layer found no top-k of its source.
-            GLM5PatchError: query and key differ in length (a KV cache).
+            GLM5PatchError: query and key differ in length (a KV cache), or the mask is another.
         """
         layout = Layout.of(self.config, self.cp_group, packed_seq_params, len(query), query.device)
         if layout.queries.keys != len(key):
@@ -110,6 +112,7 @@ class CrossLayerDSAttention(MegatronModule):
                 f"layer {self.layer_number}: {len(query)} queries for {len(key)} keys; "
                 "decoding with a KV cache is not supported, run whole sequences"
             )
+        require_causal(attention_mask, layout.rows)
         # No gradient flows from the indexer into the model.
         x, qr = x.detach(), qr.detach()
         wants_loss = (
@@ -170,7 +173,7 @@ class CrossLayerDSAttention(MegatronModule):
                 query=inputs.query[layout.real], weights=inputs.weights[layout.real]
             )
             if topk_indices is not None:
-                topk_indices = topk_indices[:, layout.real]
+                topk_indices = topk_indices[:, layout.real].contiguous()
         loss = indexer_loss(
             inputs,
             query,

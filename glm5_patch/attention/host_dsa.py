@@ -92,10 +92,11 @@ def run_fused_qk_topk_with_loss(
         query: absorbed, [s, b, n, latent + rope]; no gradient flows into it.
         key: the latent, [t, b, 1, latent + rope]; likewise.
         softmax_scale, loss_coeff: of the attention and of the loss.
-        query_valid_rows: bool [s, b] of a pack with rows that do not count; declined.
+        query_valid_rows: bool [b, s]: the rows that count; of a batch of several, declined.
         calculate_per_token_loss: sum the rows up instead of averaging them.
     """
-    declined = not use_relu or use_local_indexer_varlen or query_valid_rows is not None
+    counts_by_sequence = query_valid_rows is not None and len(query_valid_rows) > 1
+    declined = not use_relu or use_local_indexer_varlen or counts_by_sequence
     fits = key.shape[2] == 1 and query.shape[2] <= LOSS_HEADS and q.shape[2] >= 16
     if declined or not fits or not use_triton(query) or not use_triton(q):
         return None
@@ -104,20 +105,25 @@ def run_fused_qk_topk_with_loss(
     inputs = IndexerInputs(q, k, weights.float())
     queries = _queries(starts, ends, len(k))
     local = _select(IndexerInputs(*(tensor.detach() for tensor in inputs)), queries, index_topk)
+    topk_indices, lengths = _from_the_start(local, queries), _lengths(local, queries)
+    if query_valid_rows is not None:
+        real = query_valid_rows[0].nonzero().squeeze(1)
+        queries, query, local = queries.of_queries(real), query[real], local[:, real]
+        inputs = inputs._replace(query=inputs.query[real], weights=inputs.weights[real])
     attended = target(
         query.contiguous(),
         key.squeeze(2).contiguous(),
-        local,
+        local.contiguous(),
         *queries.spans(),
         config.kv_lora_rank,
         softmax_scale,
     )
     if pg_collection.tp.size() > 1:
         torch.distributed.all_reduce(attended, group=pg_collection.tp)
-    s, b = q.shape[:2]
-    loss_scale = loss_coeff if calculate_per_token_loss else loss_coeff / (s * b)
-    loss = sparse_indexer_loss(inputs, attended, local, queries, 1.0, loss_scale)
-    return _from_the_start(local, queries), _lengths(local, queries), loss
+    s, b = query.shape[:2]
+    loss_scale = loss_coeff if calculate_per_token_loss else loss_coeff / max(1, s * b)
+    loss = sparse_indexer_loss(inputs, attended, local.contiguous(), queries, 1.0, loss_scale)
+    return topk_indices, lengths, loss
 
 
 def run_fused_absorbed_sparse_attention(

@@ -12,6 +12,7 @@ from .megatron_core.building.local_backend import LocalAbsorbedLinear, LocalBack
 from .megatron_core.building.moe_without_te import MoEWithoutTE
 from .megatron_core.building.pipeline_split_check import BlockSpec
 from .megatron_core.building.transformer_config import ConfigFields
+from .megatron_core.running.attention_inputs import AttentionInputs
 from .megatron_core.running.checkpoint_recompute import CheckpointRecompute
 from .megatron_core.running.checkpoint_without_te import CheckpointWithoutTE
 from .megatron_core.running.dsa_kernels import DSAKernels
@@ -37,6 +38,7 @@ PATCHES = (
     Gate(),
     IndexShareCarrier(),
     IndexShareSchedule(),
+    AttentionInputs(),
     DSAKernels(),
     CheckpointRecompute(),
     CheckpointWithoutTE(),
