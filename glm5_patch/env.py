@@ -8,8 +8,8 @@
 ``GLM5_PATCH_LOG=debug``      log what is armed and applied to stderr (any logging level)
 ``GLM5_PATCH_ATTENTION=host`` whose attention modules a GLM-5 is built of: ``auto`` (the
                               host's where they are right), ``plugin``, ``host``
-``GLM5_PATCH_KERNELS=torch``  what computes sparse attention: ``auto``, ``triton``, ``cudnn``,
-                              ``flash_mla``, ``torch``
+``GLM5_PATCH_KERNELS=torch``  what computes sparse attention: ``auto``, ``triton``, ``gluon``,
+                              ``cudnn``, ``flash_mla``, ``torch``
 ============================= =====================================================
 
 A wrong value counts as if the variable were not set, and ``problems`` names it.
@@ -31,7 +31,7 @@ LOG = "GLM5_PATCH_LOG"
 KERNELS = "GLM5_PATCH_KERNELS"
 ATTENTION = "GLM5_PATCH_ATTENTION"
 
-_KERNELS = ("auto", "triton", "cudnn", "flash_mla", "torch")
+_KERNELS = ("auto", "triton", "gluon", "cudnn", "flash_mla", "torch")
 _ATTENTION = ("auto", "plugin", "host")
 _ON = ("1", "true", "on", "yes")
 _OFF = ("0", "false", "off", "no")

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from ..config.schedule import IndexSchedule
 from ..errors import GLM5PatchError
-from ..ops.index_loss.reference import indexer_loss
+from ..ops.index_loss.operation import index_loss
+from ..ops.index_topk.reference import IndexerInputs
 from ..ops.query_positions import visible_topk
-from ..ops.sparse_attention.operation import MLADims, sparse_mla
+from ..ops.sparse_attention.inputs import AttentionInputs, MLADims
+from ..ops.sparse_attention.operation import sparse_attention
 from ..topk.carrier import current_carrier, require_carrier
 from ..topk.tokens import Layout
 from .mask import require_causal
@@ -129,11 +131,12 @@ class CrossLayerDSAttention(MegatronModule):
                 self.layer_number,
                 visible_topk(layout.queries, query.shape[1]) if everything else topk_indices,
             )
-        output = sparse_mla(
+        attention = AttentionInputs(
             query, key, value, topk_indices, layout.queries, self.dims, self.softmax_scale
         )
+        output = sparse_attention(attention)
         if wants_loss:
-            output = self._attach_loss(output, inputs, query, key, value, topk_indices, layout)
+            output = self._attach_loss(output, inputs, attention, layout.real)
         return output
 
     @property
@@ -162,27 +165,23 @@ class CrossLayerDSAttention(MegatronModule):
                 carrier.publish(self.layer_number, topk_indices, self.schedule)
         return topk_indices, inputs
 
-    def _attach_loss(self, output, inputs, query, key, value, topk_indices, layout) -> Tensor:
-        queries = layout.queries
-        if layout.real is not None:  # padding teaches the indexer nothing
-            if not len(layout.real):
+    def _attach_loss(
+        self, output: Tensor, inputs: IndexerInputs, attention: AttentionInputs, real: Tensor | None
+    ) -> Tensor:
+        """Add the indexer's loss to what the output carries.
+
+        Args:
+            real: int64, the queries that are not padding, which teaches the indexer nothing; None:
+                all of them.
+        """
+        if real is not None:
+            if not len(real):
                 return output
-            queries = queries.of_queries(layout.real)
-            query = query[layout.real]
-            inputs = inputs._replace(
-                query=inputs.query[layout.real], weights=inputs.weights[layout.real]
-            )
-            if topk_indices is not None:
-                topk_indices = topk_indices[:, layout.real].contiguous()
-        loss = indexer_loss(
+            attention = attention.of_queries(real)
+            inputs = inputs._replace(query=inputs.query[real], weights=inputs.weights[real])
+        loss = index_loss(
             inputs,
-            query,
-            key,
-            value,
-            topk_indices,
-            queries,
-            self.dims,
-            softmax_scale=self.softmax_scale,
+            attention,
             index_scale=self.indexer.softmax_scale,
             coefficient=self._loss_coefficient,
             sparse=self.config.dsa_indexer_use_sparse_loss,

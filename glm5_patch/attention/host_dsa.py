@@ -11,9 +11,13 @@ import torch
 from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor
 
+from ..ops.compared import compute
+from ..ops.index_loss.reference import LossSettings
 from ..ops.index_topk.reference import IndexerInputs
+from ..ops.needs import Call
 from ..ops.query_positions import QueryPositions, visible_topk
-from ..ops.registry import LOSS_HEADS, triton_computes, use_triton
+from ..ops.registry import choose
+from ..ops.sparse_attention.inputs import AbsorbedInputs
 
 
 def serves(config) -> bool:
@@ -24,14 +28,25 @@ def serves(config) -> bool:
     """
     if config.dsa_kernel_backend != "none" or config.attention_backend == AttnBackend.unfused:
         return False
-    return triton_computes(
-        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        config.params_dtype,
-        kv_lora_rank=config.kv_lora_rank,
-        qk_pos_emb_head_dim=config.qk_pos_emb_head_dim,
-        dsa_indexer_n_heads=config.dsa_indexer_n_heads,
-        dsa_indexer_head_dim=config.dsa_indexer_head_dim,
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    widths = {
+        "sparse_attention": ("kv_lora_rank", "qk_pos_emb_head_dim"),
+        "index_topk": ("dsa_indexer_n_heads", "dsa_indexer_head_dim"),
+    }
+    return all(
+        _fused(
+            operation,
+            Call(
+                device, config.params_dtype, tuple((name, getattr(config, name)) for name in names)
+            ),
+        )
+        for operation, names in widths.items()
     )
+
+
+def _fused(operation: str, call: Call) -> bool:
+    """Whether kernels compute an operation, and not torch."""
+    return choose(operation, call).name != "torch"
 
 
 def run_fused_qk_topk(
@@ -59,7 +74,7 @@ def run_fused_qk_topk(
     Returns:
         int32 [b, s, min(index_topk, t)], ascending, then -1; and int32 [b, s].
     """
-    if not use_relu or use_local_indexer_varlen or not use_triton(q):
+    if not use_relu or use_local_indexer_varlen or not _fused("index_topk", Call.of(q)):
         return None
     inputs = IndexerInputs(q.detach(), k.detach(), weights.detach().float())
     queries = _queries(starts, ends, len(k))
@@ -97,10 +112,12 @@ def run_fused_qk_topk_with_loss(
     """
     counts_by_sequence = query_valid_rows is not None and len(query_valid_rows) > 1
     declined = not use_relu or use_local_indexer_varlen or counts_by_sequence
-    fits = key.shape[2] == 1 and query.shape[2] <= LOSS_HEADS and q.shape[2] >= 16
-    if declined or not fits or not use_triton(query) or not use_triton(q):
+    if declined or key.shape[2] != 1 or not _fused("index_topk", Call.of(q)):
         return None
-    from ..ops.index_loss.triton import sparse_indexer_loss, target  # imports triton
+    loss_call = Call.of(query, heads=query.shape[2], dsa_indexer_n_heads=q.shape[2])
+    if not _fused("index_loss", loss_call):
+        return None
+    from ..ops.index_loss.triton import selected_loss
 
     inputs = IndexerInputs(q, k, weights.float())
     queries = _queries(starts, ends, len(k))
@@ -110,7 +127,7 @@ def run_fused_qk_topk_with_loss(
         real = query_valid_rows[0].nonzero().squeeze(1)
         queries, query, local = queries.of_queries(real), query[real], local[:, real]
         inputs = inputs._replace(query=inputs.query[real], weights=inputs.weights[real])
-    attended = target(
+    absorbed = AbsorbedInputs(
         query.contiguous(),
         key.squeeze(2).contiguous(),
         local.contiguous(),
@@ -118,12 +135,10 @@ def run_fused_qk_topk_with_loss(
         config.kv_lora_rank,
         softmax_scale,
     )
-    if pg_collection.tp.size() > 1:
-        torch.distributed.all_reduce(attended, group=pg_collection.tp)
     s, b = query.shape[:2]
     loss_scale = loss_coeff if calculate_per_token_loss else loss_coeff / max(1, s * b)
-    loss = sparse_indexer_loss(inputs, attended, local.contiguous(), queries, 1.0, loss_scale)
-    return topk_indices, lengths, loss
+    settings = LossSettings(1.0, loss_scale, sparse=True, tp_group=pg_collection.tp)
+    return topk_indices, lengths, selected_loss(inputs, absorbed, settings)
 
 
 def run_fused_absorbed_sparse_attention(
@@ -145,19 +160,20 @@ def run_fused_absorbed_sparse_attention(
         topk_length: int32 [b, s], how many keys each query has, the same in every sequence of the
             batch; None of a selection by the host's own code, whose order these kernels don't know.
     """
-    if topk_length is None or not use_triton(query):
+    if topk_length is None or not _fused("sparse_attention", Call.of(query)):
         return None
-    from ..ops.sparse_attention.absorption import latent_attention  # imports triton
+    from ..ops.sparse_attention.absorption import latent_attention
 
-    starts = torch.zeros_like(topk_length[0])
     return latent_attention(
-        query,
-        key.squeeze(2),
-        topk_indices.contiguous(),
-        starts,
-        topk_length[0] - 1,
-        v_channels,
-        softmax_scale,
+        AbsorbedInputs(
+            query.contiguous(),
+            key.squeeze(2).contiguous(),
+            topk_indices.contiguous(),
+            torch.zeros_like(topk_length[0]),
+            topk_length[0] - 1,
+            v_channels,
+            softmax_scale,
+        )
     )
 
 
@@ -169,9 +185,7 @@ def _select(inputs: IndexerInputs, queries: QueryPositions, index_topk: int) -> 
     """int32 [b, s, k], counted from the document's start; every visible key where that is all."""
     if queries.keys <= index_topk:
         return visible_topk(queries, inputs.query.shape[1]).contiguous()
-    from ..ops.index_topk.triton import select  # imports triton
-
-    return select(*inputs, queries, index_topk, 1.0)
+    return compute("index_topk", inputs.call, inputs, queries, index_topk, 1.0)
 
 
 def _from_the_start(local: Tensor, queries: QueryPositions) -> Tensor:

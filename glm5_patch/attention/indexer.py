@@ -19,7 +19,7 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from ..ops.index_topk.operation import index_topk
-from ..ops.index_topk.reference import IndexerInputs, index_scores
+from ..ops.index_topk.reference import IndexerInputs, block_scores
 from ..ops.query_positions import QueryPositions, visible_keys
 from ..topk.tokens import Layout
 from .rope import Rope
@@ -92,7 +92,7 @@ class LightningIndexer(DSAIndexer):
         s = len(x) * tp_size
         layout = Layout.of(self.config, self.pg_collection.cp, packed_seq_params, s, x.device)
         inputs, queries, whole = self.inputs(x, qr, layout), layout.queries, slice(0, s)
-        scores = index_scores(inputs, whole, queries.end(whole), self.softmax_scale)
+        scores = block_scores(inputs, whole, queries.end(whole), self.softmax_scale)
         scores = scores.masked_fill(~visible_keys(whole, queries), float("-inf"))
         return scores, self.select(inputs, queries)
 

@@ -16,7 +16,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor
 
 from ..errors import GLM5PatchError
-from ..ops.sparse_attention.operation import MLADims
+from ..ops.sparse_attention.inputs import MLADims
 from ..topk.tokens import Layout
 from .rope import Rope
 

@@ -1,75 +1,227 @@
-"""Fused kernels for what a sparse layer computes, beside the blocked torch code that tests them."""
+"""Which backend computes an operation, and on what.
+
+An operation is a function with one signature. Its backend ``torch`` is the reference: it takes
+every tensor and states the shapes; every other backend computes the same and is tested against it.
+A backend registers itself, in its file of the operation's folder::
+
+    @backend("sparse_attention.forward", name="flash_mla", rank=2, needs=Needs(...))
+    def forward(absorbed): ...
+
+Its file imports what is heavy inside the function, so that the record is there on every machine.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
+import pkgutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from .. import env
 from ..errors import GLM5PatchError
-from .compared import triton_and_libraries
+from .needs import Call, Needs, Verdict
 
-_NARROWEST = {"kv_lora_rank": 64, "qk_pos_emb_head_dim": 16, "dsa_indexer_head_dim": 16}
-"""Widths below these make products that tensor cores don't take."""
-
-
-LOSS_HEADS = 64
-"""Attention heads of a rank whose probabilities the fused indexer loss can sum; more would be
-several programs, whose sums would have to meet."""
+OWN_KERNELS = "triton"
+"""What computes the operations that a backend asked for by name lacks."""
 
 
-def use_triton(like: Tensor, **widths: int) -> bool:
-    """Whether Triton computes on tensors like this one; see ``triton_computes``."""
-    return triton_computes(like.device, like.dtype, **widths)
+@dataclass(frozen=True, eq=False)
+class Backend:
+    """What computes one operation."""
+
+    operation: str
+    name: str
+    """In ``GLM5_PATCH_KERNELS``."""
+    compute: Callable
+    needs: Needs = Needs()
+    """What it takes, as data."""
+    rank: int = 0
+    """The highest that can compute is chosen."""
+    load: Callable[[], object] | None = None
+    """Imports what it needs; called only where everything else fits."""
+    most_difference: float | None = None
+    """Of a library: by how much its results may differ from this package's own, relative, in the
+    Frobenius norm. None: it is this package's own, and not compared."""
+    deterministic: bool = True
+    """Whether it may run under ``torch.use_deterministic_algorithms``."""
+    optional: bool = False
+    """Whether another backend may compute what this one does not take even where
+    ``GLM5_PATCH_KERNELS`` asks for this one."""
+    asked_as: tuple[str, ...] = field(default=())
+    """Further names in ``GLM5_PATCH_KERNELS`` that ask for it."""
+
+    def check(self, call: Call) -> Verdict:
+        """Whether it can compute such a call here, whatever ``GLM5_PATCH_KERNELS`` asks for."""
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1" and env.kernels() == self.name
+        verdict = self.needs.check(call, interpreted)
+        if verdict.ok and self.name in _refused:
+            verdict = Verdict(False, _refused[self.name])
+        if verdict.ok and not self.deterministic and torch.are_deterministic_algorithms_enabled():
+            verdict = Verdict(False, "it is not deterministic")
+        return _loads(self) if verdict.ok and self.load is not None else verdict
+
+    def answers_to(self, name: str) -> bool:
+        """Whether this name in ``GLM5_PATCH_KERNELS`` asks for it."""
+        return name == self.name or name in self.asked_as
 
 
-def triton_computes(device: torch.device, dtype: torch.dtype, **widths: int) -> bool:
-    """Whether Triton computes on such tensors, as ``GLM5_PATCH_KERNELS`` asks.
+_backends: list[Backend] = []
+_refused: dict[str, str] = {}
+"""Libraries that failed or were wrong in this process, by name, and why."""
+
+
+def backend(operation: str, *, name: str, **record) -> Callable[[Callable], Callable]:
+    """Register the decorated function; see ``Backend`` for the record."""
+
+    def register(compute: Callable) -> Callable:
+        _backends.append(Backend(operation, name, compute, **record))
+        return compute
+
+    return register
+
+
+@functools.cache
+def _import_backends() -> None:
+    for folder in pkgutil.iter_modules([os.path.dirname(__file__)]):
+        if folder.ispkg:
+            package = importlib.import_module(f".{folder.name}", __package__)
+            for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+                if not module.name.endswith("_kernels"):
+                    importlib.import_module(module.name)
+
+
+@functools.cache
+def backends(operation: str | None = None) -> tuple[Backend, ...]:
+    """All backends, or those of one operation: the preferred ones first."""
+    _import_backends()
+    found = (one for one in _backends if operation in (None, one.operation))
+    return tuple(sorted(found, key=lambda one: (one.operation, -one.rank)))
+
+
+@functools.cache
+def names() -> tuple[str, ...]:
+    """What ``GLM5_PATCH_KERNELS`` can ask for, as ``env`` lists it."""
+    return "auto", *sorted({one.name for one in backends()})
+
+
+def choose(operation: str, call: Call, *, own: bool = False) -> Backend:
+    """The backend that computes an operation.
 
     Args:
-        device, dtype: of the tensors in question.
-        widths: settings of the configuration that the kernels index by.
+        operation: its name.
+        call: what it computes on.
+        own: leave libraries out.
 
     Raises:
-        GLM5PatchError: Triton was asked for and can't.
+        GLM5PatchError: ``GLM5_PATCH_KERNELS`` asks for a backend that can't.
     """
-    reason = why_torch(device, dtype, **widths)
-    if reason is not None and env.kernels() not in ("auto", "torch"):
-        asked = f"{env.KERNELS}={env.kernels()}"
-        raise GLM5PatchError(f"{asked}: {reason}; unset it, or set it to torch")
-    return reason is None
+    candidates = _candidates(operation, "auto" if own else env.kernels())
+    if own:
+        candidates = [one for one in candidates if one.most_difference is None]
+    for candidate in candidates:
+        verdict = candidate.check(call)
+        if verdict.ok:
+            return candidate
+    instead = "torch" if candidates[-1].most_difference is None else OWN_KERNELS
+    raise GLM5PatchError(
+        f"{env.KERNELS}={env.kernels()}: {verdict.reason}; unset it, or set it to {instead}"
+    )
 
 
-def why_torch(device: torch.device, dtype: torch.dtype, **widths: int) -> str | None:
-    """Why the blocked torch code computes on such tensors; None where Triton does."""
-    asked = env.kernels()
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and asked == "triton"
-    if asked == "torch":
-        return f"{env.KERNELS}=torch"
-    if not _triton_is_installed():
-        return "triton is not installed"
-    if device.type != "cuda" and not interpreted:
-        return f"the tensors are on {device.type}"
-    if dtype not in (torch.bfloat16, torch.float16) and not interpreted:
-        return f"{str(dtype).removeprefix('torch.')} is computed in full precision"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "the device is older than Ampere"
-    for name, width in widths.items():
-        if width & (width - 1) or width < _NARROWEST.get(name, 1):
-            return f"{name}={width} is no power of two of at least {_NARROWEST.get(name, 1)}"
-    return None
+def _candidates(operation: str, name: str) -> list[Backend]:
+    """Those that may compute where ``GLM5_PATCH_KERNELS=name``, the preferred first."""
+    usable = list(backends(operation))
+    if torch.are_deterministic_algorithms_enabled():
+        usable = [one for one in usable if one.deterministic]
+    if name == "auto":
+        return usable
+    candidates: list[Backend] = []
+    for group in (name, OWN_KERNELS, "torch"):
+        found = [one for one in usable if one.answers_to(group) and one not in candidates]
+        candidates += found
+        if any(not one.optional for one in found):
+            break
+    return candidates
+
+
+def why_not(one: Backend, call: Call) -> str | None:
+    """Why a backend never computes such a call here; None where it can."""
+    if one not in _candidates(one.operation, env.kernels()) and one.deterministic:
+        return f"{env.KERNELS}={env.kernels()}"
+    verdict = one.check(call)
+    return None if verdict.ok else verdict.reason
+
+
+def refuse(one: Backend, reason: str) -> None:
+    """Use no backend of this name any more.
+
+    Raises:
+        GLM5PatchError: ``GLM5_PATCH_KERNELS`` asks for it.
+    """
+    if env.kernels() == one.name:
+        raise GLM5PatchError(
+            f"{env.KERNELS}={one.name}: {reason}; unset it, or set it to {OWN_KERNELS}"
+        )
+    _refused[one.name] = reason
+
+
+@functools.cache
+def _loads(one: Backend) -> Verdict:
+    try:
+        one.load()
+    except Exception as error:  # whatever an import of somebody else's may raise
+        what = one.needs.distribution or one.name
+        return Verdict(False, f"{what} does not load: {type(error).__name__}: {error}")
+    return Verdict(True)
+
+
+class Row(NamedTuple):
+    """One line of the table of backends."""
+
+    operation: str
+    backend: str
+    takes: str
+    here: str
+    """"yes", or why not."""
+
+
+def table(device: torch.device, dtype: torch.dtype) -> list[Row]:
+    """All backends, and whether they can compute on such tensors."""
+    call = Call(device, dtype)
+    return [
+        Row(one.operation, one.name, str(one.needs), why_not(one, call) or "yes")
+        for one in backends()
+    ]
 
 
 def computed_by(device: torch.device, dtype: torch.dtype) -> str:
     """What computes sparse attention on such tensors, in words."""
     reason = why_torch(device, dtype)
-    return triton_and_libraries(device) if reason is None else f"torch ({reason})"
+    return triton_and_libraries(device, dtype) if reason is None else f"torch ({reason})"
 
 
-@functools.cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def why_torch(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why torch computes sparse attention on such tensors; None where kernels do."""
+    (own,) = (one for one in backends("sparse_attention") if one.name == OWN_KERNELS)
+    return why_not(own, Call(device, dtype))
+
+
+def triton_and_libraries(device: torch.device, dtype: torch.dtype) -> str:
+    """What computes sparse attention where Triton does, in words."""
+    there: dict[str, list[str]] = {}
+    for one in libraries():
+        if why_not(one, Call(device, dtype)) is None:
+            there.setdefault(one.name, []).append(one.operation)
+    does = [f"{' and '.join(operations)} by {name}" for name, operations in there.items()]
+    return ", ".join([OWN_KERNELS, *does])
+
+
+def libraries() -> Iterable[Backend]:
+    """The backends that are not this package's own."""
+    return (one for one in backends() if one.most_difference is not None)

@@ -98,15 +98,8 @@ def sparse_attention_by(dtype: torch.dtype, host_backend: str = "none") -> str:
     else:
         reason = why_torch(device, dtype)
     if reason is None:
-        return triton_and_libraries(device)
+        return triton_and_libraries(device, dtype)
     return f"megatron-core's own code ({reason})"
-
-
-def libraries() -> dict[str, str | None]:
-    """Libraries whose kernels can take part: why each does not here, or None where it does."""
-    from ..ops.compared import LIBRARIES, why_not
-
-    return {name: why_not(name, _device()) for name in LIBRARIES}
 
 
 def _device() -> torch.device:

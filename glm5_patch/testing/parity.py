@@ -54,12 +54,12 @@ def _record_ours(core, recording: Recording, undo: ExitStack) -> None:
     undo.callback(delattr, core, "observer")
     if core.indexer is None:
         return
-    from ..ops.index_topk.reference import index_scores
+    from ..ops.index_topk.reference import block_scores
 
     select, scale = core.indexer.select, core.indexer.softmax_scale
 
     def recording_select(inputs, queries):
-        recording._scores[core.layer_number] = lambda row: index_scores(
+        recording._scores[core.layer_number] = lambda row: block_scores(
             inputs, slice(row, row + 1), row + 1, scale
         )[:, 0]
         return select(inputs, queries)

@@ -2,122 +2,72 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from ..index_topk.reference import IndexerInputs, index_scores, score_blocks
-from ..query_positions import QueryPositions, selected_keys, visible_keys, visible_topk
-from ..registry import LOSS_HEADS, use_triton
-from ..sparse_attention.operation import MLADims, keys_and_values
-from ..sparse_attention.reference import block_logits, heads_first
+from ..index_topk.reference import IndexerInputs, block_scores, score_blocks
+from ..query_positions import selected_keys, visible_keys
+from ..registry import backend
+from ..sparse_attention.inputs import AttentionInputs
+from ..sparse_attention.reference import block_logits, heads_first, keys_and_values
 
-_EPS = 1e-10
+EPSILON = 1e-10
+"""Below it a probability counts as this."""
 
 
-def indexer_loss(
-    inputs: IndexerInputs,
-    query: Tensor,
-    latent: Tensor,
-    up: Tensor,
-    topk_indices: Tensor | None,
-    queries: QueryPositions,
-    dims: MLADims,
-    *,
-    softmax_scale: float,
-    index_scale: float,
-    coefficient: float,
-    sparse: bool,
-    per_token: bool,
-    tp_group=None,
-) -> Tensor:
-    """Scaled KL divergence of the indexer's distribution from the attention's, a scalar.
+class LossSettings(NamedTuple):
+    """What the loss depends on beside its inputs."""
 
-    The target is the attention probability summed over all heads of all tensor-parallel ranks and
-    normalised; no gradient flows into it. DeepSeek-V3.2-Exp, section 2.1.
+    index_scale: float
+    """Of the products of the indexer's queries and keys."""
+    loss_scale: float
+    """Of the sum over the queries."""
+    sparse: bool
+    """Both distributions over the selected keys only, not over all visible ones."""
+    tp_group: ProcessGroup | None = None
+    """The ranks that share the attention's heads out; None: one rank has all."""
+
+
+@backend("index_loss", name="torch")
+def index_loss(inputs: IndexerInputs, attention: AttentionInputs, settings: LossSettings) -> Tensor:
+    """The sum over the queries of KL(attention || indexer), times ``loss_scale``: a scalar.
 
     Args:
         inputs: the indexer's projections, with the graph of the parameters that the loss trains.
-        query, latent, up, topk_indices, queries, dims: as of ``sparse_mla``.
-        softmax_scale: of the attention.
-        index_scale: of the products of the indexer's queries and keys.
-        coefficient: ``dsa_indexer_loss_coeff``.
-        sparse: both distributions over the selected keys only, not over all visible ones.
-        per_token: the sum over the rows instead of their mean (``calculate_per_token_loss``).
-        tp_group: of the ranks that share the attention's heads out; None: one rank has all.
+        attention: the target; no gradient flows into it.
+        settings: of the loss.
     """
-    s, b = query.shape[:2]
-    scale = coefficient if per_token else coefficient / (s * b)
-    query, latent, up = query.detach(), latent.detach(), up.detach()
-    if sparse and _fits_triton(inputs, query, dims):
-        from .triton import attention_target, sparse_indexer_loss  # imports triton
-
-        if topk_indices is None:
-            topk_indices = visible_topk(queries, b).contiguous()
-        target = attention_target(query, latent, up, topk_indices, queries, dims, softmax_scale)
-        _sum_over_ranks(target, tp_group)
-        return sparse_indexer_loss(inputs, target, topk_indices, queries, index_scale, scale)
-    key, _ = keys_and_values(latent, up, dims)
-    return _IndexerLoss.apply(
-        *inputs,
-        query,
-        key,
-        topk_indices,
-        queries,
-        softmax_scale,
-        index_scale,
-        scale,
-        sparse,
-        tp_group,
-    )
+    key, _ = keys_and_values(attention)
+    return _IndexLoss.apply(*inputs, key, attention, settings)
 
 
-def _fits_triton(inputs: IndexerInputs, query: Tensor, dims: MLADims) -> bool:
-    heads = query.shape[2]
-    index_heads, index_dim = inputs.query.shape[2:]
-    return use_triton(
-        query,
-        kv_lora_rank=dims.latent,
-        qk_pos_emb_head_dim=dims.rope,
-        dsa_indexer_head_dim=index_dim,
-        dsa_indexer_n_heads=index_heads,
-    ) and (heads <= LOSS_HEADS and index_heads >= 16)
-
-
-class _IndexerLoss(torch.autograd.Function):
+class _IndexLoss(torch.autograd.Function):
     """The loss is a scalar, so its gradients are found block by block in the forward pass and
     only scaled in the backward: one pass, and nothing of size s x s outlives its block."""
 
     @staticmethod
-    def forward(
-        ctx,
-        index_query,
-        index_key,
-        weights,
-        query,
-        key,
-        topk_indices,
-        queries,
-        softmax_scale,
-        index_scale,
-        scale,
-        sparse,
-        tp_group,
-    ):
+    def forward(ctx, index_query, index_key, weights, key, attention, settings):
+        query, queries, topk_indices = attention.query, attention.queries, attention.topk_indices
         q, k = heads_first(query), heads_first(key)
         leaves = [t.detach().requires_grad_() for t in (index_query, index_key, weights)]
         inputs = IndexerInputs(*leaves)
         grads = [torch.zeros_like(leaf, dtype=torch.float32) for leaf in leaves]
         total = torch.zeros((), dtype=torch.float32, device=query.device)
         for block in score_blocks(inputs):
-            visible = visible_keys(block, queries)[None]
-            valid = selected_keys(block, queries, topk_indices) & visible if sparse else visible
+            end = queries.end(block)
+            valid = visible_keys(block, queries)[None]
+            if settings.sparse:
+                valid = selected_keys(block, queries, topk_indices) & valid
             valid = valid.expand(query.shape[1], -1, -1)
             target = _target(
-                q[:, :, block], k[:, :, : queries.end(block)], valid, softmax_scale, tp_group
+                q[:, :, block], k[:, :, :end], valid, attention.softmax_scale, settings
             )
             with torch.enable_grad():
-                scores = index_scores(inputs, block, queries.end(block), index_scale)
-                loss = _kl(target, scores, valid) * scale
+                scores = block_scores(inputs, block, end, settings.index_scale)
+                loss = _kl(target, scores, valid) * settings.loss_scale
             for grad, part in zip(grads, torch.autograd.grad(loss, leaves)):
                 grad += part
             total += loss.detach()
@@ -127,17 +77,17 @@ class _IndexerLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         grads = (grad * grad_output.to(grad.dtype) for grad in ctx.saved_tensors)
-        return (*grads, None, None, None, None, None, None, None, None, None)
+        return (*grads, None, None, None)
 
 
-def _target(q: Tensor, k: Tensor, valid: Tensor, softmax_scale: float, tp_group) -> Tensor:
-    """Attention probabilities of a block, averaged over all heads: [b, rows, end]."""
+def _target(q: Tensor, k: Tensor, valid: Tensor, softmax_scale: float, settings) -> Tensor:
+    """Attention probabilities of a block, averaged over all heads: [b, block, end]."""
     target = block_logits(q, k, valid, softmax_scale).softmax(-1).sum(1)
-    _sum_over_ranks(target, tp_group)
-    return target / target.sum(-1, keepdim=True).clamp_min(_EPS)
+    sum_over_ranks(target, settings.tp_group)
+    return target / target.sum(-1, keepdim=True).clamp_min(EPSILON)
 
 
-def _sum_over_ranks(target: Tensor, tp_group) -> None:
+def sum_over_ranks(target: Tensor, tp_group: ProcessGroup | None) -> None:
     """Add up, in place, what the heads of each tensor-parallel rank attend to."""
     if tp_group is not None and tp_group.size() > 1:
         torch.distributed.all_reduce(target, group=tp_group)
@@ -147,4 +97,4 @@ def _kl(target: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
     """Sum over the rows of KL(target || softmax(scores))."""
     log_predicted = scores.masked_fill(~valid, float("-inf")).log_softmax(-1)
     log_predicted = log_predicted.masked_fill(~valid, 0.0)
-    return (target * (target.clamp_min(_EPS).log() - log_predicted)).sum()
+    return (target * (target.clamp_min(EPSILON).log() - log_predicted)).sum()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..compared import compute
 from ..query_positions import QueryPositions
-from ..registry import use_triton
 from .reference import IndexerInputs
-from .reference import index_topk as by_torch
 
 
 def index_topk(inputs: IndexerInputs, queries: QueryPositions, k: int, scale: float) -> Tensor:
@@ -26,9 +25,4 @@ def index_topk(inputs: IndexerInputs, queries: QueryPositions, k: int, scale: fl
         int32 [b, s, k]: positions counted from the query's document start; -1 where fewer keys are
         visible.
     """
-    heads, dim = inputs.query.shape[2:]
-    if use_triton(inputs.query, dsa_indexer_n_heads=heads, dsa_indexer_head_dim=dim):
-        from .triton import select  # imports triton
-
-        return select(*inputs, queries, k, scale)
-    return by_torch(inputs, queries, k, scale)
+    return compute("index_topk", inputs.call, inputs, queries, k, scale)

@@ -1,373 +1,127 @@
-"""The lightning indexer in Triton: scores of a block of queries, and the top-k of each row."""
+"""The lightning indexer in Triton: scores of a block of queries, and the selection from each row.
+
+The kernels are imported inside the functions: they need triton, this record of them does not.
+"""
 
 from __future__ import annotations
 
+import importlib
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from .. import compared as libraries
+from ..compared import compute
+from ..needs import Call, Needs, Width
 from ..query_positions import QueryPositions, query_blocks
+from ..registry import backend
+from .reference import IndexerInputs
 
 IN_REGISTERS = 4096
 """Scores of a row that a program holds in registers to select from; of longer rows, candidates."""
 
-CUDNN_ABOVE = 8192
-"""Keys of a query above which cuDNN's top-k is worth the memory that it takes."""
+TRITON = Needs(
+    package="triton",
+    device="cuda",
+    dtypes=(torch.bfloat16, torch.float16),
+    capability=(8, 0),
+    widths={
+        "dsa_indexer_n_heads": Width(power_of_two=True),
+        "dsa_indexer_head_dim": Width(power_of_two=True, at_least=16),
+    },
+)
 
 
-@triton.jit
-def _scores(
-    Q, K, WEIGHTS, STARTS, POSITIONS, SCORES,
-    first_row, end_row, batch, b, num_keys, scale,
-    HEADS: tl.constexpr, DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """SCORES[row - first_row, key] of the keys that the queries see; the rest stays as it is."""
-    row = first_row + tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    inside = row < end_row
-    start = tl.load(STARTS + row, mask=inside, other=2147483647)
-    last = tl.load(POSITIONS + row, mask=inside, other=-1)
-    # Programs of one block of queries share its keys out between them.
-    begin = tl.min(start, 0) // KEYS
-    tiles = tl.cdiv(tl.max(last, 0) + 1, KEYS) - begin
-    share = tl.cdiv(tiles, tl.num_programs(1))
-    begin += tl.program_id(1) * share
-    end = begin + tl.minimum(share, tiles - tl.program_id(1) * share)
-
-    per_head = first_row + tl.program_id(0) * QUERIES + tl.arange(0, QUERIES * HEADS) // HEADS
-    head = tl.arange(0, QUERIES * HEADS) % HEADS
-    query = (per_head * batch + b).to(tl.int64) * HEADS + head
-    dim = tl.arange(0, DIM)
-    own = per_head < end_row
-    q = tl.load(Q + query[:, None] * DIM + dim[None, :], mask=own[:, None], other=0.0)
-    weights = tl.load(WEIGHTS + query, mask=own, other=0.0) * scale
-    for tile in tl.range(begin, end, num_stages=STAGES):
-        key = tile * KEYS + tl.arange(0, KEYS)
-        offsets = (key * batch + b).to(tl.int64) * DIM
-        k = tl.load(K + offsets[:, None] + dim[None, :], mask=key[:, None] < num_keys, other=0.0)
-        products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        products = tl.maximum(products, 0.0) * weights[None, :]
-        scores = tl.sum(tl.reshape(products, (KEYS, QUERIES, HEADS)), 2)
-        seen = (key[:, None] >= start[None, :]) & (key[:, None] <= last[None, :])
-        place = SCORES + (row - first_row)[None, :].to(tl.int64) * num_keys + key[:, None]
-        tl.store(place, scores, mask=seen & inside[None, :])
+def load() -> None:
+    importlib.import_module(".triton_kernels", __package__)
 
 
-@triton.jit
-def _ordered(bits):
-    """Between the bits of a float and an integer that orders as the float does; its own inverse."""
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-@triton.jit
-def _rank(score):
-    """An integer that orders as the score does; below the largest one, which a NaN may be."""
-    return tl.minimum(_ordered(score.to(tl.int32, bitcast=True)), 2147483646)
-
-
-@triton.jit
-def _between(low, high, count_low, count_high, k):
-    """A value strictly between two others that about k scores reach, by linear interpolation."""
-    low_value = _ordered(low).to(tl.float32, bitcast=True)
-    high_value = _ordered(high).to(tl.float32, bitcast=True)
-    share = (count_low - k) / (count_low - count_high)
-    guess = _ordered((low_value + (high_value - low_value) * share).to(tl.int32, bitcast=True))
-    return tl.minimum(tl.maximum(guess, low + 1), high - 1)
-
-
-@triton.jit
-def _next(low, high, count_low, count_high, k, step):
-    """Where to count next: by interpolation, and every third step halfway, which bounds them."""
-    if step % 3 == 2:
-        middle = (low & high) + ((low ^ high) >> 1)
-    else:
-        middle = _between(low, high, count_low, count_high, k)
-    return middle
-
-
-@triton.jit
-def _narrowed(low, high, count_low, count_high, middle, reached, k, slack):
-    """What is left of the search once ``reached`` scores are known to reach ``middle``."""
-    if reached >= k:
-        low, count_low = middle, reached
-        if reached <= k + slack:
-            high = middle + 1
-    else:
-        high, count_high = middle, reached
-    return low, high, count_low, count_high
-
-
-@triton.jit
-def _kth_largest(value, inside, count, k, slack):
-    """A value that at least k of ``count`` reach, and how many do: the largest such, or the first
-    found that at most k + slack reach."""
-    low = tl.min(tl.where(inside, value, 2147483647), 0)
-    value = tl.where(inside, value, -2147483648)
-    high = tl.max(value, 0) + 1
-    count_low, count_high = count, 0
-    step = 0
-    while low + 1 < high:
-        middle = _next(low, high, count_low, count_high, k, step)
-        reached = tl.sum((value >= middle).to(tl.int32), 0)
-        low, high, count_low, count_high = _narrowed(
-            low, high, count_low, count_high, middle, reached, k, slack
-        )
-        step += 1
-    return low, count_low
-
-
-@triton.jit
-def _kth_largest_of_line(line, count, k, BLOCK: tl.constexpr):
-    """As ``_kth_largest`` without slack, reading the scores again for every step."""
-    low, high = 2147483647, -2147483648
-    for first in range(0, count, BLOCK):
-        place = first + tl.arange(0, BLOCK)
-        value = _value(line, place, place < count)
-        low = tl.minimum(low, tl.min(tl.where(place < count, value, 2147483647), 0))
-        high = tl.maximum(high, tl.max(tl.where(place < count, value, -2147483648), 0))
-    high += 1
-    count_low, count_high = count, 0
-    step = 0
-    while low + 1 < high:
-        middle = _next(low, high, count_low, count_high, k, step)
-        reached = 0
-        for first in range(0, count, BLOCK):
-            place = first + tl.arange(0, BLOCK)
-            value = _value(line, place, place < count)
-            reached += tl.sum(((value >= middle) & (place < count)).to(tl.int32), 0)
-        low, high, count_low, count_high = _narrowed(
-            low, high, count_low, count_high, middle, reached, k, 0
-        )
-        step += 1
-    return low, count_low
-
-
-@triton.jit
-def _value(line, place, inside):
-    return _rank(tl.load(line + place, mask=inside, other=0))
-
-
-@triton.jit
-def _count_above(line, count, kth, BLOCK: tl.constexpr):
-    above = 0
-    for first in range(0, count, BLOCK):
-        place = first + tl.arange(0, BLOCK)
-        value = _value(line, place, place < count)
-        above += tl.sum(((value > kth) & (place < count)).to(tl.int32), 0)
-    return above
-
-
-@triton.jit
-def _write_chosen(
-    line, names, out, count, kth, reached, k, NAMED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The places, or their names, of what reaches the k-th largest, ascending; of its equals only
-    the first, if there are too many."""
-    spare = k
-    if reached > k:
-        spare = k - _count_above(line, count, kth, BLOCK)
-    written, equals = 0, 0
-    for first in range(0, count, BLOCK):
-        place = first + tl.arange(0, BLOCK)
-        value = _value(line, place, place < count)
-        chosen = (value >= kth) & (place < count)
-        if reached > k:
-            equal = chosen & (value == kth)
-            order = equals + tl.cumsum(equal.to(tl.int32), 0)
-            equals += tl.sum(equal.to(tl.int32), 0)
-            chosen = chosen & ((value > kth) | (order <= spare))
-        number = written + tl.cumsum(chosen.to(tl.int32), 0) - 1
-        if NAMED:
-            place = tl.load(names + place, mask=chosen, other=0)
-        tl.store(out + number, place, mask=chosen & (number < k))
-        written += tl.sum(chosen.to(tl.int32), 0)
-
-
-@triton.jit
-def _candidates(
-    SCORES, STARTS, POSITIONS, VALUES, NAMES, COUNTS, first_row, num_keys, k,
-    SAMPLE: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The scores, and their places, above a bar that a sample says somewhat more than k reach.
-
-    COUNTS gets how many, or -1 where the sample misled: fewer than k, or more than there is room.
-    """
-    row = tl.program_id(0)
-    start = tl.load(STARTS + first_row + row)
-    visible = tl.load(POSITIONS + first_row + row) - start + 1
-    line = SCORES + row.to(tl.int64) * num_keys + start
-    bar = -2147483648
-    if visible > CAPACITY:
-        number = tl.arange(0, SAMPLE)
-        stride = visible // SAMPLE
-        value = _value(line, number * stride + number * 7919 % stride, number >= 0)
-        expected = k * SAMPLE / visible
-        wanted = (expected + 5 * tl.sqrt(expected)).to(tl.int32) + 1  # 5 standard deviations
-        bar, _ = _kth_largest(value, number >= 0, SAMPLE, tl.minimum(wanted, SAMPLE), wanted // 16)
-    values = VALUES + row.to(tl.int64) * CAPACITY
-    names = NAMES + row.to(tl.int64) * CAPACITY
-    written = 0
-    if visible > k:
-        for first in range(0, visible, BLOCK):
-            place = first + tl.arange(0, BLOCK)
-            score = tl.load(line + place, mask=place < visible, other=0)
-            chosen = (_rank(score) >= bar) & (place < visible)
-            number = written + tl.cumsum(chosen.to(tl.int32), 0) - 1
-            chosen_fit = chosen & (number < CAPACITY)
-            tl.store(values + number, score, mask=chosen_fit)
-            tl.store(names + number, place, mask=chosen_fit)
-            written += tl.sum(chosen.to(tl.int32), 0)
-    found = (written >= k) & (written <= CAPACITY)
-    tl.store(COUNTS + row, tl.where(found, written, -1))
-
-
-@triton.jit
-def _topk(
-    SCORES, STARTS, POSITIONS, VALUES, NAMES, COUNTS, TOPK, first_row, num_keys, k,
-    LENGTH: tl.constexpr, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr,
-):  # fmt: skip
-    """The places of the k largest of a row's visible scores, ascending; the lower wins among
-    equals. LENGTH scores are kept in registers: the whole row's, or the candidates'."""
-    row = tl.program_id(0)
-    start = tl.load(STARTS + first_row + row)
-    visible = tl.load(POSITIONS + first_row + row) - start + 1
-    out = TOPK + row.to(tl.int64) * k
-    line = SCORES + row.to(tl.int64) * num_keys + start
-    place = tl.arange(0, LENGTH)
-    if visible <= k:
-        for first in range(0, k, BLOCK):
-            number = first + tl.arange(0, BLOCK)
-            tl.store(out + number, tl.where(number < visible, number, -1), mask=number < k)
-    elif CANDIDATES:
-        count = tl.load(COUNTS + row)
-        values = VALUES + row.to(tl.int64) * LENGTH
-        if count >= 0:
-            value = _value(values, place, place < count)
-            kth, reached = _kth_largest(value, place < count, count, k, 0)
-            names = NAMES + row.to(tl.int64) * LENGTH
-            _write_chosen(values, names, out, count, kth, reached, k, True, BLOCK)
-        else:
-            kth, reached = _kth_largest_of_line(line, visible, k, BLOCK)
-            _write_chosen(line, line, out, visible, kth, reached, k, False, BLOCK)
-    else:
-        value = _value(line, place, place < visible)
-        kth, reached = _kth_largest(value, place < visible, visible, k, 0)
-        _write_chosen(line, line, out, visible, kth, reached, k, False, BLOCK)
-
-
-def scores(
-    query: Tensor,
-    key: Tensor,
-    weights: Tensor,
-    starts: Tensor,
-    positions: Tensor,
-    block: slice,
-    b: int,
-    scale: float,
-    out: Tensor,
-) -> None:
-    """Index scores of a block of queries against the keys that they see.
-
-    Args:
-        query: [s, b, heads, dim], contiguous.
-        key: [t, b, dim], contiguous.
-        weights: fp32 [s, b, heads], contiguous.
-        starts: int32 [s], where each query's document starts.
-        positions: int32 [s], where each query stands.
-        block: the queries.
-        b: which sequence of the batch.
-        scale: of the products, before the weights.
-        out: fp32 [block, t]; what a query does not see is left as it is.
-    """
-    _, batch, heads, dim = query.shape
-    queries = max(1, 128 // heads)
-    rows = block.stop - block.start
-    half = query.dtype.itemsize == 2
-    _scores[(triton.cdiv(rows, queries), 4)](
-        query, key, weights, starts, positions, out,
-        block.start, block.stop, batch, b, len(key), scale,
-        HEADS=heads, DIM=dim, QUERIES=queries, KEYS=64 if half else 32,
-        PRECISION="tf32" if half else "ieee", STAGES=3, num_warps=4,
-    )  # fmt: skip
-
-
-def topk(
-    scores: Tensor, starts: Tensor, positions: Tensor, block: slice, longest: int, out: Tensor
-) -> None:
-    """The top-k of each row of ``scores``, [block, t], as places counted from the document's start.
-
-    Args:
-        longest: no query of the block sees more keys.
-        out: int32 [block, k], contiguous; ascending, then -1 where fewer keys are visible.
-    """
-    rows, k = out.shape
-    length = triton.next_power_of_2(longest)
-    in_registers = length <= max(IN_REGISTERS, 2 * k)
-    values = names = counts = out  # not looked at
-    if not in_registers:
-        length = triton.next_power_of_2(2 * k)
-        values = torch.empty((rows, length), device=out.device)
-        names = torch.empty((rows, length), dtype=torch.int32, device=out.device)
-        counts = torch.empty(rows, dtype=torch.int32, device=out.device)
-        _candidates[(rows,)](
-            scores, starts, positions, values, names, counts, block.start, scores.shape[1], k,
-            SAMPLE=length // 2, CAPACITY=length, BLOCK=1024, num_warps=4,
-        )  # fmt: skip
-    _topk[(rows,)](
-        scores, starts, positions, values, names, counts, out, block.start, scores.shape[1], k,
-        LENGTH=length, BLOCK=min(length, 1024), CANDIDATES=not in_registers,
-        num_warps=min(16, max(4, length // 2048)),
-    )  # fmt: skip
-
-
+@backend("index_topk", name="triton", rank=1, needs=TRITON, load=load)
 @torch.no_grad()
-def select(
-    query: Tensor, key: Tensor, weights: Tensor, queries: QueryPositions, k: int, scale: float
-) -> Tensor:
-    """As ``LightningIndexer.select``; among equal scores the lower position wins.
-
-    Args:
-        query, key, weights: as of ``scores``.
-        queries: where the queries stand.
-        k: size of the top-k.
-        scale: as of ``scores``.
-    """
-    s, b = query.shape[:2]
-    query, key, weights = (tensor.contiguous() for tensor in (query, key, weights))
+def index_topk(inputs: IndexerInputs, queries: QueryPositions, k: int, scale: float) -> Tensor:
+    """As ``operation.index_topk``; among equal scores the lower position wins."""
+    inputs = IndexerInputs(*(tensor.contiguous() for tensor in inputs))
+    s, b = inputs.query.shape[:2]
     starts, positions = queries.spans()
-    topk_indices = torch.empty((b, s, k), dtype=torch.int32, device=query.device)
-    by_cudnn = (
-        queries.is_one_sequence
-        and k <= libraries.CUDNN_MOST_TOPK
-        and libraries.why_not("cudnn", query.device) is None
-    )
-    for block in query_blocks(s, queries.keys * 4):
+    topk_indices = torch.empty((b, s, k), dtype=torch.int32, device=inputs.query.device)
+    for block in query_blocks(s, b * queries.keys * 4):
+        scores = compute("index_scores", inputs.call, inputs, queries, block, scale)
         longest = min(queries.most_keys, queries.end(block))
-        out = torch.empty((block.stop - block.start, queries.keys), device=query.device)
+        call = Call.of(inputs.query).sized(
+            dsa_indexer_topk=k, keys=longest, one_sequence=int(queries.is_one_sequence)
+        )
         for batch in range(b):
-            scores(query, key, weights, starts, positions, block, batch, scale, out)
-            chosen = topk_indices[batch, block]
-            if by_cudnn and longest > CUDNN_ABOVE:
-                _topk_by_cudnn(out, starts, positions, block, longest, chosen)
-            else:
-                topk(out, starts, positions, block, longest, chosen)
+            topk_indices[batch, block] = compute(
+                "index_topk.selection",
+                call,
+                scores[batch],
+                starts[block],
+                positions[block],
+                longest,
+                k,
+            )
     return topk_indices
 
 
-def _topk_by_cudnn(scores, starts, positions, block, longest, out) -> None:
-    from . import cudnn
+@backend("index_scores", name="triton", rank=1, needs=TRITON, load=load)
+def index_scores(
+    inputs: IndexerInputs, queries: QueryPositions, block: slice, scale: float
+) -> Tensor:
+    """As ``reference.index_scores``, with inputs that are contiguous."""
+    from . import triton_kernels as kernels
 
-    def theirs():
-        cudnn.topk(scores, positions[block], out)
-        return (out,)
+    query, key, weights = inputs
+    _, b, heads, dim = query.shape
+    queries_of_a_program = max(1, 128 // heads)
+    size = block.stop - block.start
+    half = query.dtype.itemsize == 2
+    out = torch.empty((b, size, len(key)), device=query.device)
+    for batch in range(b):
+        kernels.scores[(kernels.cdiv(size, queries_of_a_program), 4)](
+            query, key, weights, *queries.spans(), out[batch],
+            block.start, block.stop, b, batch, len(key), scale,
+            HEADS=heads, DIM=dim, QUERIES=queries_of_a_program, KEYS=64 if half else 32,
+            PRECISION="tf32" if half else "ieee", STAGES=3, num_warps=4,
+        )  # fmt: skip
+    return out
 
-    def ours():
-        expected = torch.empty_like(out)
-        topk(scores, starts, positions, block, longest, expected)
-        return (expected,)
 
-    (chosen,) = libraries.compared("cudnn", "top-k", theirs, ours, most=0.0)
-    if chosen is not out:
-        out.copy_(chosen)
+@backend(
+    "index_topk.selection",
+    name="triton",
+    rank=1,
+    needs=Needs(
+        package="triton", device="cuda", dtypes=TRITON.dtypes, capability=TRITON.capability
+    ),
+    load=load,
+)
+def selection(scores: Tensor, starts: Tensor, positions: Tensor, longest: int, k: int) -> Tensor:
+    """As ``reference.selection``."""
+    out = torch.empty((len(scores), k), dtype=torch.int32, device=scores.device)
+    select_into(out, scores, starts, positions, longest)
+    return out
+
+
+def select_into(
+    out: Tensor, scores: Tensor, starts: Tensor, positions: Tensor, longest: int
+) -> None:
+    """As ``selection``, into int32 [block, k], contiguous."""
+    from . import triton_kernels as kernels
+
+    rows, k = out.shape
+    length = kernels.next_power_of_2(longest)
+    in_registers = length <= max(IN_REGISTERS, 2 * k)
+    values = names = counts = out  # not looked at
+    if not in_registers:
+        length = kernels.next_power_of_2(2 * k)
+        values = torch.empty((rows, length), device=out.device)
+        names = torch.empty((rows, length), dtype=torch.int32, device=out.device)
+        counts = torch.empty(rows, dtype=torch.int32, device=out.device)
+        kernels.candidates[(rows,)](
+            scores, starts, positions, values, names, counts, scores.shape[1], k,
+            SAMPLE=length // 2, CAPACITY=length, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+    kernels.topk[(rows,)](
+        scores, starts, positions, values, names, counts, out, scores.shape[1], k,
+        LENGTH=length, BLOCK=min(length, 1024), CANDIDATES=not in_registers,
+        num_warps=min(16, max(4, length // 2048)),
+    )  # fmt: skip

@@ -1,327 +1,118 @@
-"""The kernels of ``sparse_mla`` for GLM-5's own shape on Hopper: 64 heads, latent 512, rotary 64.
-
-In Gluon, because the layouts matter: the two warpgroups of a program share every product out by
-columns, where Triton gives both the same 64 x 64 logits to compute.
-"""
+"""Sparse attention of absorbed queries in Gluon, for GLM-5's own shape on Hopper: heads in groups
+of 64, latent 512, rotary 64; see ``gluon_kernels`` for how."""
 
 from __future__ import annotations
 
+import importlib
+import warnings
+
 import torch
 from torch import Tensor
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    warpgroup_mma,
-    warpgroup_mma_init,
-    warpgroup_mma_wait,
-)
 
-from .triton import LOG2_E
+from ..needs import Needs, Width
+from ..registry import OWN_KERNELS, backend
+from .inputs import AbsorbedInputs
+from .reference import LOG2_E
+from .triton import row_terms
 
 HEADS, LATENT, ROPE = 64, 512, 64
 WIDTH = LATENT + ROPE
-_KEYS = 64
-
-_N = gl.constexpr(HEADS)
-_L = gl.constexpr(LATENT)
-_R = gl.constexpr(ROPE)
-_W = gl.constexpr(WIDTH)
-_K = gl.constexpr(_KEYS)
-
-# 8 warps: 4 x 16 rows of an accumulator, and 2 halves of its columns.
-_LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, _KEYS // 2, 16]))
-_WIDE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, LATENT // 2, 16]))
-_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
-_SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+KEYS = 64
+"""Of a tile."""
 
 
-def _fours(columns: int) -> gl.DistributedLinearLayout:
-    """Of an accumulator [64, columns] whose columns ``_in_fours`` has renamed: four values of a
-    thread are neighbours, for one 16-byte atomic, and eight threads add to one line of 128."""
-    further = [[0, 1 << bit] for bit in range(5, columns.bit_length() - 2)]
-    return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [1, 0], [8, 0], *further],
-        lane_bases=[[0, 4], [0, 8], [0, 16], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0], [0, columns // 2]],
-        block_bases=[],
-        shape=[64, columns],
-    )
-
-
-_ROPE_IN_FOURS = gl.constexpr(_fours(ROPE))
-
-
-@gluon.jit
-def _query_of_program(TOPK, STARTS, POSITIONS, rows, batch, groups, k):
-    """Batch of this program, the place of its first head in [s, b, n], where its document starts,
-    how many keys it has and which. The last rows come first: they have most keys."""
-    row = rows - 1 - gl.program_id(0) // batch
-    b = gl.program_id(0) % batch
-    query = ((row * batch + b) * groups + gl.program_id(1)).to(gl.int64) * _N
-    start = gl.load(STARTS + row)
-    count = gl.minimum(gl.load(POSITIONS + row) - start + 1, k)
-    return b, query, start, count, TOPK + (b.to(gl.int64) * rows + row) * k
-
-
-@gluon.jit
-def _gather(KV, key, latent, rope):
-    """Start copying rows of the latent, by key, to shared memory."""
-    columns: gl.constexpr = gl.SliceLayout(0, _ROWS)
-    row = KV + key.to(gl.int64)[:, None] * _W
-    async_copy.async_copy_global_to_shared(latent, row + gl.arange(0, _L, layout=columns)[None, :])
-    async_copy.async_copy_global_to_shared(
-        rope, row + _L + gl.arange(0, _R, layout=columns)[None, :]
-    )
-    async_copy.commit_group()
-
-
-@gluon.jit
-def _keys(TOPK, first, count, start, batch, b, layout: gl.constexpr):
-    """Rows of the latent that a tile of the top-k names; past its end, some row."""
-    place = first + gl.arange(0, _K, layout=layout)
-    local = gl.load(TOPK + place, mask=place < count, other=0)
-    return (local + start) * batch + b
-
-
-@gluon.jit
-def _forward(
-    Q, KV, TOPK, STARTS, POSITIONS, OUT, LSE,
-    rows, batch, groups, k, scale_log2,
-):  # fmt: skip
-    dtype: gl.constexpr = Q.dtype.element_ty
-    by_row: gl.constexpr = gl.SliceLayout(1, _ROWS)
-    by_column: gl.constexpr = gl.SliceLayout(0, _ROWS)
-    by_head: gl.constexpr = gl.SliceLayout(1, _LOGITS)
-    b, query, start, count, TOPK = _query_of_program(
-        TOPK, STARTS, POSITIONS, rows, batch, groups, k
-    )
-    tiles = (count + _K - 1) // _K
-
-    q_latent = gl.allocate_shared_memory(dtype, [_N, _L], _SHARED)
-    q_rope = gl.allocate_shared_memory(dtype, [_N, _R], _SHARED)
-    latents = gl.allocate_shared_memory(dtype, [2, _K, _L], _SHARED)
-    ropes = gl.allocate_shared_memory(dtype, [2, _K, _R], _SHARED)
-    _gather(KV, _keys(TOPK, 0, count, start, batch, b, by_row), latents.index(0), ropes.index(0))
-    key = _keys(TOPK, _K, count, start, batch, b, by_row)
-    head = gl.arange(0, _N, layout=by_row)
-    column = gl.arange(0, _L, layout=by_column)
-    q = Q + (query + head)[:, None] * _W
-    q_latent.store(gl.load(q + column[None, :]))
-    q_rope.store(gl.load(q + _L + gl.arange(0, _R, layout=by_column)[None, :]))
-
-    place = gl.arange(0, _K, layout=gl.SliceLayout(0, _LOGITS))
-    largest = gl.full([_N], -1e30, gl.float32, layout=by_head)
-    total = gl.full([_N], 0.0, gl.float32, layout=by_head)
-    zeros = gl.full([_N, _K], 0.0, gl.float32, layout=_LOGITS)
-    out = gl.full([_N, _L], 0.0, gl.float32, layout=_WIDE)
-    for tile in range(0, tiles):
-        async_copy.wait_group(0)
-        fence_async_shared()
-        gl.thread_barrier()
-        latent = latents.index(tile % 2)
-        rope = ropes.index(tile % 2)
-        if tile + 1 < tiles:
-            _gather(KV, key, latents.index(1 - tile % 2), ropes.index(1 - tile % 2))
-        key = _keys(TOPK, (tile + 2) * _K, count, start, batch, b, by_row)
-        logits = warpgroup_mma(
-            q_latent, latent.permute((1, 0)), zeros, use_acc=False, is_async=True
+def load() -> None:
+    """Import the kernels. Gluon is not stable: another Triton may lack what they use."""
+    try:
+        importlib.import_module(".gluon_kernels", __package__)
+    except (ImportError, AttributeError, TypeError) as error:
+        warnings.warn(
+            f"glm5-patch: this Triton's Gluon is unknown ({error}); sparse attention takes the "
+            "plain Triton kernels, about half as fast",
+            RuntimeWarning,
+            stacklevel=2,
         )
-        logits = warpgroup_mma(q_rope, rope.permute((1, 0)), logits, is_async=True)
-        logits = warpgroup_mma_wait(num_outstanding=0, deps=[logits])
-        logits = gl.where((tile * _K + place)[None, :] < count, logits * scale_log2, -1e30)
-        larger = gl.maximum(largest, gl.max(logits, 1))
-        probs = gl.exp2(logits - larger[:, None])
-        shrink = gl.exp2(largest - larger)
-        total = total * shrink + gl.sum(probs, 1)
-        largest = larger
-        out = out * gl.convert_layout(shrink, gl.SliceLayout(1, _WIDE))[:, None]
-        probs = gl.convert_layout(probs.to(dtype), gl.DotOperandLayout(0, _WIDE, 2))
-        out = warpgroup_mma(probs, latent, out, is_async=True)
-        out = warpgroup_mma_wait(num_outstanding=0, deps=[out])
-    total = gl.where(total > 0, total, 1.0)  # a query without keys
-    out = out / gl.convert_layout(total, gl.SliceLayout(1, _WIDE))[:, None]
-    gl.thread_barrier()
-    q_latent.store(out.to(dtype))
-    gl.thread_barrier()
-    gl.store(OUT + (query + head)[:, None] * _L + column[None, :], q_latent.load(_ROWS))
-    lse = largest + gl.log2(total)
-    gl.store(LSE + query + gl.arange(0, _N, layout=by_head), lse)
+        raise
 
 
-@gluon.jit
-def _in_fours(tile, columns: gl.constexpr, layout: gl.constexpr):
-    """Rename the columns of an accumulator: 8 h + 2 r + e of every 16 becomes 4 r + 2 h + e."""
-    tile = tile.reshape([_K, columns // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4))
-    return gl.convert_layout(tile.reshape([_K, columns]), layout)
+def _needs(shared_numbers: int) -> Needs:
+    """What the kernels take.
 
-
-@gluon.jit
-def _add_to_keys(
-    D_KV, TOPK, first, count, start, batch, b,
-    tile, column, columns: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    tile = _in_fours(tile, columns, layout)
-    by_key: gl.constexpr = gl.SliceLayout(1, layout)
-    key = _keys(TOPK, first, count, start, batch, b, by_key)
-    inside = first + gl.arange(0, _K, layout=by_key) < count
-    place = column + gl.arange(0, columns, layout=gl.SliceLayout(0, layout))
-    gl.atomic_add(
-        D_KV + key[:, None] * _W + place[None, :],
-        tile,
-        mask=inside[:, None],
-        sem="relaxed",
+    Args:
+        shared_numbers: 16-bit numbers that a program holds in shared memory.
+    """
+    return Needs(
+        package="triton",
+        device="cuda",
+        dtypes=(torch.bfloat16, torch.float16),
+        capability=(9, 0),
+        capability_below=(10, 0),
+        shared_memory=2 * shared_numbers,
+        widths={
+            "heads": Width(multiple_of=HEADS),
+            "kv_lora_rank": Width(one_of=(LATENT,)),
+            "qk_pos_emb_head_dim": Width(one_of=(ROPE,)),
+        },
+        sizes={"latent_numbers": Width(at_most=2**31 - 1)},
     )
 
 
-@gluon.jit
-def _backward(
-    Q, KV, TOPK, STARTS, POSITIONS, D_OUT, LSE, DELTA, D_Q, D_KV,
-    rows, batch, groups, k, scale, scale_log2,
-    PART: gl.constexpr, ACCUMULATOR: gl.constexpr, IN_FOURS: gl.constexpr,
-):  # fmt: skip
-    """The gradient of the keys is computed, and added to memory, in PART columns at a time."""
-    dtype: gl.constexpr = Q.dtype.element_ty
-    by_row: gl.constexpr = gl.SliceLayout(1, _ROWS)
-    by_column: gl.constexpr = gl.SliceLayout(0, _ROWS)
-    by_head: gl.constexpr = gl.SliceLayout(1, _LOGITS)
-    b, query, start, count, TOPK = _query_of_program(
-        TOPK, STARTS, POSITIONS, rows, batch, groups, k
-    )
-    tiles = (count + _K - 1) // _K
+@backend(
+    "sparse_attention.forward",
+    name="gluon",
+    rank=2,
+    needs=_needs(HEADS * WIDTH + 2 * KEYS * WIDTH),
+    load=load,
+    asked_as=(OWN_KERNELS,),
+)
+def forward(absorbed: AbsorbedInputs) -> tuple[Tensor, Tensor]:
+    """As ``reference.forward``; empty places of a top-k come last, after all that is visible."""
+    from . import gluon_kernels as kernels
 
-    q_latent = gl.allocate_shared_memory(dtype, [_N, _L], _SHARED)
-    q_rope = gl.allocate_shared_memory(dtype, [_N, _R], _SHARED)
-    d_out = gl.allocate_shared_memory(dtype, [_N, _L], _SHARED)
-    latent = gl.allocate_shared_memory(dtype, [_K, _L], _SHARED)
-    rope = gl.allocate_shared_memory(dtype, [_K, _R], _SHARED)
-    probs_shared = gl.allocate_shared_memory(dtype, [_N, _K], _SHARED)
-    d_logits_shared = gl.allocate_shared_memory(dtype, [_N, _K], _SHARED)
-    _gather(KV, _keys(TOPK, 0, count, start, batch, b, by_row), latent, rope)
-    key = _keys(TOPK, _K, count, start, batch, b, by_row)
-    head = gl.arange(0, _N, layout=by_row)
-    column = gl.arange(0, _L, layout=by_column)
-    rope_column = gl.arange(0, _R, layout=by_column)
-    q = Q + (query + head)[:, None] * _W
-    q_latent.store(gl.load(q + column[None, :]))
-    q_rope.store(gl.load(q + _L + rope_column[None, :]))
-    d_out.store(gl.load(D_OUT + (query + head)[:, None] * _L + column[None, :]))
-
-    place = gl.arange(0, _K, layout=gl.SliceLayout(0, _LOGITS))
-    own = query + gl.arange(0, _N, layout=by_head)
-    lse = gl.load(LSE + own)
-    delta = gl.load(DELTA + own)
-    zeros = gl.full([_N, _K], 0.0, gl.float32, layout=_LOGITS)
-    zeros_of_part = gl.full([_K, PART], 0.0, gl.float32, layout=ACCUMULATOR)
-    d_q_latent = warpgroup_mma_init(gl.full([_N, _L], 0.0, gl.float32, layout=_WIDE))
-    d_q_rope = warpgroup_mma_init(gl.full([_N, _R], 0.0, gl.float32, layout=_LOGITS))
-    for tile in range(0, tiles):
-        async_copy.wait_group(0)
-        fence_async_shared()
-        gl.thread_barrier()
-        logits = warpgroup_mma(
-            q_latent, latent.permute((1, 0)), zeros, use_acc=False, is_async=True
-        )
-        logits = warpgroup_mma(q_rope, rope.permute((1, 0)), logits, is_async=True)
-        d_probs = warpgroup_mma(d_out, latent.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        logits = warpgroup_mma_wait(num_outstanding=1, deps=[logits])
-        probs = gl.exp2(logits * scale_log2 - lse[:, None])
-        probs = gl.where((tile * _K + place)[None, :] < count, probs, 0.0)
-        probs_shared.store(probs.to(dtype))
-        d_probs = warpgroup_mma_wait(num_outstanding=0, deps=[d_probs])
-        d_logits = probs * (d_probs - delta[:, None]) * scale
-        d_logits_shared.store(d_logits.to(dtype))
-        fence_async_shared()
-        gl.thread_barrier()
-        d_q_latent = warpgroup_mma(d_logits_shared, latent, d_q_latent, is_async=True)
-        d_q_rope = warpgroup_mma(d_logits_shared, rope, d_q_rope, is_async=True)
-        part = warpgroup_mma(
-            d_logits_shared.permute((1, 0)), q_rope, zeros, use_acc=False, is_async=True
-        )
-        latent_done, rope_done, part = warpgroup_mma_wait(
-            num_outstanding=0, deps=[d_q_latent, d_q_rope, part]
-        )
-        d_q_latent = warpgroup_mma_init(latent_done)
-        d_q_rope = warpgroup_mma_init(rope_done)
-        gl.thread_barrier()
-        if tile + 1 < tiles:  # on its way while the gradients of this tile are added up
-            _gather(KV, key, latent, rope)
-        key = _keys(TOPK, (tile + 2) * _K, count, start, batch, b, by_row)
-        _add_to_keys(
-            D_KV, TOPK, tile * _K, count, start, batch, b, part, _L, _R, _ROPE_IN_FOURS
-        )  # fmt: skip
-        for number in gl.static_range(_L // PART):
-            part = warpgroup_mma(
-                d_logits_shared.permute((1, 0)),
-                q_latent.slice(number * PART, PART, dim=1),
-                zeros_of_part,
-                use_acc=False,
-                is_async=True,
-            )
-            part = warpgroup_mma(
-                probs_shared.permute((1, 0)),
-                d_out.slice(number * PART, PART, dim=1),
-                part,
-                is_async=True,
-            )
-            part = warpgroup_mma_wait(num_outstanding=0, deps=[part])
-            _add_to_keys(
-                D_KV, TOPK, tile * _K, count, start, batch, b,
-                part, number * PART, PART, IN_FOURS,
-            )  # fmt: skip
-        gl.thread_barrier()
-    latent_done, rope_done = warpgroup_mma_wait(num_outstanding=0, deps=[d_q_latent, d_q_rope])
-    gl.thread_barrier()
-    q_latent.store(latent_done.to(dtype))
-    q_rope.store(rope_done.to(dtype))
-    gl.thread_barrier()
-    d_q = D_Q + (query + head)[:, None] * _W
-    gl.store(d_q + column[None, :], q_latent.load(_ROWS))
-    gl.store(d_q + _L + rope_column[None, :], q_rope.load(_ROWS))
-
-
-def why_not(query: Tensor, latent: Tensor, latent_dim: int) -> str | None:
-    """Why these kernels can't take such queries and latents, as of ``forward``."""
-    capability = torch.cuda.get_device_capability(query.device)
-    if capability[0] != 9:
-        return f"compute capability {capability[0]}.{capability[1]} is not Hopper's"
-    heads, width = query.shape[2:]
-    if (heads % HEADS, latent_dim, width) != (0, LATENT, WIDTH):
-        return f"{heads} heads of {latent_dim} + {width - latent_dim} are not GLM-5's shape"
-    if latent.numel() >= 2**31:
-        return "the latents are more numbers than 32 bits count"
-    return None
-
-
-def forward(query, latent, topk_indices, starts, positions, latent_dim, softmax_scale):
-    """As ``sparse_mla.forward``; empty places of a top-k come last, after all that is visible."""
+    query, latent, topk_indices, starts, positions, _, softmax_scale = absorbed
     s, b, heads, _ = query.shape
     out = torch.empty((s, b, heads, LATENT), dtype=query.dtype, device=query.device)
     lse = torch.empty((s, b, heads), dtype=torch.float32, device=query.device)
     groups = heads // HEADS
-    _forward[(s * b, groups)](
+    kernels.forward[(s * b, groups)](
         query, latent, topk_indices, starts, positions, out, lse,
         s, b, groups, topk_indices.shape[-1], softmax_scale * LOG2_E, num_warps=8,
     )  # fmt: skip
     return out, lse
 
 
+@backend(
+    "sparse_attention.backward",
+    name="gluon",
+    rank=2,
+    needs=_needs(HEADS * (WIDTH + LATENT) + KEYS * WIDTH + 2 * HEADS * KEYS),
+    load=load,
+    deterministic=False,
+    asked_as=(OWN_KERNELS,),
+)
 def backward(
-    query, latent, topk_indices, starts, positions, d_out, lse, delta, softmax_scale
+    absorbed: AbsorbedInputs, out: Tensor, lse: Tensor, d_out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As ``sparse_mla.backward``, not deterministic."""
+    """As ``reference.backward``, with the latent's gradient in fp32."""
+    return key_gradients(absorbed, lse, row_terms(out, d_out), d_out)
+
+
+def key_gradients(
+    absorbed: AbsorbedInputs, lse: Tensor, terms: Tensor, d_out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As ``backward``, of row terms that are there already."""
+    from . import gluon_kernels as kernels
+
+    query, latent, topk_indices, starts, positions, _, softmax_scale = absorbed
     s, b, heads, _ = query.shape
     d_query = torch.empty_like(query)
     d_latent = torch.zeros(latent.shape, dtype=torch.float32, device=latent.device)
-    groups = heads // HEADS
-    part = 64
-    _backward[(s * b, groups)](
-        query, latent, topk_indices, starts, positions, d_out, lse, delta, d_query, d_latent,
+    groups, part = heads // HEADS, 64
+    kernels.backward[(s * b, groups)](
+        query, latent, topk_indices, starts, positions, d_out, lse, terms, d_query, d_latent,
         s, b, groups, topk_indices.shape[-1], softmax_scale, softmax_scale * LOG2_E,
-        PART=part, IN_FOURS=_fours(part),
-        ACCUMULATOR=gl.NVMMADistributedLayout([3, 0], [4, 2], [16, part // 2, 16]), num_warps=8,
+        PART=part, IN_FOURS=kernels.fours(part), ACCUMULATOR=kernels.accumulator(part), num_warps=8,
     )  # fmt: skip
-    # Back from columns in fours, see _in_fours.
+    # Back from columns in fours, see gluon_kernels.
     fours = d_latent.unflatten(-1, (WIDTH // 16, 4, 2, 2))
     return d_query, fours.transpose(-3, -2).flatten(-4)

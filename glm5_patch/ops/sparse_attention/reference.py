@@ -7,17 +7,45 @@ arXiv 2205.14135, with an explicit mask). Accumulation is fp32.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..query_positions import QueryPositions, query_blocks, selected_keys
+from ..registry import backend
+from .inputs import AbsorbedInputs, AttentionInputs
+
+LOG2_E = math.log2(math.e)
+NO_KEYS = -1e30
+"""The log-sum-exp of a query without keys."""
 
 
-def sparse_attention(
+@backend("sparse_attention", name="torch")
+def sparse_attention(attention: AttentionInputs) -> Tensor:
+    """Attention with the keys and values of every head, see ``operation.sparse_attention``."""
+    query, topk_indices = attention.query, attention.topk_indices
+    return blocked_attention(
+        query, *keys_and_values(attention), topk_indices, attention.queries, attention.softmax_scale
+    )
+
+
+def keys_and_values(attention: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """Keys [t, b, n, nope + rope] and values [t, b, n, value] of every head."""
+    dims = attention.dims
+    latent, rope = attention.latent.squeeze(2).split([dims.latent, dims.rope], dim=-1)
+    per_head = torch.matmul(latent, attention.up_projection)
+    per_head = per_head.unflatten(-1, (-1, dims.nope + dims.value))
+    nope, value = per_head.split([dims.nope, dims.value], dim=-1)
+    rope = rope.unsqueeze(2).expand(-1, -1, nope.shape[2], -1)
+    return torch.cat([nope, rope], dim=-1), value
+
+
+def blocked_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    topk_indices: Tensor,
+    topk_indices: Tensor | None,
     queries: QueryPositions,
     softmax_scale: float,
 ) -> Tensor:
@@ -27,14 +55,14 @@ def sparse_attention(
         query: [s, b, n, d].
         key: [t, b, n, d]; t is s, or more under context parallelism.
         value: [t, b, n, dv].
-        topk_indices: int32 [b, s, k], see ``blocks.selected_keys``.
+        topk_indices: int32 [b, s, k], see ``selected_keys``.
         queries: where the queries stand among the keys.
         softmax_scale: factor of the logits.
 
     Returns:
         [s, b, n * dv], of the value's dtype. A query without any key gets zeros.
     """
-    output = _SparseAttention.apply(query, key, value, topk_indices, queries, softmax_scale)
+    output = _BlockedAttention.apply(query, key, value, topk_indices, queries, softmax_scale)
     return output.flatten(2)
 
 
@@ -44,17 +72,17 @@ def heads_first(tensor: Tensor) -> Tensor:
 
 
 def block_logits(query: Tensor, key: Tensor, mask: Tensor, softmax_scale: float) -> Tensor:
-    """Logits of one block, -inf where ``mask`` [b, rows, t] is False.
+    """Logits of one block, -inf where ``mask`` [b, block, t] is False.
 
     Args:
-        query: fp32 [b, n, rows, d].
+        query: fp32 [b, n, block, d].
         key: fp32 [b, n, t, d].
     """
     logits = torch.matmul(query, key.transpose(-1, -2)).mul_(softmax_scale)
     return logits.masked_fill_(~mask[:, None], float("-inf"))
 
 
-class _SparseAttention(torch.autograd.Function):
+class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, topk_indices, queries, softmax_scale):
         s, b, n, _ = query.shape
@@ -100,3 +128,78 @@ class _SparseAttention(torch.autograd.Function):
             for grad, like in ((dq, query), (dk, key), (dv, value))
         )
         return d_query, d_key, d_value, None, None, None
+
+
+@backend("sparse_attention.forward", name="torch")
+def forward(absorbed: AbsorbedInputs) -> tuple[Tensor, Tensor]:
+    """Attention of each query over the latents that its top-k names.
+
+    Returns:
+        [s, b, n, latent], of the query's dtype, zeros for a query without keys; and the
+        log2-sum-exp2 of the logits, fp32 [s, b, n], ``NO_KEYS`` likewise.
+    """
+    out = absorbed.query.new_empty((*absorbed.query.shape[:3], absorbed.latent_dim))
+    lse = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
+    for block in _gathered_blocks(absorbed):
+        _, latent, valid = _gathered(absorbed, block)
+        logits = _log2_logits(absorbed, block, latent, valid)  # [block, b, n, k]
+        block_lse = (logits * math.log(2)).logsumexp(-1) * LOG2_E
+        lse[block] = block_lse.masked_fill(block_lse == float("-inf"), NO_KEYS)
+        probs = torch.exp2(logits - lse[block, ..., None])
+        out[block] = torch.matmul(probs, latent[..., : absorbed.latent_dim]).to(out.dtype)
+    return out, lse
+
+
+@backend("sparse_attention.backward", name="torch")
+def backward(
+    absorbed: AbsorbedInputs, out: Tensor, lse: Tensor, d_out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``forward``.
+
+    Args:
+        absorbed: what it was given.
+        out, lse: what it returned.
+        d_out: [s, b, n, latent], contiguous.
+
+    Returns:
+        Of the queries, in their dtype, and of the latents, fp32 [t, b, latent + rope] or in their
+        dtype.
+    """
+    d_query = torch.empty_like(absorbed.query)
+    d_latent = torch.zeros_like(absorbed.latent, dtype=torch.float32)
+    row_terms = (out.float() * d_out.float()).sum(-1)  # [s, b, n]
+    for block in _gathered_blocks(absorbed):
+        key, latent, valid = _gathered(absorbed, block)
+        logits = _log2_logits(absorbed, block, latent, valid)
+        probs = torch.exp2(logits - lse[block, ..., None])  # [block, b, n, k]
+        upstream = d_out[block].float()
+        d_probs = torch.matmul(upstream, latent[..., : absorbed.latent_dim].transpose(-1, -2))
+        d_logits = probs * (d_probs - row_terms[block, ..., None]) * absorbed.softmax_scale
+        d_query[block] = torch.matmul(d_logits, latent).to(d_query.dtype)
+        # [block, b, k, latent + rope]: what each query adds to each of its keys
+        d_keys = torch.matmul(d_logits.transpose(-1, -2), absorbed.query[block].float())
+        d_keys[..., : absorbed.latent_dim] += torch.matmul(probs.transpose(-1, -2), upstream)
+        d_latent.flatten(0, 1).index_add_(0, key.flatten(), d_keys.flatten(0, 2))
+    return d_query, d_latent
+
+
+def _gathered_blocks(absorbed: AbsorbedInputs):
+    b, s, k = absorbed.topk_indices.shape
+    return query_blocks(s, b * k * absorbed.query.shape[-1] * 4)
+
+
+def _gathered(absorbed: AbsorbedInputs, block: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """The keys of a block of queries, as rows of the flat latent, [block, b, k]; their latents,
+    fp32 [block, b, k, latent + rope]; and which places name a key."""
+    local = absorbed.topk_indices[:, block].transpose(0, 1)
+    b = local.shape[1]
+    key = (local.clamp_min(0) + absorbed.starts[block, None, None]).long() * b
+    key = key + torch.arange(b, device=key.device)[:, None]
+    return key, absorbed.latent.flatten(0, 1)[key].float(), local >= 0
+
+
+def _log2_logits(absorbed: AbsorbedInputs, block: slice, latent: Tensor, valid: Tensor) -> Tensor:
+    """[block, b, n, k], in powers of two, -inf of an empty place."""
+    logits = torch.matmul(absorbed.query[block].float(), latent.transpose(-1, -2))
+    logits = logits * (absorbed.softmax_scale * LOG2_E)
+    return logits.masked_fill(~valid[:, :, None], float("-inf"))

@@ -1,0 +1,48 @@
+"""The loss that trains the indexer: KL(attention || indexer), as megatron-core 0.19 defines it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ..compared import compute
+from ..index_topk.reference import IndexerInputs
+from ..sparse_attention.inputs import AttentionInputs
+from .reference import LossSettings
+
+
+def index_loss(
+    inputs: IndexerInputs,
+    attention: AttentionInputs,
+    *,
+    index_scale: float,
+    coefficient: float,
+    sparse: bool,
+    per_token: bool,
+    tp_group: ProcessGroup | None = None,
+) -> Tensor:
+    """Scaled KL divergence of the indexer's distribution from the attention's, a scalar.
+
+    The target is the attention probability summed over all heads of all tensor-parallel ranks and
+    normalised; no gradient flows into it. DeepSeek-V3.2-Exp, section 2.1.
+
+    Args:
+        inputs: the indexer's projections, with the graph of the parameters that the loss trains.
+        attention: what the attention is computed from.
+        index_scale: of the products of the indexer's queries and keys.
+        coefficient: ``dsa_indexer_loss_coeff``.
+        sparse: both distributions over the selected keys only, not over all visible ones.
+        per_token: the sum over the queries instead of their mean (``calculate_per_token_loss``).
+        tp_group: of the ranks that share the attention's heads out; None: one rank has all.
+    """
+    s, b = attention.query.shape[:2]
+    attention = attention._replace(
+        query=attention.query.detach(),
+        latent=attention.latent.detach(),
+        up_projection=attention.up_projection.detach(),
+    )
+    loss_scale = coefficient if per_token else coefficient / (s * b)
+    settings = LossSettings(index_scale, loss_scale, sparse, tp_group)
+    widths = dict(attention.call.widths) | dict(inputs.call.widths)
+    call = attention.call._replace(widths=tuple(widths.items())).sized(sparse=int(sparse))
+    return compute("index_loss", call, inputs, attention, settings)

@@ -1,0 +1,151 @@
+"""Triton kernels of the indexer's loss over the selected keys. A program works on one query.
+
+Shapes: s queries (``rows``), t keys, b sequences (``batch``), n attention heads, k places of a
+top-k.
+
+==================== ======================================================================
+Q, LATENTS           [s, b, n, LATENT + ROPE] and [t, b, LATENT + ROPE], of ``target``: absorbed
+                     queries of the attention, and keys
+Q, K, WEIGHTS        [s, b, HEADS, DIM], [t, b, DIM] and fp32 [s, b, HEADS], of ``loss``: the
+                     indexer's
+TOPK                 int32 [b, s, k], counted from the query's document start, -1: no key
+STARTS, POSITIONS    int32 [s], the first and the last key that each query sees
+TARGET, SCORES       fp32 [b, s, k]
+LOSS                 fp32 [b, s]
+D_Q, D_WEIGHTS       fp32, as Q and WEIGHTS
+D_K                  fp32, as K
+==================== ======================================================================
+
+Tiles: HEADS x KEYS (of one step).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..sparse_attention.triton_kernels import (
+    add_rows,
+    gather_columns,
+    load_columns,
+    load_span,
+    tile_of_keys,
+)
+
+
+@triton.jit
+def _logits(
+    LATENTS, q_0, q_1, q_rope, key, scale_log2,
+    LATENT: tl.constexpr, ROPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = LATENT // 2
+    latent_0 = gather_columns(LATENTS, key, 0, HALF)
+    latent_1 = gather_columns(LATENTS, key, HALF, HALF)
+    rope = gather_columns(LATENTS, key, LATENT, ROPE)
+    logits = tl.dot(q_0, tl.trans(latent_0), input_precision=PRECISION)
+    logits = tl.dot(q_1, tl.trans(latent_1), logits, input_precision=PRECISION)
+    return tl.dot(q_rope, tl.trans(rope), logits, input_precision=PRECISION) * scale_log2
+
+
+@triton.jit
+def target(
+    Q, LATENTS, TOPK, STARTS, POSITIONS, TARGET,
+    rows, batch, heads, k, scale_log2,
+    LATENT: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention probabilities of one query, summed over its heads."""
+    WIDTH: tl.constexpr = LATENT + ROPE
+    HALF: tl.constexpr = LATENT // 2
+    row = rows - 1 - tl.program_id(0) // batch
+    b = tl.program_id(0) % batch
+    head = tl.arange(0, HEADS)
+    own = head < heads
+    query = (row * batch + b).to(tl.int64) * heads + head
+    q_0 = load_columns(Q, query * WIDTH, 0, HALF, own)
+    q_1 = load_columns(Q, query * WIDTH, HALF, HALF, own)
+    q_rope = load_columns(Q, query * WIDTH, LATENT, ROPE, own)
+    start, seen = load_span(STARTS, POSITIONS, row)
+    count = tl.minimum(seen, k)
+    line = (b.to(tl.int64) * rows + row) * k
+    largest = tl.full([HEADS], -1e30, tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    for first in range(0, count, KEYS):
+        key, valid = tile_of_keys(TOPK + line, first, count, start, batch, b, KEYS, WIDTH)
+        logits = _logits(LATENTS, q_0, q_1, q_rope, key, scale_log2, LATENT, ROPE, PRECISION)
+        logits = tl.where(valid[None, :], logits, -1e30)
+        larger = tl.maximum(largest, tl.max(logits, 1))
+        probs = tl.where(valid[None, :], tl.exp2(logits - larger[:, None]), 0.0)
+        total = total * tl.exp2(largest - larger) + tl.sum(probs, 1)
+        largest = larger
+    lse = largest + tl.log2(tl.where(total > 0, total, 1.0))
+    for first in range(0, count, KEYS):
+        key, valid = tile_of_keys(TOPK + line, first, count, start, batch, b, KEYS, WIDTH)
+        logits = _logits(LATENTS, q_0, q_1, q_rope, key, scale_log2, LATENT, ROPE, PRECISION)
+        probs = tl.exp2(logits - lse[:, None])
+        probs = tl.where(valid[None, :] & own[:, None], probs, 0.0)
+        place = first + tl.arange(0, KEYS)
+        tl.store(TARGET + line + place, tl.sum(probs, 0), mask=place < count)
+
+
+@triton.jit
+def loss(
+    Q, K, WEIGHTS, TOPK, STARTS, POSITIONS, TARGET, SCORES, LOSS, D_Q, D_K, D_WEIGHTS,
+    first_row, end_row, rows, batch, k, scale, loss_scale,
+    HEADS: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr,
+    ATOMIC: tl.constexpr, PRECISION: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """KL(target || softmax(index scores)) of one query over its keys, and its gradients."""
+    row = end_row - 1 - tl.program_id(0) // batch
+    b = tl.program_id(0) % batch
+    query = (row * batch + b).to(tl.int64) * HEADS + tl.arange(0, HEADS)
+    everyone = tl.arange(0, HEADS) >= 0
+    q = load_columns(Q, query * DIM, 0, DIM, everyone)
+    weights = tl.load(WEIGHTS + query) * scale
+    start, seen = load_span(STARTS, POSITIONS, row)
+    count = tl.minimum(seen, k)
+    line = (b.to(tl.int64) * rows + row) * k
+    largest, total, mass = -1e30, 0.0, 0.0
+    for first in range(0, count, KEYS):
+        key, valid = tile_of_keys(TOPK + line, first, count, start, batch, b, KEYS, DIM)
+        index_key = gather_columns(K, key, 0, DIM)
+        products = tl.dot(q, tl.trans(index_key), input_precision=PRECISION)
+        scores = tl.sum(tl.maximum(products, 0.0) * weights[:, None], 0)
+        place = first + tl.arange(0, KEYS)
+        tl.store(SCORES + line + place, scores, mask=place < count)
+        mass += tl.sum(tl.load(TARGET + line + place, mask=valid, other=0.0), 0)
+        scores = tl.where(valid, scores, -1e30)
+        larger = tl.maximum(largest, tl.max(scores, 0))
+        total = total * tl.exp(largest - larger)
+        total += tl.sum(tl.where(valid, tl.exp(scores - larger), 0.0), 0)
+        largest = larger
+    lse = largest + tl.log(tl.where(total > 0, total, 1.0))
+    mass = tl.maximum(mass, EPS)
+    tl.debug_barrier()  # the scores come back to other threads
+    loss = 0.0
+    d_q = tl.zeros([HEADS, DIM], tl.float32)
+    d_weights = tl.zeros([HEADS], tl.float32)
+    for first in range(0, count, KEYS):
+        key, valid = tile_of_keys(TOPK + line, first, count, start, batch, b, KEYS, DIM)
+        place = first + tl.arange(0, KEYS)
+        target = tl.load(TARGET + line + place, mask=valid, other=0.0) / mass
+        log_predicted = tl.load(SCORES + line + place, mask=valid, other=0.0) - lse
+        terms = target * (tl.log(tl.maximum(target, EPS)) - log_predicted)
+        loss += tl.sum(tl.where(valid, terms, 0.0), 0)
+        d_scores = tl.where(valid, tl.exp(log_predicted) - target, 0.0)
+        index_key = gather_columns(K, key, 0, DIM)
+        products = tl.dot(q, tl.trans(index_key), input_precision=PRECISION)
+        d_weights += tl.sum(tl.maximum(products, 0.0) * d_scores[None, :], 1) * scale
+        d_products = tl.where(products > 0, weights[:, None] * d_scores[None, :], 0.0).to(q.dtype)
+        d_q = tl.dot(d_products, index_key, d_q, input_precision=PRECISION)
+        part = tl.dot(tl.trans(d_products), q, input_precision=PRECISION) * loss_scale
+        if ATOMIC:
+            target_row = key
+        else:
+            pair = ((row - first_row) * batch + b).to(tl.int64) * k + place
+            target_row = pair * DIM
+        add_rows(D_K, target_row, 0, DIM, part, valid, ATOMIC)
+    tl.store(LOSS + b.to(tl.int64) * rows + row, loss)
+    columns = tl.arange(0, DIM)
+    tl.store(D_Q + query[:, None] * DIM + columns[None, :], d_q * loss_scale)
+    tl.store(D_WEIGHTS + query, d_weights * loss_scale)

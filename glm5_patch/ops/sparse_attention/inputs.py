@@ -1,0 +1,116 @@
+"""What sparse attention is computed from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..needs import Call
+from ..query_positions import QueryPositions
+
+
+class MLADims(NamedTuple):
+    """Widths of one head, and of the latent that all heads share."""
+
+    latent: int
+    """``kv_lora_rank``."""
+    nope: int
+    """``qk_head_dim``: the part of a query without rotary position."""
+    rope: int
+    """``qk_pos_emb_head_dim``."""
+    value: int
+    """``v_head_dim``."""
+
+    @classmethod
+    def of(cls, config) -> MLADims:
+        return cls(
+            config.kv_lora_rank, config.qk_head_dim, config.qk_pos_emb_head_dim, config.v_head_dim
+        )
+
+
+class AttentionInputs(NamedTuple):
+    """Queries, what keys and values are made of, and which keys each query attends to."""
+
+    query: Tensor
+    """[s, b, n, nope + rope]."""
+    latent: Tensor
+    """[t, b, 1, latent + rope]; t is s, or more under context parallelism."""
+    up_projection: Tensor
+    """Makes keys and values of the latent, [latent, n * (nope + value)]."""
+    topk_indices: Tensor | None
+    """int32 [b, s, k], see ``selected_keys``, with every visible key of a query that has no more
+    than k; None: every visible key of all queries."""
+    queries: QueryPositions
+    """Where the queries stand among the keys."""
+    dims: MLADims
+    softmax_scale: float
+    """Factor of the logits."""
+
+    @property
+    def call(self) -> Call:
+        return Call.of(
+            self.query,
+            heads=self.query.shape[2],
+            kv_lora_rank=self.dims.latent,
+            qk_pos_emb_head_dim=self.dims.rope,
+        )
+
+    def first(self, count: int) -> AttentionInputs:
+        """The first queries of one sequence, which attend to every key that they see."""
+        queries = QueryPositions(self.queries.starts[:count], longest=count)
+        return self._replace(
+            query=self.query[:count],
+            latent=self.latent[:count],
+            topk_indices=None,
+            queries=queries,
+        )
+
+    def of_queries(self, places: Tensor) -> AttentionInputs:
+        """Some queries alone, int64; the keys stay."""
+        topk_indices = self.topk_indices
+        return self._replace(
+            query=self.query[places],
+            topk_indices=None if topk_indices is None else topk_indices[:, places],
+            queries=self.queries.of_queries(places),
+        )
+
+    def after(self, count: int) -> AttentionInputs:
+        """Without the first queries."""
+        return self._replace(
+            query=self.query[count:],
+            topk_indices=self.topk_indices[:, count:],
+            queries=self.queries.after(count),
+        )
+
+
+class AbsorbedInputs(NamedTuple):
+    """Queries with the up-projection of keys folded in, which meet the latent itself."""
+
+    query: Tensor
+    """[s, b, n, latent + rope], contiguous."""
+    latent: Tensor
+    """[t, b, latent + rope], contiguous."""
+    topk_indices: Tensor
+    """int32 [b, s, k], contiguous, see ``selected_keys``; empty places come last."""
+    starts: Tensor
+    """int32 [s]: where each query's document starts."""
+    positions: Tensor
+    """int32 [s]: where each query stands."""
+    latent_dim: int
+    """How much of a key is its value; the rest is rotary."""
+    softmax_scale: float
+    """Factor of the logits."""
+
+    @property
+    def call(self) -> Call:
+        return Call.of(
+            self.query,
+            heads=self.query.shape[2],
+            kv_lora_rank=self.latent_dim,
+            qk_pos_emb_head_dim=self.query.shape[3] - self.latent_dim,
+        ).sized(
+            dsa_indexer_topk=self.topk_indices.shape[-1],
+            query_numbers=self.query.numel(),
+            latent_numbers=self.latent.numel(),
+        )

@@ -1,0 +1,279 @@
+"""Triton kernels of sparse attention: absorbed queries over selected rows of the latent.
+
+A program works on one query and up to 64 of its heads. All heads share the query's keys, and a key
+is its own value (the latent without the rotary part), so one gathered tile serves both products.
+The latent comes in pieces of its columns, so that no product has all of them in registers.
+
+Shapes: s queries (``rows``), t keys, b sequences (``batch``), n heads, k places of a top-k.
+WIDTH = LATENT + ROPE.
+
+==================== ======================================================================
+Q, D_Q               [s, b, n, WIDTH], absorbed queries and their gradient
+LATENTS, D_LATENTS   [t, b, WIDTH], keys and their gradient (fp32)
+TOPK                 int32 [b, s, k], counted from the query's document start, -1: no key
+STARTS, POSITIONS    int32 [s], the first and the last key that each query sees
+OUT, D_OUT           [s, b, n, LATENT]
+LSE, TERMS           fp32 [s, b, n], log2-sum-exp2 of the logits; out . d_out
+==================== ======================================================================
+
+Tiles: HEADS (of one program) x KEYS (of one step), in pieces of the WIDTH columns.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+cdiv, next_power_of_2 = triton.cdiv, triton.next_power_of_2
+
+
+@triton.jit
+def load_columns(base, offsets, first, WIDTH: tl.constexpr, mask):
+    """[rows, WIDTH] from column ``first`` on of the rows at ``offsets``; zeros where masked."""
+    columns = first + tl.arange(0, WIDTH)
+    return tl.load(base + offsets[:, None] + columns[None, :], mask=mask[:, None], other=0.0)
+
+
+@triton.jit
+def gather_columns(base, offsets, first, WIDTH: tl.constexpr):
+    columns = first + tl.arange(0, WIDTH)
+    return tl.load(base + offsets[:, None] + columns[None, :])
+
+
+@triton.jit
+def store_columns(base, offsets, first, WIDTH: tl.constexpr, tile, mask):
+    columns = first + tl.arange(0, WIDTH)
+    place = base + offsets[:, None] + columns[None, :]
+    tl.store(place, tile.to(base.dtype.element_ty), mask=mask[:, None])
+
+
+@triton.jit
+def query_of_program(end_row, batch, heads, HEADS: tl.constexpr):
+    """Row and batch of this program, the places of its heads in [s, b, n], and which there are.
+    The last rows come first: they have most keys."""
+    row = end_row - 1 - tl.program_id(0) // batch
+    b = tl.program_id(0) % batch
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    return row, b, (row * batch + b).to(tl.int64) * heads + head, head < heads
+
+
+@triton.jit
+def load_span(STARTS, POSITIONS, row):
+    start = tl.load(STARTS + row)
+    return start, tl.load(POSITIONS + row) - start + 1
+
+
+@triton.jit
+def tile_of_keys(TOPK, first, count, start, batch, b, KEYS: tl.constexpr, WIDTH: tl.constexpr):
+    """Offsets of the latents that a tile of the top-k names, and which of its places name one."""
+    place = first + tl.arange(0, KEYS)
+    local = tl.load(TOPK + place, mask=place < count, other=-1)
+    return (tl.maximum(local, 0) + start).to(tl.int64) * batch * WIDTH + b * WIDTH, local >= 0
+
+
+@triton.jit
+def forward(
+    Q, LATENTS, TOPK, STARTS, POSITIONS, OUT, LSE,
+    rows, batch, heads, k, scale_log2,
+    LATENT: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    WIDTH: tl.constexpr = LATENT + ROPE
+    HALF: tl.constexpr = LATENT // 2
+    row, b, query, own = query_of_program(rows, batch, heads, HEADS)
+    q_0 = load_columns(Q, query * WIDTH, 0, HALF, own)
+    q_1 = load_columns(Q, query * WIDTH, HALF, HALF, own)
+    q_rope = load_columns(Q, query * WIDTH, LATENT, ROPE, own)
+    start, visible = load_span(STARTS, POSITIONS, row)
+    count = tl.minimum(visible, k)
+    TOPK += (b.to(tl.int64) * rows + row) * k
+    largest = tl.full([HEADS], -1e30, tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    out_0 = tl.zeros([HEADS, HALF], tl.float32)
+    out_1 = tl.zeros([HEADS, HALF], tl.float32)
+    for first in tl.range(0, count, KEYS, num_stages=STAGES):
+        key, valid = tile_of_keys(TOPK, first, count, start, batch, b, KEYS, WIDTH)
+        latent_0 = gather_columns(LATENTS, key, 0, HALF)
+        latent_1 = gather_columns(LATENTS, key, HALF, HALF)
+        rope = gather_columns(LATENTS, key, LATENT, ROPE)
+        logits = tl.dot(q_0, tl.trans(latent_0), input_precision=PRECISION)
+        logits = tl.dot(q_1, tl.trans(latent_1), logits, input_precision=PRECISION)
+        logits = tl.dot(q_rope, tl.trans(rope), logits, input_precision=PRECISION) * scale_log2
+        logits = tl.where(valid[None, :], logits, -1e30)
+        larger = tl.maximum(largest, tl.max(logits, 1))
+        # A tile without a valid key would otherwise count exp2(-1e30 + 1e30).
+        probs = tl.where(valid[None, :], tl.exp2(logits - larger[:, None]), 0.0)
+        shrink = tl.exp2(largest - larger)
+        total = total * shrink + tl.sum(probs, 1)
+        probs = probs.to(latent_0.dtype)
+        out_0 = tl.dot(probs, latent_0, out_0 * shrink[:, None], input_precision=PRECISION)
+        out_1 = tl.dot(probs, latent_1, out_1 * shrink[:, None], input_precision=PRECISION)
+        largest = larger
+    total = tl.where(total > 0, total, 1.0)
+    store_columns(OUT, query * LATENT, 0, HALF, out_0 / total[:, None], own)
+    store_columns(OUT, query * LATENT, HALF, HALF, out_1 / total[:, None], own)
+    tl.store(LSE + query, largest + tl.log2(total), mask=own)
+
+
+@triton.jit
+def row_terms(OUT, D_OUT, TERMS, LATENT: tl.constexpr, ROWS: tl.constexpr, rows):
+    """Row term of the softmax's backward: out . d_out, one number a query and head."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    offsets = row.to(tl.int64) * LATENT
+    out = load_columns(OUT, offsets, 0, LATENT, row < rows).to(tl.float32)
+    d_out = load_columns(D_OUT, offsets, 0, LATENT, row < rows).to(tl.float32)
+    tl.store(TERMS + row, tl.sum(out * d_out, 1), mask=row < rows)
+
+
+@triton.jit
+def _add_to_keys(
+    D_LATENTS, target, first, WIDTH: tl.constexpr, d_logits, q, probs, d_out, valid,
+    ATOMIC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What a query adds to the gradient of its keys, in some columns of the latent."""
+    part = tl.dot(d_logits, q, input_precision=PRECISION)
+    part = tl.dot(probs, d_out, part, input_precision=PRECISION)
+    add_rows(D_LATENTS, target, first, WIDTH, part, valid, ATOMIC)
+
+
+@triton.jit
+def add_rows(D_LATENTS, target, first, WIDTH: tl.constexpr, tile, valid, ATOMIC: tl.constexpr):
+    place = D_LATENTS + target[:, None] + (first + tl.arange(0, WIDTH))[None, :]
+    if ATOMIC:
+        tl.atomic_add(place, tile, mask=valid[:, None], sem="relaxed")
+    else:
+        tl.store(place, tile, mask=valid[:, None])
+
+
+@triton.jit
+def backward(
+    Q, LATENTS, TOPK, STARTS, POSITIONS, D_OUT, LSE, TERMS, D_Q, D_LATENTS,
+    first_row, end_row, rows, batch, heads, k, scale, scale_log2,
+    LATENT: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
+    ATOMIC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one query, and what it adds to those of its keys: to D_LATENTS by atomics, or
+    to its own rows of [queries of this launch, b, k, head groups, WIDTH]."""
+    WIDTH: tl.constexpr = LATENT + ROPE
+    PART: tl.constexpr = LATENT // 4
+    row, b, query, own = query_of_program(end_row, batch, heads, HEADS)
+    q_0 = load_columns(Q, query * WIDTH, 0, PART, own)
+    q_1 = load_columns(Q, query * WIDTH, PART, PART, own)
+    q_2 = load_columns(Q, query * WIDTH, 2 * PART, PART, own)
+    q_3 = load_columns(Q, query * WIDTH, 3 * PART, PART, own)
+    q_rope = load_columns(Q, query * WIDTH, LATENT, ROPE, own)
+    d_out_0 = load_columns(D_OUT, query * LATENT, 0, PART, own)
+    d_out_1 = load_columns(D_OUT, query * LATENT, PART, PART, own)
+    d_out_2 = load_columns(D_OUT, query * LATENT, 2 * PART, PART, own)
+    d_out_3 = load_columns(D_OUT, query * LATENT, 3 * PART, PART, own)
+    lse = tl.load(LSE + query, mask=own, other=0.0)
+    terms = tl.load(TERMS + query, mask=own, other=0.0)
+    start, visible = load_span(STARTS, POSITIONS, row)
+    count = tl.minimum(visible, k)
+    TOPK += (b.to(tl.int64) * rows + row) * k
+    d_q_0 = tl.zeros([HEADS, PART], tl.float32)
+    d_q_1 = tl.zeros([HEADS, PART], tl.float32)
+    d_q_2 = tl.zeros([HEADS, PART], tl.float32)
+    d_q_3 = tl.zeros([HEADS, PART], tl.float32)
+    d_q_rope = tl.zeros([HEADS, ROPE], tl.float32)
+    for first in tl.range(0, count, KEYS, num_stages=STAGES):
+        key, valid = tile_of_keys(TOPK, first, count, start, batch, b, KEYS, WIDTH)
+        latent_0 = gather_columns(LATENTS, key, 0, PART)
+        latent_1 = gather_columns(LATENTS, key, PART, PART)
+        latent_2 = gather_columns(LATENTS, key, 2 * PART, PART)
+        latent_3 = gather_columns(LATENTS, key, 3 * PART, PART)
+        rope = gather_columns(LATENTS, key, LATENT, ROPE)
+        logits = tl.dot(q_0, tl.trans(latent_0), input_precision=PRECISION)
+        logits = tl.dot(q_1, tl.trans(latent_1), logits, input_precision=PRECISION)
+        logits = tl.dot(q_2, tl.trans(latent_2), logits, input_precision=PRECISION)
+        logits = tl.dot(q_3, tl.trans(latent_3), logits, input_precision=PRECISION)
+        logits = tl.dot(q_rope, tl.trans(rope), logits, input_precision=PRECISION)
+        d_probs = tl.dot(d_out_0, tl.trans(latent_0), input_precision=PRECISION)
+        d_probs = tl.dot(d_out_1, tl.trans(latent_1), d_probs, input_precision=PRECISION)
+        d_probs = tl.dot(d_out_2, tl.trans(latent_2), d_probs, input_precision=PRECISION)
+        d_probs = tl.dot(d_out_3, tl.trans(latent_3), d_probs, input_precision=PRECISION)
+        probs = tl.exp2(logits * scale_log2 - lse[:, None])
+        probs = tl.where(valid[None, :], probs, 0.0)
+        d_logits = (probs * (d_probs - terms[:, None]) * scale).to(latent_0.dtype)
+        probs = probs.to(latent_0.dtype)
+        d_q_0 = tl.dot(d_logits, latent_0, d_q_0, input_precision=PRECISION)
+        d_q_1 = tl.dot(d_logits, latent_1, d_q_1, input_precision=PRECISION)
+        d_q_2 = tl.dot(d_logits, latent_2, d_q_2, input_precision=PRECISION)
+        d_q_3 = tl.dot(d_logits, latent_3, d_q_3, input_precision=PRECISION)
+        d_q_rope = tl.dot(d_logits, rope, d_q_rope, input_precision=PRECISION)
+        if ATOMIC:
+            target = key
+        else:
+            pair = ((row - first_row) * batch + b).to(tl.int64) * k + first + tl.arange(0, KEYS)
+            target = (pair * tl.num_programs(1) + tl.program_id(1)) * WIDTH
+        d_logits = tl.trans(d_logits)
+        probs = tl.trans(probs)
+        _add_to_keys(
+            D_LATENTS, target, 0, PART, d_logits, q_0, probs, d_out_0, valid, ATOMIC, PRECISION
+        )
+        _add_to_keys(
+            D_LATENTS, target, PART, PART, d_logits, q_1, probs, d_out_1, valid, ATOMIC, PRECISION
+        )
+        _add_to_keys(
+            D_LATENTS,
+            target,
+            2 * PART,
+            PART,
+            d_logits,
+            q_2,
+            probs,
+            d_out_2,
+            valid,
+            ATOMIC,
+            PRECISION,
+        )
+        _add_to_keys(
+            D_LATENTS,
+            target,
+            3 * PART,
+            PART,
+            d_logits,
+            q_3,
+            probs,
+            d_out_3,
+            valid,
+            ATOMIC,
+            PRECISION,
+        )
+        part = tl.dot(d_logits, q_rope, input_precision=PRECISION)
+        add_rows(D_LATENTS, target, LATENT, ROPE, part, valid, ATOMIC)
+    store_columns(D_Q, query * WIDTH, 0, PART, d_q_0, own)
+    store_columns(D_Q, query * WIDTH, PART, PART, d_q_1, own)
+    store_columns(D_Q, query * WIDTH, 2 * PART, PART, d_q_2, own)
+    store_columns(D_Q, query * WIDTH, 3 * PART, PART, d_q_3, own)
+    store_columns(D_Q, query * WIDTH, LATENT, ROPE, d_q_rope, own)
+
+
+@triton.jit
+def add_pairs(
+    PAIRS, ORDER, BOUNDS, D_LATENTS, groups,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Add to one key's gradient what its queries left, in their order."""
+    key = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, COLUMNS)
+    inside = columns < WIDTH
+    total = tl.load(D_LATENTS + key * WIDTH + columns, mask=inside)
+    for number in range(tl.load(BOUNDS + key), tl.load(BOUNDS + key + 1)):
+        pair = tl.load(ORDER + number).to(tl.int64) * groups
+        for group in range(groups):
+            total += tl.load(PAIRS + (pair + group) * WIDTH + columns, mask=inside)
+    tl.store(D_LATENTS + key * WIDTH + columns, total, mask=inside)
+
+
+@triton.jit
+def flat_keys(
+    TOPK, STARTS, KEYS, rows, batch, k, BLOCK: tl.constexpr
+):  # fmt: skip
+    row, b = tl.program_id(0) // batch, tl.program_id(0) % batch
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < k
+    local = tl.load(TOPK + (b.to(tl.int64) * rows + row) * k + place, mask=inside, other=-1)
+    key = (local + tl.load(STARTS + row)) * batch + b
+    place += tl.program_id(0).to(tl.int64) * k
+    tl.store(KEYS + place, tl.where(local < 0, -1, key), mask=inside)
