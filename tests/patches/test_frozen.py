@@ -7,7 +7,7 @@ import torch
 
 from glm5_patch.training.phases import set_phase
 from tests.patches.test_recompute import MODES, assert_equal, gradients, microbatches
-from tests.tiny import add_mtp_layer, megatron_model, saved
+from tests.tiny import megatron_model, saved
 
 MORE_MODES = {
     **MODES,
@@ -103,7 +103,7 @@ def test_recompute_trains_what_is_trainable(
     _, plain = gradients_without_recompute(frozen, layout)
     assert plain
     _, found = gradients_of(checkpoint, frozen, layout, **MORE_MODES[mode])
-    assert_equal(found, plain)
+    assert_equal(found, plain, mode)
 
 
 @pytest.mark.parametrize("frozen", FROZEN)
