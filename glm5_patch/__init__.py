@@ -1,21 +1,97 @@
 """GLM-5 on the megatron-core you already have.
 
-Installing this package is enough: torch loads it through the ``torch.backends`` entry point and
-each patch fills in what the host at hand lacks. These functions are for looking, asserting and
-switching by hand, from any thread; importing this module imports nothing but the standard library.
+Installing this package is enough: torch loads it through the ``torch.backends`` entry point, and
+each patch adds what the installed host lacks. The functions below are for programs that want to
+look, check, or build a model themselves. Importing this module imports only the standard library;
+the other names are loaded when they are first used.
 
 PYTEST_DONT_REWRITE: nothing here asserts, and torch may import it before pytest does.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .attention.build import gpt_model, set_latent_norm_epsilon, transformer_config
+    from .checkpoint.bridge_report import report
+    from .checkpoint.reader import HFCheckpoint
+    from .checkpoint.writer import save
+    from .config.huggingface import HFConfig
+    from .errors import (
+        CheckpointError,
+        GLM5PatchError,
+        MissingTopkError,
+        PipelineSplitError,
+        ScheduleError,
+    )
     from .patching.ledger import Status
+    from .testing.cpu_host import single_process
+    from .testing.parity import recorded, topk_overlap
+    from .training.phases import audit, set_phase
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "disable", "enable", "require", "status"]
+__all__ = [
+    "CheckpointError",
+    "GLM5PatchError",
+    "HFCheckpoint",
+    "HFConfig",
+    "MissingTopkError",
+    "PipelineSplitError",
+    "ScheduleError",
+    "Status",
+    "__version__",
+    "audit",
+    "disable",
+    "enable",
+    "gpt_model",
+    "recorded",
+    "report",
+    "require",
+    "save",
+    "set_latent_norm_epsilon",
+    "set_phase",
+    "single_process",
+    "status",
+    "topk_overlap",
+    "transformer_config",
+]
+
+_LAZY = {
+    "CheckpointError": "errors",
+    "GLM5PatchError": "errors",
+    "HFCheckpoint": "checkpoint.reader",
+    "HFConfig": "config.huggingface",
+    "MissingTopkError": "errors",
+    "PipelineSplitError": "errors",
+    "ScheduleError": "errors",
+    "Status": "patching.ledger",
+    "audit": "training.phases",
+    "gpt_model": "attention.build",
+    "recorded": "testing.parity",
+    "report": "checkpoint.bridge_report",
+    "save": "checkpoint.writer",
+    "set_latent_norm_epsilon": "attention.build",
+    "set_phase": "training.phases",
+    "single_process": "testing.cpu_host",
+    "topk_overlap": "testing.parity",
+    "transformer_config": "attention.build",
+}
+"""Public name -> the module of this package that defines it."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
 
 
 def enable() -> Status:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..config.huggingface import HFConfig
+from ..errors import GLM5PatchError
 
 
 def transformer_config(hf: HFConfig, **overrides: Any):
@@ -14,15 +15,41 @@ def transformer_config(hf: HFConfig, **overrides: Any):
 
     Args:
         hf: the published configuration.
-        overrides: parallelism, precision, recompute, ``transformer_impl``, ...; they win.
+        overrides: any other field, such as parallelism, precision, recompute or
+            ``transformer_impl``. They replace what the configuration says.
+
+    Raises:
+        GLM5PatchError: the host's class lacks a field of GLM-5, so the plugin is not active.
     """
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-    return MLATransformerConfig(**{**hf.megatron_kwargs(), **overrides})
+    fields = hf.megatron_kwargs()
+    try:
+        return MLATransformerConfig(**{**fields, **overrides})
+    except TypeError as error:
+        unknown = [name for name in fields if f"'{name}'" in str(error)]
+        if not unknown:
+            raise
+        raise GLM5PatchError(
+            f"MLATransformerConfig has no field {unknown[0]}: the plugin is not active in this "
+            "process; glm5-patch doctor says why"
+        ) from error
 
 
 def gpt_model(hf: HFConfig, config, *, pre_process: bool = True, post_process: bool = True):
-    """The model of this rank, as a Megatron user builds it; needs initialised model parallelism."""
+    """The ``GPTModel`` of this rank, on the GPU if there is one.
+
+    Args:
+        hf: the published configuration.
+        config: by ``transformer_config``.
+        pre_process: whether this pipeline stage has the embedding.
+        post_process: whether this pipeline stage has the output layer.
+
+    Raises:
+        GLM5PatchError: Transformer Engine, a device or model parallelism is missing; the message
+            names the field or the call that supplies it.
+    """
+    _check_environment(config)
     from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
     from megatron.core.models.gpt.gpt_model import GPTModel
 
@@ -41,6 +68,37 @@ def gpt_model(hf: HFConfig, config, *, pre_process: bool = True, post_process: b
     if not torch.cuda.is_available() or config.use_cpu_initialization:
         return model
     return model.cuda()
+
+
+def _check_environment(config) -> None:
+    from megatron.core import parallel_state
+
+    if config.transformer_impl == "transformer_engine":
+        try:
+            import transformer_engine.pytorch  # noqa: F401
+        except ImportError as error:
+            raise GLM5PatchError(
+                f"transformer_impl='transformer_engine' needs Transformer Engine ({error}); "
+                "install it, or set transformer_impl='local'"
+            ) from error
+    if not parallel_state.model_parallel_is_initialized():
+        raise GLM5PatchError(
+            "model parallelism is not initialised: call parallel_state.initialize_model_parallel, "
+            "or build the model inside glm5_patch.single_process"
+        )
+    if torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.current_device()  # megatron-core asks for it, whatever the device
+    except (AssertionError, RuntimeError) as error:
+        raise GLM5PatchError(
+            f"no CUDA device ({str(error).splitlines()[0]}); on a CPU build and run the model "
+            "inside glm5_patch.single_process('cpu')"
+        ) from error
+    if not config.use_cpu_initialization:
+        raise GLM5PatchError(
+            "use_cpu_initialization=False needs a CUDA device; set use_cpu_initialization=True"
+        )
 
 
 def mtp_block_spec(config, spec, vp_stage: int | None = None):

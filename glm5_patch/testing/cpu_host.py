@@ -1,8 +1,8 @@
-"""megatron-core without a GPU: for the demo, the tests, and a look at a model on a laptop.
+"""megatron-core without a GPU: for the demo, for tests, and for a small model on a laptop.
 
-megatron-core 0.16 to 0.19 ask ``torch.cuda`` for the device of rope tables and masks and for the
-random state of checkpoints. Here those few calls answer for the CPU. Nothing of this is used, and
-``enable()`` refuses, where CUDA is present.
+megatron-core 0.16 to 0.19 ask ``torch.cuda`` for the device of rope tables and masks, and for the
+random state of checkpoints. This module makes those calls answer for the CPU. It is not used where
+CUDA is available, and ``enable()`` refuses to run there.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ..errors import GLM5PatchError
 from ..patching.seams import Seams
 
 _seams: Seams | None = None
@@ -21,11 +22,14 @@ def enable(device: str = "cpu") -> None:
     """Make megatron-core run on ``device``: "cpu", or "meta" to build a model without memory.
 
     Raises:
-        RuntimeError: CUDA is there, so the host needs no help.
+        GLM5PatchError: a CUDA device is available, and megatron-core would use it.
     """
     global _seams
     if torch.cuda.is_available():
-        raise RuntimeError("CUDA is available: megatron-core needs no CPU adapter here")
+        raise GLM5PatchError(
+            f"{device!r}: megatron-core uses the CUDA device of this machine; use 'cuda', or hide "
+            "it with CUDA_VISIBLE_DEVICES="
+        )
     disable()
     import megatron.core.tensor_parallel.random as random
 
@@ -82,11 +86,21 @@ class CudaLiterals(TorchFunctionMode):
 
 @contextmanager
 def single_process(device: str, seed: int = 0):
-    """A world of one rank, initialised as ``megatron.training`` would, torn down at the end."""
+    """A world of one rank, initialised as ``megatron.training`` does it, and torn down at the end.
+
+    Args:
+        device: "cuda", or "cpu" to run megatron-core without a GPU.
+        seed: of torch and of megatron-core's random states.
+
+    Raises:
+        GLM5PatchError: ``device`` is not the one that megatron-core will use here.
+    """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     adapted = device != "cuda"
+    if not adapted and not torch.cuda.is_available():
+        raise GLM5PatchError("single_process('cuda'): torch sees no CUDA device; use 'cpu'")
     if adapted:
         enable(device)
     torch.manual_seed(seed)

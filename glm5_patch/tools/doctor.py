@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlparse
 
-from ..env import DISABLE, ENABLED, KERNELS, Switches, installed_version
+from ..env import ENABLED, KERNELS, Switches, installed_version, problems
 from ..errors import GLM5PatchError
 from .report import Result, print_table, say
 
 DISTRIBUTION = "glm5-patch"
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
-OLDEST_WRAPT = (2, 4)
+OLDEST_WRAPT = (1, 14)
 _TIMEOUT_S = 300
 
 
@@ -111,34 +111,16 @@ def installation() -> Iterator[Finding]:
 
 def switches() -> Finding:
     """Is every environment variable one that this package knows, and is nothing switched off?"""
-    read, problems = Switches.read(), switch_problems()
-    names = (ENABLED, DISABLE, KERNELS)
-    seen = " ".join(f"{name}={os.environ[name]!r}" for name in names if name in os.environ)
-    return Finding(
-        "switches",
-        read.enabled and not read.disabled_ids and not problems,
-        "; ".join(problems) or seen or "none is set",
-        f"unset {' or '.join(name for name in names if name in os.environ)}, unless you mean it",
-    )
-
-
-def switch_problems() -> list[str]:
-    """One line for each environment variable that has no meaning."""
-    from .. import env
     from ..patches.table import PATCHES
 
-    problems = []
-    value = os.environ.get(ENABLED, "")
-    if value.strip().lower() not in {"", "1", "true", "on", "yes", "0", "false", "off", "no"}:
-        problems.append(f"{ENABLED}={value!r} must be 0 (off) or 1 (on)")
-    known = {patch.id for patch in PATCHES}
-    for unknown in sorted(Switches.read().disabled_ids - known):
-        problems.append(f"{DISABLE} names {unknown!r}, which is not a patch")
-    try:
-        env.kernels()
-    except GLM5PatchError as error:
-        problems.append(str(error))
-    return problems
+    read, found = Switches.read(), problems({patch.id for patch in PATCHES})
+    is_set = [name for name in sorted(os.environ) if name.startswith(ENABLED)]
+    return Finding(
+        "switches",
+        read.enabled and not read.disabled_ids and not found,
+        "; ".join(found) or " ".join(f"{k}={os.environ[k]!r}" for k in is_set) or "none is set",
+        f"unset {' or '.join(is_set)}, unless you mean it",
+    )
 
 
 def _wrapt() -> Finding:

@@ -222,7 +222,7 @@ def test_triton_that_can_not_is_no_silent_torch(monkeypatch):
 def test_unknown_kernels_are_named(monkeypatch):
     monkeypatch.setenv("GLM5_PATCH_KERNELS", "cuda")
     with pytest.raises(
-        GLM5PatchError, match="=cuda is none of auto, triton, cudnn, flash_mla, torch"
+        GLM5PatchError, match="='cuda' must be one of auto, triton, cudnn, flash_mla, torch"
     ):
         use_triton(torch.zeros(1))
 

@@ -146,13 +146,6 @@ def test_contiguous_order_is_accepted_where_attention_is_ours(host_refuses_conte
         MLATransformerConfig(**DSA, **CONTIGUOUS, mtp_num_layers=1)
 
 
-def test_contiguous_order_is_refused_where_attention_is_the_hosts():
-    if glm5_patch.require()["dsa_spec"].state == "applied":
-        pytest.skip("attention is ours on this host")
-    with pytest.raises(GLM5PatchError, match="knows its zigzag order alone"):
-        MLATransformerConfig(**DSA, **CONTIGUOUS)
-
-
 def test_an_unknown_order_is_named():
     with pytest.raises(GLM5PatchError, match="'ring' must be one of zigzag, contiguous"):
         MLATransformerConfig(**DSA, dsa_context_parallel_order="ring")
