@@ -114,7 +114,7 @@ class CrossLayerDSAttention(MegatronModule):
                 f"layer {self.layer_number}: {len(query)} queries for {len(key)} keys; "
                 "decoding with a KV cache is not supported, run whole sequences"
             )
-        require_causal(attention_mask, layout.rows)
+        require_causal(attention_mask, layout.queries)
         # No gradient flows from the indexer into the model.
         x, qr = x.detach(), qr.detach()
         wants_loss = (
