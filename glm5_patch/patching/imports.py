@@ -48,49 +48,64 @@ def inside_an_import() -> bool:
     return False
 
 
-def when_imported(name: str, finished: Callable[[ModuleType], None]) -> None:
-    """Call ``finished`` once, at the end of the import of a module that is not loaded yet.
+def when_imported(name: str, finished: Callable[[], None]) -> None:
+    """Call ``finished`` at the end of every import of a module, also of one that runs now.
 
     It is called by the thread that imports, which holds the import lock of the module: no other
-    thread sees the module before ``finished`` returns. It is also called where the import fails,
-    which only a module that executes now can do: look in ``sys.modules`` again.
+    thread sees the module before ``finished`` returns. It is also called where the import fails:
+    look in ``sys.modules``. A reload is not an import.
+    """
+    _FINDER.waiting[name] = finished
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)
+    module = sys.modules.get(name)
+    if module is not None and half_imported(module):
+        _watch(module.__spec__, finished)
+
+
+class _Finder:
+    """Finds nothing by itself: it watches what the finders after it find.
+
+    ``wrapt.register_post_import_hook`` can't do this. Its finder imports the parent of a module
+    while Python (up to 3.11) holds its global import lock, and a thread that executes the parent
+    waits for that lock. Its hooks run before the import has ended, in wrapt 1.14 under a lock of
+    wrapt's, and once for each name.
     """
 
-    def executed(module: ModuleType) -> None:
-        _at_the_end(module, lambda: finished(module))
+    def __init__(self) -> None:
+        self.waiting: dict[str, Callable[[], None]] = {}
 
-    module = sys.modules.get(name)
-    if module is not None:
-        executed(module)  # a hook of wrapt would fire now, on a half-executed module
-        return
-    import wrapt  # 3 ms that only a process with torch pays
+    def find_spec(self, name: str, path=None, target=None):
+        finished = self.waiting.get(name)
+        if finished is None or target is not None:
+            return None
+        finders = list(sys.meta_path)
+        for finder in finders[finders.index(self) + 1 :] if self in finders else ():
+            find_spec = getattr(finder, "find_spec", None)
+            spec = find_spec and find_spec(name, path, target)
+            if spec is not None:
+                _watch(spec, finished)
+                return spec
+        return None
 
-    try:
-        wrapt.register_post_import_hook(executed, name)
-    except KeyError:
-        # wrapt 1.14 waits once for each name. The machine looks again when somebody asks.
-        pass
+
+_FINDER = _Finder()
 
 
-def _at_the_end(module: ModuleType, callback: Callable[[], None]) -> None:
+def _watch(spec, finished: Callable[[], None]) -> None:
     """Call back when importlib is done with a module.
 
     importlib ends every import, good or bad, by setting ``spec._initializing = False`` (3.10 to
-    3.14). A property of a swapped class sees that. A hook of wrapt comes earlier, and up to wrapt
-    1.14 under a lock of wrapt's, in which a patch that imports would wait for ever for a thread
-    that waits for that lock.
+    3.14). A property of a swapped class sees that, and nothing else does.
     """
+    plain = type(spec)
+    if hasattr(plain, "_initializing"):
+        return  # watched already
     once = threading.Lock()
 
     def call_back() -> None:
         if once.acquire(blocking=False):
-            callback()
-
-    spec = module.__spec__
-    if not half_imported(module):
-        call_back()
-        return
-    plain = type(spec)
+            finished()
 
     class WatchedSpec(plain):
         @property
@@ -109,7 +124,7 @@ def _at_the_end(module: ModuleType, callback: Callable[[], None]) -> None:
                 # Last: threads that import the module wait for its lock until this is false.
                 self._initializing = value
 
+    executing = vars(spec).get("_initializing", False)
     spec.__class__ = WatchedSpec
-    if not vars(spec).get("_initializing"):
-        spec.__class__ = plain
+    if executing and not vars(spec).get("_initializing"):
         call_back()  # another thread ended the import just before the swap

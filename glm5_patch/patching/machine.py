@@ -298,9 +298,7 @@ class Machine:
                 return
             self._watched.add(name)
 
-        def finished(module: ModuleType) -> None:
-            with self._lock:
-                self._watched.discard(name)
+        def finished() -> None:
             try:
                 # A module that is gone failed to import; its next import may not.
                 self._settle(name, executed=name in sys.modules)
