@@ -1,4 +1,4 @@
-"""Command lines made of the configuration's fields, as Megatron-LM's ``pretrain_gpt.py`` has."""
+"""Command lines made of the configuration's fields, as ``pretrain_gpt.py`` has one."""
 
 import argparse
 import dataclasses

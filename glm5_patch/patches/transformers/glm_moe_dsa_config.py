@@ -26,25 +26,64 @@ class GlmMoeDsaConfigValues(Patch):
 
 
 def _init(wrapped, instance, args, kwargs):
-    if "num_hidden_layers" not in kwargs:
-        return wrapped(
-            *args, **kwargs
-        )  # defaults only: transformers builds such configs to compare
-    from ...config.huggingface import HFConfig  # here: `import torch` need not pay for it
+    try:
+        wrapped(*args, **kwargs)
+    except Exception:
+        if kwargs.get("layer_types") is None:
+            raise
+        # Every layer is of one type; its name changed between releases, each refusing the other's.
+        kwargs = {name: value for name, value in kwargs.items() if name != "layer_types"}
+        wrapped(*args, **kwargs)
+    said = {name: value for name, value in kwargs.items() if value is not None}
+    _put_back_widths(instance, said)
+    _put_back_experts(instance, said)
+    _put_back_theta(instance, said)
+    _put_back_schedule(instance, said)
 
-    raw = HFConfig(kwargs)
-    kwargs = dict(kwargs)
-    # Every layer is of one type; its name changed between releases, each refusing the other's.
-    kwargs.pop("layer_types", None)
-    wrapped(*args, **kwargs)
-    instance.qk_rope_head_dim = raw.qk_rope_head_dim
-    instance.head_dim = raw.qk_rope_head_dim
-    instance.qk_head_dim = raw.qk_nope_head_dim + raw.qk_rope_head_dim
-    instance.n_routed_experts = raw.n_routed_experts
-    if hasattr(instance, "num_experts"):
-        instance.num_experts = raw.n_routed_experts
-    instance.rope_parameters = {**(instance.rope_parameters or {}), **raw.rope_parameters}
-    instance.indexer_types = list(raw.schedule.types)
+
+def _put_back_widths(config, said: dict) -> None:
+    """Some releases read ``head_dim`` as another name of ``qk_rope_head_dim``."""
+    rope = said.get("qk_rope_head_dim")
+    if rope is None or rope == config.qk_rope_head_dim == getattr(config, "head_dim", rope):
+        return
+    config.qk_rope_head_dim = config.head_dim = rope
+    if "qk_head_dim" not in said:
+        config.qk_head_dim = config.qk_nope_head_dim + rope
+
+
+def _put_back_experts(config, said: dict) -> None:
+    """Some releases have a ``num_experts`` beside ``n_routed_experts``, with a value of its own."""
+    if "n_routed_experts" in said:
+        config.n_routed_experts = said["n_routed_experts"]
+    elif "num_experts" in said:
+        return
+    if getattr(config, "num_experts", config.n_routed_experts) != config.n_routed_experts:
+        config.num_experts = config.n_routed_experts
+
+
+def _put_back_theta(config, said: dict) -> None:
+    nested = said.get("rope_parameters") or said.get("rope_scaling") or {}
+    theta = nested.get("rope_theta") or said.get("rope_theta")
+    found = config.rope_parameters or {}
+    if theta is not None and found.get("rope_theta") != theta:
+        config.rope_parameters = {"rope_type": "default", **found, "rope_theta": theta}
+
+
+def _put_back_schedule(config, said: dict) -> None:
+    """Some releases drop ``index_topk_freq``, or don't know ``index_skip_topk_offset``."""
+    freq, offset = said.get("index_topk_freq"), said.get("index_skip_topk_offset")
     for name in ("index_topk_freq", "index_skip_topk_offset", "indexer_rope_interleave"):
-        if name in kwargs:
-            setattr(instance, name, kwargs[name])
+        if name in said and getattr(config, name, None) != said[name]:
+            setattr(config, name, said[name])
+    if not freq or "indexer_types" in said or "index_topk_pattern" in said:
+        return  # every release obeys a list, and without freq every layer computes
+    from ...config.schedule import HF_DEFAULT_OFFSET, IndexSchedule
+    from ...errors import ScheduleError
+
+    try:
+        schedule = IndexSchedule.from_freq(
+            config.num_hidden_layers, freq, HF_DEFAULT_OFFSET if offset is None else offset
+        )
+    except ScheduleError:
+        return  # transformers parses it all the same; it is refused where a model is made of it
+    config.indexer_types = list(schedule.types)
