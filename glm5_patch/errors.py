@@ -24,3 +24,7 @@ class MissingTopkError(GLM5PatchError, LookupError):
 
 class CheckpointError(GLM5PatchError, ValueError):
     """A checkpoint that is absent, damaged or of another model; file and cause are named."""
+
+    def __init__(self, message: str):
+        # File and tensor names may hold newlines and control characters; the message is one line.
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))

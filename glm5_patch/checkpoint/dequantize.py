@@ -1,9 +1,22 @@
-"""Block FP8 becomes bf16."""
+"""Block FP8 becomes bf16: a part of a matrix when it is loaded, or a whole checkpoint."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+from ..errors import CheckpointError
+from .files import INDEX
+from .quantization import SCALE, SETTINGS
+from .staging import Staging, fingerprint
+
+if TYPE_CHECKING:
+    from .reader import HFCheckpoint
 
 _ROWS_AT_ONCE = 2048
 """Bounds the fp32 copies."""
@@ -30,3 +43,59 @@ def dequantized(
         rows = slice(first, first + _ROWS_AT_ONCE)
         found[rows] = matrix[rows].float() * scales[down[rows]]
     return found
+
+
+def write_dequantized(
+    source: HFCheckpoint,
+    output: str | Path,
+    advance: Callable[[str], None] = lambda file: None,
+) -> int:
+    """Write a checkpoint of block FP8 in bf16, in files of the same names; one in memory at a time.
+
+    The output appears under its name when it is complete. An interrupted run is continued by the
+    same call.
+
+    Args:
+        source: the checkpoint.
+        output: a directory that does not exist, or is empty.
+        advance: called with the name of each finished file of weights.
+
+    Returns:
+        How many tensors became bf16.
+
+    Raises:
+        CheckpointError: nothing is quantised, ``output`` has files in it or can't be written, or
+            another run's files are in the way.
+    """
+    from .writer import write_index, write_tensors
+
+    if not source.scales:
+        raise CheckpointError(f"{source.directory}: no tensor is float8; nothing was written")
+    own = source.own_files()
+    manifest = {"dequantize": str(source.directory.resolve()), "files": fingerprint(own)}
+    # A byte of float8 becomes two.
+    grown = sum(source.tensors[name].nbytes for name in source.scales)
+    staging = Staging(output, manifest, grown + sum(path.stat().st_size for path in own))
+    if staging.complete:
+        return len(source.scales)
+    weight_map, total = {}, 0
+    for path in source.headers:
+        file = str(path.relative_to(source.directory))
+        names = [name for name in source.headers[path].tensors if not name.endswith(SCALE)]
+        weight_map.update(dict.fromkeys(names, file))
+        total += sum(source.headers[path].tensors[name].nbytes for name in names)
+        if not staging.has(file):
+            tensors = source.read_file(path)
+            with staging.file(file) as target:
+                write_tensors(tensors, target, source.headers[path].metadata or {"format": "pt"})
+        advance(path.name)
+    raw = {key: value for key, value in source.config.raw.items() if key not in SETTINGS}
+    with staging.file("config.json") as target:
+        target.write_text(json.dumps({**raw, "dtype": "bfloat16"}, indent=2) + "\n")
+    if INDEX in {path.name for path in own}:
+        write_index(weight_map, total + grown, staging)
+    extra = list(source.extra_files())
+    for path in extra:
+        staging.copy(path, path.name)
+    staging.publish({*weight_map.values(), "config.json", INDEX, *(path.name for path in extra)})
+    return len(source.scales)

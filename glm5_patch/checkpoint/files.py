@@ -12,7 +12,7 @@ from ..config.hf_fields import shown
 from ..config.huggingface import HFConfig
 from ..config.json_file import read_json, regular_size, unreadable
 from ..errors import CheckpointError
-from .headers import Stored, read_header
+from .headers import Header, Stored, read_header
 from .names import expected_tensors
 from .quantization import SCALE, block_size, refuse_other_formats, scales_of
 from .survey import CheckpointReport, Survey, missing_hint
@@ -35,9 +35,12 @@ class CheckpointFiles:
         self.config = HFConfig.from_directory(self.directory)
         self.block = block_size(self.config.raw, self.directory)
         """Rows and columns of a block of FP8; None of a checkpoint that has none."""
-        written = tensors_of(self.directory)
+        headers = headers_of(self.directory)
+        self.headers = headers
+        """Of each file of weights."""
+        written = {n: t for header in headers.values() for n, t in header.tensors.items()}
         self.scales = scales_of(written, self.block)
-        """Of each float8 matrix, by its name."""
+        """Of each float8 matrix, by the matrix's name."""
         self.tensors = _by_expert(
             {name: stored for name, stored in written.items() if not name.endswith(SCALE)},
             self.config.n_routed_experts,
@@ -91,6 +94,12 @@ class CheckpointFiles:
             dequantized=sum(name in self.scales for name in expected),
         )
 
+    def own_files(self) -> list[Path]:
+        """Every file that belongs to the checkpoint: weights, index, config.json, tokenizer, ..."""
+        index = self.directory / INDEX
+        others = [index] if index.exists() else []
+        return [*self.headers, *others, self.directory / "config.json", *self.extra_files()]
+
     def extra_files(self) -> Iterator[Path]:
         """Everything that is no weight and not config.json: tokenizer, generation config, ..."""
         for path in sorted(self.directory.iterdir()):
@@ -114,32 +123,34 @@ def _directory(path: Path) -> Path:
     return path
 
 
-def tensors_of(directory: Path) -> dict[str, Stored]:
-    """Every tensor of a directory, from the files that transformers would read.
+def headers_of(directory: Path) -> dict[Path, Header]:
+    """The header of every file that transformers would read in a directory.
 
     Raises:
         CheckpointError: which file holds a tensor is not certain, or a file is damaged.
     """
     weight_map = _weight_map(directory)
     files = sorted(set(weight_map.values())) if weight_map else [SINGLE]
-    tensors: dict[str, Stored] = {}
+    headers: dict[Path, Header] = {}
+    places: dict[str, str] = {}
     for file in files:
-        for name, stored in read_header(directory / file).items():
-            if name in tensors:
+        headers[directory / file] = header = read_header(directory / file)
+        for name in header.tensors:
+            if name in places:
                 raise CheckpointError(
-                    f"{directory}: {name} is in {tensors[name].path.name} and in {file}; which one "
-                    "counts is not certain"
+                    f"{directory}: {name} is in {places[name]} and in {file}; which one counts is "
+                    "not certain"
                 )
             if weight_map and weight_map.get(name) != file:
                 place = weight_map.get(name, "no file")
                 raise CheckpointError(
                     f"{directory}: {name} is in {file}, but {INDEX} has it in {place}"
                 )
-            tensors[name] = stored
+            places[name] = file
     for name, file in weight_map.items():
-        if name not in tensors:
+        if name not in places:
             raise CheckpointError(f"{directory}: {INDEX} has {name} in {file}, which lacks it")
-    return tensors
+    return headers
 
 
 def _weight_map(directory: Path) -> dict[str, str]:
@@ -224,6 +235,6 @@ def shapes_in(directory: Path, names: Sequence[str]) -> dict[str, tuple[int, ...
         weight_map = _weight_map(directory)
         files = {name: weight_map.get(name, SINGLE) for name in names}
         headers = {file: read_header(directory / file) for file in set(files.values())}
-        return {name: headers[file][name].shape for name, file in files.items()}
+        return {name: headers[file].tensors[name].shape for name, file in files.items()}
     except (OSError, ValueError, KeyError):
         return {}

@@ -60,8 +60,15 @@ class Stored(NamedTuple):
         return math.prod(self.shape) * _BITS[self.dtype] // 8
 
 
-def read_header(path: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file, in its order.
+class Header(NamedTuple):
+    """What a safetensors file says about itself."""
+
+    tensors: dict[str, Stored]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file.
 
     Raises:
         CheckpointError: it is no regular file, unreadable, a Git LFS pointer, truncated, or its
@@ -89,7 +96,9 @@ def read_header(path: Path) -> dict[str, Stored]:
         raise _damaged(path, "its header is nested too deeply") from None
     if not isinstance(header, dict):
         raise _damaged(path, f"its header is a {type(header).__name__}")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(type(v) is str for v in metadata.values()):
+        raise _damaged(path, f"its metadata is {shown(metadata)}")
     data = _LENGTH_BYTES + length
     tensors = {name: _stored(path, name, entry, data) for name, entry in header.items()}
     end = data
@@ -99,7 +108,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         end += tensor.nbytes
     if end != size:
         raise _damaged(path, f"{size} bytes, but its header describes {end}")
-    return tensors
+    return Header(tensors, metadata)
 
 
 def _stored(path: Path, name: str, entry: object, data: int) -> Stored:

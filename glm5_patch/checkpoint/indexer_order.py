@@ -9,23 +9,20 @@ order shows it.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import CheckpointError
-from .files import INDEX
-from .reader import HFCheckpoint
-from .writer import free_directory
+from .files import CheckpointFiles
+from .staging import Staging, fingerprint
+
+if TYPE_CHECKING:  # a recorded order is found without torch
+    from torch import Tensor
+
+    from .reader import HFCheckpoint
 
 ROPE_FIRST, ROPE_LAST = "rope-first", "rope-last"
 """Hugging Face's order, and the order of megatron-core 0.16 to 0.18."""
@@ -33,7 +30,6 @@ ROPE_FIRST, ROPE_LAST = "rope-first", "rope-last"
 _INDEXER = re.compile(r"model\.layers\.(\d+)\.self_attn\.indexer\.(.+)$")
 _MATRICES = ("wq_b.weight", "wk.weight")
 _NORMS = ("k_norm.weight", "k_norm.bias")
-_MANIFEST = "conversion.json"
 _RECORD = "glm5_patch_indexer_order"
 """Key in the metadata of each file that a conversion wrote."""
 _ALIKE, _BY = 0.5, 0.1
@@ -74,12 +70,12 @@ class Conversion(NamedTuple):
 
 
 def find_orders(
-    checkpoint: HFCheckpoint, relative: HFCheckpoint | None = None, given: str | None = None
+    checkpoint: CheckpointFiles, relative: HFCheckpoint | None = None, given: str | None = None
 ) -> Found | None:
     """The order of every indexer of a checkpoint; None if nothing tells it.
 
     Args:
-        checkpoint: the checkpoint in question.
+        checkpoint: the checkpoint in question; an ``HFCheckpoint`` if there is a relative.
         relative: a checkpoint of the same origin in Hugging Face's order, such as the published
             model that this one was fine-tuned from. Each layer is compared with it.
         given: the order that the user states.
@@ -106,19 +102,16 @@ def find_orders(
     return found
 
 
-def _layers(checkpoint: HFCheckpoint) -> list[int]:
+def _layers(checkpoint: CheckpointFiles) -> list[int]:
     """Numbers of the layers that have an indexer."""
     matches = (_INDEXER.match(name) for name in checkpoint.shapes)
     return sorted({int(match[1]) + 1 for match in matches if match})
 
 
-def _recorded(checkpoint: HFCheckpoint) -> str | None:
+def _recorded(checkpoint: CheckpointFiles) -> str | None:
     """The order that a conversion wrote into every file that has an indexer's tensors."""
     files = {path for name, path in checkpoint.files.items() if _is_ordered(name)}
-    records = set()
-    for path in files:
-        with checkpoint.open(path) as file:
-            records.add((file.metadata() or {}).get(_RECORD))
+    records = {checkpoint.headers[path].metadata.get(_RECORD) for path in files}
     return records.pop() if len(records) == 1 else None
 
 
@@ -190,6 +183,8 @@ def _likeness(ours: Tensor, theirs: Tensor, order: str, rope: int, width: int) -
         ours: [heads * width, ...], compared as if it were in ``order``.
         theirs: of the same shape, with the rotary dimensions first.
     """
+    import torch
+
     ours, theirs = (t.unflatten(0, (-1, width)) for t in (ours, theirs))
     parts = [slice(rope), slice(rope, None)]
     own = parts if order == ROPE_FIRST else [slice(width - rope, None), slice(width - rope)]
@@ -214,6 +209,8 @@ def reordered(tensor: Tensor, rope: int, width: int, to: str) -> Tensor:
         width: dimensions of a head.
         to: ROPE_FIRST or ROPE_LAST.
     """
+    import torch
+
     heads = tensor.unflatten(0, (-1, width))
     first = rope if to == ROPE_LAST else width - rope
     return torch.cat([heads[:, first:], heads[:, :first]], dim=1).flatten(0, 1).contiguous()
@@ -245,73 +242,50 @@ def convert(
     layers = tuple(number for number, order in found.orders.items() if order != to)
     if not layers:
         return Conversion((), 0)
+    if source.scales:
+        raise CheckpointError(
+            f"{source.directory}: float8; run `glm5-patch checkpoint dequantize` on it first"
+        )
     names = {
         name
         for name in source.shapes
         if _is_ordered(name) and int(_INDEXER.match(name)[1]) + 1 in layers
     }
-    files = sorted(set(source.files.values()))
+    own = source.own_files()
     manifest = {
-        "source": str(source.directory.resolve()),
+        "convert": str(source.directory.resolve()),
         "to": to,
         "layers": list(layers),
-        "files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
+        "files": fingerprint(own),
     }
-    output = Path(output).absolute()
-    if _manifest_in(output) == manifest:  # interrupted after the last step but one
-        (output / _MANIFEST).unlink()
+    staging = Staging(output, manifest, needed=sum(path.stat().st_size for path in own))
+    if staging.complete:
         return Conversion(layers, len(names))
-    output = free_directory(output)
-    partial = output.with_name(f".{output.name}.partial")
-    _start_or_continue(partial, manifest)
-    for path in files:
-        if not (partial / path.name).exists():
-            unfinished = partial / f"{path.stem}.unfinished"
-            _write(source, path, unfinished, names, to)
-            unfinished.rename(partial / path.name)
-        advance(path.name)
-    for path in (source.directory / "config.json", source.directory / INDEX, *source.extra_files()):
-        if path.exists():
-            shutil.copy2(path, partial / path.name)
-    partial.rename(output)
-    (output / _MANIFEST).unlink()
+    for path in own:
+        name = str(path.relative_to(source.directory))
+        if not staging.has(name):
+            _write(source, path, staging, name, names, to)
+        if path in source.headers:
+            advance(path.name)
+    staging.publish({str(path.relative_to(source.directory)) for path in own})
     return Conversion(layers, len(names))
 
 
-def _write(source: HFCheckpoint, path: Path, target: Path, names: set[str], to: str) -> None:
+def _write(
+    source: HFCheckpoint, path: Path, staging: Staging, name: str, names: set[str], to: str
+) -> None:
+    from .writer import write_tensors
+
     config = source.config
+    if not any(source.files[tensor] == path for tensor in source.files if _is_ordered(tensor)):
+        staging.copy(path, name)
+        return
     with source.open(path) as file:
-        ordered = [name for name in file.keys() if _is_ordered(name)]
-        if not ordered:
-            shutil.copy2(path, target)
-            return
-        metadata = {**(file.metadata() or {}), _RECORD: to}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    for name in names.intersection(tensors):
-        tensors[name] = reordered(tensors[name], config.qk_rope_head_dim, config.index_head_dim, to)
-    try:
-        save_file(tensors, target, metadata=metadata)
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{target}: not written: {error}; the same command continues where it stopped"
-        ) from None
-
-
-def _start_or_continue(partial: Path, manifest: dict) -> None:
-    unfinished = partial / f"{_MANIFEST}.unfinished"
-    left = [path for path in partial.glob("*") if path != unfinished]
-    if left and _manifest_in(partial) != manifest:
-        raise CheckpointError(
-            f"{partial}: left by another conversion, or the source has changed since; remove it "
-            "and try again"
+        metadata = {**source.headers[path].metadata, _RECORD: to}
+        tensors = {tensor: file.get_tensor(tensor) for tensor in file.keys()}
+    for tensor in names.intersection(tensors):
+        tensors[tensor] = reordered(
+            tensors[tensor], config.qk_rope_head_dim, config.index_head_dim, to
         )
-    partial.mkdir(parents=True, exist_ok=True)
-    unfinished.write_text(json.dumps(manifest))
-    unfinished.rename(partial / _MANIFEST)
-
-
-def _manifest_in(directory: Path) -> dict | None:
-    try:
-        return json.loads((directory / _MANIFEST).read_text())
-    except (OSError, ValueError):
-        return None
+    with staging.file(name) as target:
+        write_tensors(tensors, target, metadata)

@@ -167,7 +167,7 @@ def _layer_sources(name: str, first_expert: int) -> tuple[str, ...] | None:
     return None
 
 
-_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Their rows are tokens, which megatron-core pads to a multiple of the ranks that share them."""
 
 
@@ -196,7 +196,7 @@ def own_slices(name: str, whole: Sequence[int], own: Sequence[int]) -> tuple[sli
     if not split and len(own) == len(whole):
         return tuple(slices)
     dim = split[0] if split else 0
-    padded = name in _VOCABULARY and dim == 0 and own[0] * ranks > whole[0]
+    padded = name in PADDED and dim == 0 and own[0] * ranks > whole[0]
     if len(split) != 1 or len(own) != len(whole) or (own[dim] * ranks != whole[dim] and not padded):
         raise CheckpointError(
             f"{name} has shape {list(own)} on this rank, of {ranks} that share it, and the "

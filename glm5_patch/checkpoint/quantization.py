@@ -19,6 +19,9 @@ SCALE = "_scale_inv"
 
 FP8 = "F8_E4M3"
 
+SETTINGS = ("quantization_config", "compression_config")
+"""Fields of config.json that describe a quantisation."""
+
 _FLOATS = ("BF16", "F32", "F16", "F64")
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 
@@ -42,7 +45,7 @@ def block_size(raw: Mapping[str, Any], directory: Path) -> tuple[int, int] | Non
         CheckpointError: another quantisation; it is named, with what to use instead.
     """
     config = directory / "config.json"
-    for name in ("quantization_config", "compression_config"):
+    for name in SETTINGS:
         settings = raw.get(name)
         if settings is not None:
             break

@@ -19,6 +19,7 @@ from .dequantize import dequantized
 from .files import CheckpointFiles
 from .headers import Stored
 from .names import own_slices, pieces
+from .quantization import SCALE
 from .survey import CheckpointReport
 
 _THREADS = 4
@@ -46,6 +47,17 @@ class HFCheckpoint(CheckpointFiles):
         """
         with self.open(self.tensors[name].path) as file:
             return self._read(file, name, slices or self._whole(name)).clone()
+
+    def read_file(self, path: Path) -> dict[str, Tensor]:
+        """Every tensor of one of its files, as it is stored; float8 as bf16, without the scales."""
+        with self.open(path) as file:
+            return {
+                name: self._read(file, name, self._whole(name))
+                if name in self.scales
+                else file.get_tensor(name)
+                for name in self.headers[path].tensors
+                if not name.endswith(SCALE)
+            }
 
     def load_into(
         self,

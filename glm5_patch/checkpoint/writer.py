@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config.huggingface import HFConfig
 from ..errors import CheckpointError
 from .files import INDEX, SINGLE
-from .names import expected_tensors, pieces
-from .reader import HFCheckpoint
+from .names import PADDED, expected_tensors, pieces
+from .quantization import SETTINGS
+from .reader import HFCheckpoint, unwrapped
+from .staging import Staging, free_directory
 
 MAX_SHARD_BYTES = 5 << 30
-
-
-def free_directory(output: str | Path) -> Path:
-    """Where something may be written; raises CheckpointError if something is there."""
-    output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output}: exists and is not an empty directory")
-    return output
 
 
 def save(
@@ -45,9 +38,11 @@ def save(
             the model does not hold, are carried over.
 
     Raises:
-        CheckpointError: ``output`` has files in it, or the model is split between ranks.
+        CheckpointError: ``output`` has files in it or can't be written, or the model is split
+            between ranks.
     """
     output = free_directory(output)
+    model = unwrapped(model)
     expected = expected_tensors(config, model.config.mtp_num_layers or 0)
     tensors = dict(_unpacked(model, expected))
     absent = expected.keys() - tensors.keys()
@@ -56,27 +51,32 @@ def save(
             f"{output}: this rank does not hold {sorted(absent)[0]} (and {len(absent) - 1} more); "
             "only a whole model can be written here"
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    extra = list(source.extra_files()) if source is not None else []
+    if source is not None:
+        carried = [name for name in source.report.mtp if name not in tensors]
+        tensors.update({name: source.read(name) for name in carried})
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    staging = Staging(output, {"save": str(output)}, needed, anew=True)
     try:
-        if source is not None:
-            carried = [name for name in source.report.mtp if name not in tensors]
-            tensors.update({name: source.read(name) for name in carried})
-            for path in source.extra_files():
-                shutil.copy2(path, partial / path.name)
-        dtype = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
-        raw = {**config.raw, "dtype": dtype}
-        raw.pop("torch_dtype", None)
-        (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-        write_shards(tensors, partial)
-        partial.chmod(0o755)
-        partial.rename(output)
+        for path in extra:
+            staging.copy(path, path.name)
+        raw = {key: value for key, value in config.raw.items() if key not in _NOT_SAVED}
+        raw["dtype"] = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
+        with staging.file("config.json") as target:
+            target.write_text(json.dumps(raw, indent=2) + "\n")
+        weights = write_shards(tensors, staging)
+        staging.publish({"config.json", *weights, *(path.name for path in extra)})
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        staging.discard()
         raise
 
 
-def write_shards(tensors: dict[str, Tensor], directory: Path) -> None:
+_NOT_SAVED = ("torch_dtype", *SETTINGS)
+"""Fields of the source's config.json that are not true of what is written."""
+
+
+def write_shards(tensors: dict[str, Tensor], staging: Staging) -> list[str]:
+    """Write files of at most ``MAX_SHARD_BYTES``, and the index of several; their names."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
@@ -85,23 +85,40 @@ def write_shards(tensors: dict[str, Tensor], directory: Path) -> None:
             size = 0
         shards[-1][name] = tensor
         size += tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], directory / SINGLE, metadata={"format": "pt"})
-        return
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, directory / file, metadata={"format": "pt"})
+        file = SINGLE if len(shards) == 1 else file
+        with staging.file(file) as target:
+            write_tensors(shard, target, {"format": "pt"})
         weight_map.update(dict.fromkeys(shard, file))
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    if len(shards) == 1:
+        return [SINGLE]
+    write_index(weight_map, sum(tensor.nbytes for tensor in tensors.values()), staging)
+    return [INDEX, *weight_map.values()]
+
+
+def write_index(weight_map: dict[str, str], total_size: int, staging: Staging) -> None:
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    with staging.file(INDEX) as target:
+        target.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write one safetensors file; an error of the disk is an OSError."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
 
 
 def _unpacked(model, expected) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face names and tensors of everything that this rank holds."""
     for name, tensor, sources in pieces(model):
-        parts = tensor.detach().cpu().split([expected[source][0] for source in sources])
+        tensor = tensor.detach().cpu()
+        if len(sources) == 1 and name in PADDED:
+            tensor = tensor[: expected[sources[0]][0]]
+        parts = tensor.split([expected[source][0] for source in sources])
         for source, part in zip(sources, parts):
             if tuple(part.shape) != expected[source]:
                 raise CheckpointError(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ..checkpoint.files import CheckpointFiles
 from ..checkpoint.indexer_order import ROPE_FIRST, Found, find_orders
 from ..checkpoint.indexer_order import convert as convert_order
-from ..checkpoint.reader import HFCheckpoint
 from ..errors import CheckpointError
 from .report import Result, print_text, progress
 
@@ -16,9 +16,15 @@ UNKNOWN = (
 
 def check(directory: str, like: str | None) -> Result:
     """Names, shapes and, beside a relative, the order of the indexers."""
-    checkpoint = HFCheckpoint(directory)
+    if like:
+        from ..checkpoint.reader import HFCheckpoint
+
+        checkpoint = HFCheckpoint(directory)
+        found = find_orders(checkpoint, HFCheckpoint(like))
+    else:  # headers alone, without torch
+        checkpoint = CheckpointFiles(directory)
+        found = find_orders(checkpoint)
     report = checkpoint.report
-    found = find_orders(checkpoint, HFCheckpoint(like) if like else None)
     right = found is None or found.order == ROPE_FIRST
     data = {
         "schedule": str(checkpoint.config.schedule),
@@ -27,6 +33,7 @@ def check(directory: str, like: str | None) -> Result:
         "skip_layers": report.skip_layers,
         "dropped": report.dropped,
         "mtp": report.mtp,
+        "dequantized": report.dequantized,
         **_order_data(found),
     }
 
@@ -46,6 +53,8 @@ def convert(directory: str, output: str, to: str, like: str | None, given: str |
     Raises:
         CheckpointError: the checkpoint is not whole, or its present order is unknown.
     """
+    from ..checkpoint.reader import HFCheckpoint
+
     checkpoint = HFCheckpoint(directory)
     report = checkpoint.report
     found = find_orders(checkpoint, HFCheckpoint(like) if like else None, given)
@@ -73,6 +82,27 @@ def convert(directory: str, output: str, to: str, like: str | None, given: str |
             print_text(f"nothing was written: every indexer is {to} already")
 
     return Result(0, data, show)
+
+
+def dequantize(directory: str, output: str) -> Result:
+    """Write a block FP8 checkpoint in bf16.
+
+    Raises:
+        CheckpointError: the checkpoint is not whole, or has no float8.
+    """
+    from ..checkpoint.dequantize import write_dequantized
+    from ..checkpoint.reader import HFCheckpoint
+
+    checkpoint = HFCheckpoint(directory)
+    report = checkpoint.report
+    with progress("dequantizing", len(checkpoint.headers)) as advance:
+        tensors = write_dequantized(checkpoint, output, advance)
+
+    def show() -> None:
+        print_text(f"{directory}: {report}")
+        print_text(f"{output}: {tensors} tensors are bf16 now")
+
+    return Result(0, {"output": output, "tensors": tensors}, show)
 
 
 def _order_data(found: Found | None) -> dict:

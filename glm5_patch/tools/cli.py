@@ -185,6 +185,12 @@ def _add_checkpoint(commands) -> None:
         action.add_argument("--json", action="store_true", help="print JSON")
         action.set_defaults(run=run)
 
+    dequantize = actions.add_parser("dequantize", help="write a block FP8 checkpoint in bf16")
+    dequantize.add_argument("directory", metavar="DIR")
+    dequantize.add_argument("output", metavar="OUTPUT")
+    dequantize.add_argument("--json", action="store_true", help="print JSON")
+    dequantize.set_defaults(run=_checkpoint_dequantize)
+
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flavour", choices=("5.2", "5.1"), default="5.2")
@@ -267,6 +273,12 @@ def _checkpoint_convert(options: argparse.Namespace) -> Result:
     from .checkpoint import convert
 
     return convert(options.directory, options.output, options.to, options.like, options.given)
+
+
+def _checkpoint_dequantize(options: argparse.Namespace) -> Result:
+    from .checkpoint import dequantize
+
+    return dequantize(options.directory, options.output)
 
 
 def _plan(options: argparse.Namespace) -> Result:

@@ -8,8 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from glm5_patch.checkpoint import indexer_order
-from glm5_patch.checkpoint.indexer_order import ROPE_FIRST, ROPE_LAST, convert, find_orders
+from glm5_patch.checkpoint import writer
+from glm5_patch.checkpoint.indexer_order import (
+    ROPE_FIRST,
+    ROPE_LAST,
+    convert,
+    find_orders,
+    reordered,
+)
 from glm5_patch.checkpoint.reader import HFCheckpoint
 from glm5_patch.errors import CheckpointError
 from glm5_patch.tools import cli
@@ -169,7 +175,7 @@ def test_a_layer_that_the_relative_lacks_has_the_order_of_the_others_or_none(
     def swap_a_layer(tensors):
         for name in [name for name in tensors if ".layers.0.self_attn.indexer." in name]:
             if "weights_proj" not in name:
-                tensors[name] = indexer_order.reordered(tensors[name], 8, 32, ROPE_FIRST)
+                tensors[name] = reordered(tensors[name], 8, 32, ROPE_FIRST)
 
     mixed = as_a_trainer_writes(own, tmp_path / "mixed", swap_a_layer)
     with pytest.raises(CheckpointError, match="different orders, .* no indexer on layer 9"):
@@ -181,11 +187,11 @@ WK = "model.layers.6.self_attn.indexer.wk.weight"
 
 
 def swap_one_norm(tensors):
-    tensors[K_NORM] = indexer_order.reordered(tensors[K_NORM], 8, 32, ROPE_LAST)
+    tensors[K_NORM] = reordered(tensors[K_NORM], 8, 32, ROPE_LAST)
 
 
 def swap_one_matrix(tensors):
-    tensors[WK] = indexer_order.reordered(tensors[WK], 8, 32, ROPE_LAST)
+    tensors[WK] = reordered(tensors[WK], 8, 32, ROPE_LAST)
 
 
 def by_halves(tensors):
@@ -254,14 +260,14 @@ def interrupted(published, tmp_path, monkeypatch):
         if len(written) == 2:
             path.write_bytes(b"half a file")
             raise KeyboardInterrupt
-        written.append(path.stem)
+        written.append(path)
         save_file(tensors, path, metadata=metadata)
 
-    monkeypatch.setattr(indexer_order, "save_file", save_two)
+    monkeypatch.setattr(writer, "save_file", save_two)
     with pytest.raises(KeyboardInterrupt):
         converted(source, tmp_path / "output")
-    assert written == ["model-0", "model-1"] and not (tmp_path / "output").exists()
-    monkeypatch.setattr(indexer_order, "save_file", save_file)
+    assert len(written) == 2 and not (tmp_path / "output").exists()
+    monkeypatch.setattr(writer, "save_file", save_file)
     return source
 
 
@@ -305,7 +311,7 @@ def test_a_full_disk_is_named(published, tmp_path, capsys, monkeypatch):
     def full(*_, **__):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(indexer_order, "save_file", full)
+    monkeypatch.setattr(writer, "save_file", full)
     arguments = ["convert", published.directory, tmp_path / "out", "--from", "rope-last"]
     done = run(capsys, *arguments, code=2)
     assert "No space left" in done["error"] and "the same command continues" in done["error"]
