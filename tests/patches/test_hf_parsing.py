@@ -35,6 +35,7 @@ LOST = {
     "head_dim": {"qk_rope_head_dim"},
     "qk_head_dim": {"qk_rope_head_dim"},
     "n_routed_experts": {"n_routed_experts"},
+    "num_local_experts": {"n_routed_experts"},
     "num_experts": {"n_routed_experts", "num_local_experts"},
     "rope_parameters": {"rope_theta", "rope_parameters"},
     "index_topk_freq": {"index_topk_freq"},
@@ -42,7 +43,7 @@ LOST = {
     "indexer_rope_interleave": {"indexer_rope_interleave"},
     "indexer_types": {"index_topk_freq"},
 }
-NAMES = {*LOST, "num_local_experts", "layer_types", "mlp_layer_types"}
+NAMES = {*LOST, "layer_types", "mlp_layer_types"}
 
 
 def parses(words):

@@ -33,6 +33,7 @@ def _init(wrapped, instance, args, kwargs):
             raise
         # Every layer is of one type; its name changed between releases, each refusing the other's.
         kwargs = {name: value for name, value in kwargs.items() if name != "layer_types"}
+        vars(instance).clear()
         wrapped(*args, **kwargs)
     said = {name: value for name, value in kwargs.items() if value is not None}
     _put_back_widths(instance, said)
