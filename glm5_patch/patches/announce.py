@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 _announced = False
 _other_dsa_announced = False
+_untrained_announced = False
+_asked_for_untrained: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 def announce(config: Any) -> None:
@@ -40,6 +43,38 @@ def announce_other_dsa(config: Any) -> None:
     say(
         f"glm5-patch {__version__}: this DSA model is left to megatron-core's own code ({why}). "
         "If it is a GLM-5, set dsa_is_glm5=True (--dsa-is-glm5) and its settings"
+    )
+
+
+def announce_untrained_indexers(stack: torch.nn.Module) -> None:
+    """Say once that parameters of indexers are trainable and get no gradient.
+
+    Adapters are there only after the model was built, so this is asked in its forward.
+
+    Args:
+        stack: runs the layers of a GLM-5.
+    """
+    global _untrained_announced
+    if _untrained_announced or not stack.training or stack.config.dsa_indexer_loss_coeff:
+        return
+    if stack in _asked_for_untrained:
+        return
+    _asked_for_untrained.add(stack)
+    from ..training.phases import kind_of
+
+    kinds = {
+        kind_of(name)
+        for name, parameter in stack.named_parameters()
+        if parameter.requires_grad and ".indexer." in name
+    }
+    if not kinds:
+        return
+    _untrained_announced = True
+    what = "adapters on indexers" if "adapters" in kinds else "the indexers"
+    say(
+        f"glm5-patch {__version__}: {what} are trainable but get no gradient, only weight decay: "
+        f"dsa_indexer_loss_coeff is {stack.config.dsa_indexer_loss_coeff}. Set it (0.001, say), or "
+        "freeze them before the optimizer is made: set_phase(model, 'frozen_indexer')"
     )
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from glm5_patch.errors import GLM5PatchError
-from glm5_patch.tools.demo import forward
+from glm5_patch.tools.verify import forward
 from tests.tiny import loss_of, megatron_model, pack_forward, packed, saved, tokens
 
 S = 24

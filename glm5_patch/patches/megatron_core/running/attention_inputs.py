@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 
-from ....config.fields import is_dsa
+from ....config.fields import is_glm5
 from ....patching.patch import Finding, Patch, argument
 from ...probes.megatron_core import shares_topk
 
@@ -34,7 +34,7 @@ def _forward(wrapped, instance, args, kwargs):
     mask, pack = read["attention_mask"], read["packed_seq_params"]
     if read["attn_mask_type"] is None:
         mask = None  # the one case in which the host applies it
-    if not is_dsa(instance.config) or (mask is None and not _tells_padding_by_lengths(pack)):
+    if not is_glm5(instance.config) or (mask is None and not _tells_padding_by_lengths(pack)):
         return wrapped(*args, **kwargs)
     from ....attention.mask import require_causal
     from ....topk.tokens import Layout

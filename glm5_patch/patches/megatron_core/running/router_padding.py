@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ....config.fields import is_dsa
+from ....config.fields import is_glm5
 from ....patching.patch import Finding, Patch, argument
 from ...probes.megatron_core import why_padding_is_counted
 
@@ -34,7 +34,7 @@ class RouterPadding(Patch):
 
 def _apply_expert_bias(wrapped, instance, args, kwargs):
     padding_mask = argument(wrapped, args, kwargs, "padding_mask")
-    if padding_mask is None or not is_dsa(instance.config):
+    if padding_mask is None or not is_glm5(instance.config):
         return wrapped(*args, **kwargs)
     routing_map = argument(wrapped, args, kwargs, "routing_map")  # bool [tokens, experts]
     return wrapped(routing_map & ~padding_mask.reshape(-1, 1))

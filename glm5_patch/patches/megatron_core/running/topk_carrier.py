@@ -27,8 +27,10 @@ def _forward(wrapped, instance, args, kwargs):
     if not is_glm5(instance.config):
         return wrapped(*args, **kwargs)
     from ....topk.carrier import open_carrier
+    from ...announce import announce_untrained_indexers
     from ..frozen_inputs import with_grad
 
+    announce_untrained_indexers(instance)
     args, kwargs = with_grad(instance, args, kwargs)
     _refuse_unsafe_recompute(instance)
     with open_carrier():
