@@ -1,4 +1,4 @@
-"""What users import comes from ``glm5_patch`` itself, costs nothing until used, and is documented."""
+"""What users import comes from ``glm5_patch`` itself, lazily, and is documented."""
 
 import ast
 import importlib.util
