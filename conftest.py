@@ -31,6 +31,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # a worker of xdist has one
+        # With -q pytest prints nothing until the first test ends; importing torch takes seconds.
+        print("glm5-patch tests: collecting (torch is imported), then running", flush=True)
+
+
 @pytest.fixture(scope="session")
 def world():
     """megatron-core's model parallelism with one rank, on the CPU."""

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,42 @@ def test_python_blocks_name_what_exists(page, text):
         if isinstance(node, ast.ImportFrom) and node.module.startswith("glm5_patch"):
             module = importlib.import_module(node.module)
             assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+def test_the_recipe_runs_on_a_cpu(tmp_path):
+    """README's program, without Transformer Engine or a GPU."""
+    saved(tmp_path / "tiny-glm")
+    (recipe,) = re.findall(
+        r"<!-- recipe -->\n```python\n(.*?)```\n<!-- /recipe -->",
+        (ROOT / "README.md").read_text(),
+        re.S,
+    )
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", recipe],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "torch.Size([1, 64, 96])" in result.stdout
+
+
+def test_the_test_command_says_at_once_what_it_does():
+    started = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-q", "tests/config"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+    )
+    first = process.stdout.readline()
+    seconds = time.monotonic() - started
+    process.kill()
+    process.wait()
+    assert first.startswith("glm5-patch tests: collecting") and seconds < 2
 
 
 def test_the_site_builds_without_a_warning(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,6 @@ from .report import Result, print_table, say
 
 DISTRIBUTION = "glm5-patch"
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
-OLDEST_WRAPT = (1, 14)
 _TIMEOUT_S = 300
 
 
@@ -124,14 +124,24 @@ def switches() -> Finding:
 
 
 def _wrapt() -> Finding:
+    """Is wrapt as new as this distribution requires?"""
+    try:
+        requirements = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        requirements = []
+    (needed,) = [r for r in requirements if r.startswith("wrapt")] or ["wrapt"]
+    oldest = re.search(r">=\s*([\d.]+)", needed)
     version = installed_version("wrapt")
-    numbers = [int(part) for part in (version or "0").split(".")[:2] if part.isdigit()]
     return Finding(
         "wrapt",
-        tuple(numbers) >= OLDEST_WRAPT,
+        version is not None and (oldest is None or _release(version) >= _release(oldest[1])),
         version or "not installed",
-        f"pip install 'wrapt>={'.'.join(map(str, OLDEST_WRAPT))},<3'",
+        f"pip install '{needed}'",
     )
+
+
+def _release(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)[:2]]
 
 
 def _editable_source(copy: importlib.metadata.Distribution) -> Iterator[Finding]:

@@ -1,0 +1,49 @@
+"""What users import comes from ``glm5_patch`` itself, lazily, and is documented."""
+
+import ast
+import importlib.util
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import glm5_patch
+
+ROOT = Path(__file__).parents[1]
+OWN = {"__version__", "disable", "enable", "require", "status"}
+
+
+def test_every_public_name_is_there_and_listed_once():
+    assert set(glm5_patch.__all__) == OWN | glm5_patch._LAZY.keys()
+    assert set(glm5_patch.__all__) <= set(dir(glm5_patch))
+    for name in glm5_patch._LAZY:
+        value = getattr(glm5_patch, name)
+        assert value.__module__ == f"glm5_patch.{glm5_patch._LAZY[name]}"
+        assert inspect.getdoc(value)
+
+
+def test_type_checkers_see_the_same_names():
+    tree = ast.parse(inspect.getsource(glm5_patch))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert seen == glm5_patch._LAZY
+
+
+def test_a_name_is_loaded_when_it_is_used():
+    code = (
+        "import sys, glm5_patch; assert not {'torch', 'safetensors', 'wrapt'} & set(sys.modules)\n"
+        "from glm5_patch import HFCheckpoint; assert HFCheckpoint is glm5_patch.HFCheckpoint\n"
+        "assert not hasattr(glm5_patch, 'HFChekpoint')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_api_page_is_current():
+    """``python docs/make_api.py`` writes it."""
+    spec = importlib.util.spec_from_file_location("make_api", ROOT / "docs" / "make_api.py")
+    make_api = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_api)
+    assert make_api.PAGE.read_text() == make_api.page()
+    documented = {name for names in make_api.GROUPS.values() for name in names}
+    assert documented == set(glm5_patch.__all__) - {"__version__"}
