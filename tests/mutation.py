@@ -109,7 +109,7 @@ FAULTS = (
     ),
     Fault(
         "the indexer's loss is a sum over the batch",
-        "ops/index_loss/reference.py",
+        "ops/index_loss/operation.py",
         "coefficient / (s * b)",
         "coefficient / s",
         f"{INDEXER}::test_the_logged_loss_and_its_gradients_are_those_of_the_definition",
@@ -153,7 +153,7 @@ FAULTS = (
         "a stage may start on a skip layer",
         "config/pipeline_split.py",
         "if source in chunk:",
-        "if True",
+        "if True:",
         "tests/config/test_pipeline_split.py",
     ),
     Fault(

@@ -44,7 +44,8 @@ class Patch:
     remove_when: ClassVar[str]
     """The condition under which this file can be deleted."""
     on_request: ClassVar[bool] = False
-    """Its host takes long to import, so ``require`` does that only where the patch is named."""
+    """``require`` imports its module only where the patch is named: the host takes long to import,
+    or some releases have no such module and need no patch."""
 
     @property
     def host(self) -> str:

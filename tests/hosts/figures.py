@@ -18,7 +18,13 @@ import os
 import tempfile
 import warnings
 
-RUNS_HERE = {"local_backend", "moe_without_te", "checkpoint_without_te"}
+RUNS_HERE = {
+    "local_backend",
+    "local_linear",
+    "local_absorbed_linear",
+    "moe_without_te",
+    "checkpoint_without_te",
+}
 INDEX_TOPK, LENGTH, BATCH = 8, 64, 2
 
 

@@ -38,6 +38,16 @@ def test_an_entry_read_in_a_checkpoint_is_kept_for_the_recompute():
     assert read()[0, 0, 0] == 1
 
 
+def test_an_entry_made_outside_a_checkpoint_is_kept_for_a_reader_inside_one():
+    """As where some layers of a group are recomputed, and not the one that computes."""
+    with open_carrier() as carrier:
+        carrier.publish(1, topk(1), SCHEDULE)
+        read = carried(lambda: carrier.read(2, 1))
+        read()
+        carrier.read(3, 1)
+    assert read()[0, 0, 0] == 1
+
+
 def test_a_recompute_sees_its_own_forward_and_not_the_latest():
     reads = []
     for value in (1, 2):
@@ -45,6 +55,9 @@ def test_a_recompute_sees_its_own_forward_and_not_the_latest():
             carried(lambda c=carrier, v=value: c.publish(1, topk(v), SCHEDULE))()
             reads.append(carried(lambda: current_carrier().read(2, 1)))
     assert [int(read()[0, 0, 0]) for read in reads] == [1, 2]
+    with open_carrier() as carrier:  # of a third forward, during which the others recompute
+        carrier.publish(1, topk(3), SCHEDULE)
+        assert [int(read()[0, 0, 0]) for read in reads] == [1, 2]
 
 
 def test_functions_are_left_alone_where_no_carrier_is_open():
