@@ -45,8 +45,11 @@ class HFCheckpoint(CheckpointFiles):
             name: Hugging Face's.
             slices: one for each dimension; none for the whole.
         """
+        shape = self.shapes[name]
+        slices = slices or self._whole(name)
+        slices = tuple(slice(*part.indices(size)[:2]) for part, size in zip(slices, shape))
         with self.open(self.tensors[name].path) as file:
-            return self._read(file, name, slices or self._whole(name)).clone()
+            return self._read(file, name, slices).clone()
 
     def read_file(self, path: Path) -> dict[str, Tensor]:
         """Every tensor of one of its files, as it is stored; float8 as bf16, without the scales."""

@@ -85,7 +85,7 @@ def test_a_model_is_that_of_the_dequantised_twin(world, fp8, tmp_path, capsys):
     assert twin.shapes == source.shapes
     assert all(torch.equal(twin.read(name), source.read(name)) for name in source.shapes)
     ids = tokens(0, 1, 32)
-    ours, theirs = (forward(megatron_model(c, mtp_num_layers=1), ids) for c in (source, twin))
+    ours, theirs = (forward(megatron_model(c), ids) for c in (source, twin))
     assert torch.equal(ours, theirs)
     assert sorted(p.name for p in (tmp_path / "twin").iterdir()) == sorted(
         p.name for p in fp8.iterdir()
