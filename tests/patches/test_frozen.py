@@ -7,7 +7,7 @@ import torch
 
 from glm5_patch.training.phases import set_phase
 from tests.patches.test_recompute import MODES, assert_equal, gradients, microbatches
-from tests.tiny import add_mtp_layer, megatron_model, saved
+from tests.tiny import megatron_model, saved
 
 MORE_MODES = {
     **MODES,
