@@ -12,6 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from .patching.ledger import Status
 
 __version__ = "0.1.0"
@@ -63,19 +65,29 @@ def status() -> Status:
     return MACHINE.status()
 
 
-def require(*ids: str) -> Status:
+def require(*ids: str, model: nn.Module | None = None) -> Status:
     """Import the hosts that are installed, ``enable()``, and insist that they are patched.
+
+    Without a model this says that the patches are in place, and nothing of a model: one that is
+    built from a spec of your own may have other attention.
 
     Args:
         ids: patches to insist on; all of them by default.
+        model: a built model, or a pipeline chunk of one. Every sparse layer of it must have the
+            plugin's attention, or megatron-core's where the plugin finds or makes that right.
 
     Raises:
         GLM5PatchError: a patch that this host needs is not in place; the message names the
-            patch, its seam and the cause. An uninstalled host is no error, unless none is there.
-            Also where an environment variable of this package is wrong.
+            patch, its seam and the cause. A layer of the model has attention that the plugin does
+            not know; the message names its class. An uninstalled host is no error, unless none is
+            there. Also where an environment variable of this package is wrong.
         ValueError: an id that no patch has.
     """
     from .patches import MACHINE
 
     MACHINE.require(ids)
+    if model is not None:
+        from .patches.built import require_attention
+
+        require_attention(model)
     return MACHINE.status()

@@ -10,7 +10,7 @@ import torch
 from glm5_patch.attention.local_backend import LocalDSASpecProvider, LocalNorm
 from glm5_patch.config.huggingface import HFConfig
 from glm5_patch.patching.imports import is_there
-from glm5_patch.tools.demo import randomize
+from glm5_patch.tools.verify import randomize
 from tests.tiny import hf_config, megatron_config
 
 LAYERS = 8

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "docs" / "hosts.json"
 PACKAGED = ROOT / "glm5_patch" / "tools" / "hosts.json"
 """What ``glm5-patch explain`` says of hosts: patch -> release -> patched or native."""
-WORDS = {"applied": "patched", "not_needed": "native"}
+WORDS = {"applied": "patched", "not_needed": "native", "armed": "absent"}
+"""A patch stays armed where the host has no such module."""
 
 
 def read() -> dict:
