@@ -13,6 +13,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from .attention.build import gpt_model, set_latent_norm_epsilon, transformer_config
     from .checkpoint.bridge_report import report
     from .checkpoint.reader import HFCheckpoint
@@ -139,19 +141,29 @@ def status() -> Status:
     return MACHINE.status()
 
 
-def require(*ids: str) -> Status:
+def require(*ids: str, model: nn.Module | None = None) -> Status:
     """Import the hosts that are installed, ``enable()``, and insist that they are patched.
+
+    Without a model this says that the patches are in place, and nothing of a model: one that is
+    built from a spec of your own may have other attention.
 
     Args:
         ids: patches to insist on; all of them by default.
+        model: a built model, or a pipeline chunk of one. Every sparse layer of it must have the
+            plugin's attention, or megatron-core's where the plugin finds or makes that right.
 
     Raises:
         GLM5PatchError: a patch that this host needs is not in place; the message names the
-            patch, its seam and the cause. An uninstalled host is no error, unless none is there.
-            Also where an environment variable of this package is wrong.
+            patch, its seam and the cause. A layer of the model has attention that the plugin does
+            not know; the message names its class. An uninstalled host is no error, unless none is
+            there. Also where an environment variable of this package is wrong.
         ValueError: an id that no patch has.
     """
     from .patches import MACHINE
 
     MACHINE.require(ids)
+    if model is not None:
+        from .patches.built import require_attention
+
+        require_attention(model)
     return MACHINE.status()

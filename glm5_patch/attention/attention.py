@@ -22,6 +22,7 @@ from ..ops.query_positions import visible_topk
 from ..ops.sparse_attention.inputs import AttentionInputs, MLADims
 from ..ops.sparse_attention.operation import sparse_attention
 from ..topk.carrier import current_carrier, require_carrier
+from ..topk.mtp import is_mtp_layer
 from ..topk.tokens import Layout
 from .mask import require_causal
 
@@ -60,9 +61,7 @@ class CrossLayerDSAttention(MegatronModule):
             raise GLM5PatchError(f"attn_mask_type={attn_mask_type}: only a causal mask is possible")
         self.layer_number = layer_number
         self.schedule = IndexSchedule.from_megatron(config)
-        # Layers of multi-token prediction are numbered after the decoder's, or from 0.18 on from 1
-        # again. They run outside a block's forward, find no carrier, and share with no one.
-        self.is_mtp = layer_number > self.schedule.num_layers
+        self.is_mtp = is_mtp_layer(layer_number, self.schedule.num_layers)
         self.source = layer_number if self.is_mtp else self.schedule.source(layer_number)
         self.softmax_scale = (k_channels or config.kv_channels) ** -0.5
         if softmax_scale is not None:

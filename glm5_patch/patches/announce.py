@@ -1,5 +1,4 @@
-"""Lines for people: above all the one, when the first GLM-5 of a process is built, that says with
-what."""
+"""Lines for people: above all the one, when a GLM-5 is built, that says with what."""
 
 from __future__ import annotations
 
@@ -14,23 +13,61 @@ from ..env import logger
 if TYPE_CHECKING:
     import torch
 
-_announced = False
+    from .built import Summary
+
+_said: dict[tuple, str] = {}
+"""What a model was built with -> the line of the first such model of this process."""
 _other_dsa_announced = False
 _untrained_announced = False
 _asked_for_untrained: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
-def announce(config: Any) -> None:
-    """Say it once.
+def announce(stack: torch.nn.Module, config: Any) -> None:
+    """Say of a stack of layers that was just built whose sparse attention it has.
+
+    Models that are built alike, and the chunks of a pipeline, get one line together.
 
     Args:
-        config: the ``TransformerConfig`` of a model that passed the gate.
+        stack: a ``TransformerBlock``, a ``HybridStack`` or a depth of multi-token prediction.
+        config: its ``TransformerConfig``.
+
+    Raises:
+        GLM5PatchError: it is a GLM-5 of megatron-core's attention, which is wrong for it here.
     """
-    global _announced
-    if _announced or _rank() != 0:  # describing it imports what computes
+    from ..config.fields import is_glm5
+    from .built import Summary, attentions_of, raise_unless_right
+
+    attentions = attentions_of(stack)
+    if is_glm5(config):
+        raise_unless_right(attentions, config)
+    if not attentions or _rank() != 0:  # describing it imports what computes
         return
-    _announced = True
-    say(describe(config))
+    summary = Summary.of(attentions)
+    if not is_glm5(config) and not summary.foreign:
+        return  # megatron-core's own sparse attention in a model that is not GLM-5
+    key = (summary.kinds, None if summary.foreign else _settings(config))
+    if key not in _said:
+        _said[key] = _foreign(summary) if summary.foreign else f"{describe(config)}; {summary}"
+        say(_said[key])
+
+
+def built_models() -> dict[str, bool]:
+    """The lines of this process's models -> whether the plugin can vouch for the attention."""
+    return {line: all(owner.vouched for owner, _ in kinds) for (kinds, _), line in _said.items()}
+
+
+def _settings(config: Any) -> tuple:
+    from ..config.schedule import IndexSchedule
+
+    kernels = getattr(config, "dsa_kernel_backend", "none")
+    return IndexSchedule.from_megatron(config), config.params_dtype, kernels
+
+
+def _foreign(summary: Summary) -> str:
+    return (
+        f"glm5-patch {__version__}: {summary}. The plugin does not check this attention; "
+        "glm5_patch.require(model=model) refuses it"
+    )
 
 
 def announce_other_dsa(config: Any) -> None:
@@ -55,7 +92,8 @@ def announce_untrained_indexers(stack: torch.nn.Module) -> None:
         stack: runs the layers of a GLM-5.
     """
     global _untrained_announced
-    if _untrained_announced or not stack.training or stack.config.dsa_indexer_loss_coeff:
+    coefficient = getattr(stack.config, "dsa_indexer_loss_coeff", None)
+    if _untrained_announced or not stack.training or coefficient:
         return
     if stack in _asked_for_untrained:
         return
@@ -73,7 +111,7 @@ def announce_untrained_indexers(stack: torch.nn.Module) -> None:
     what = "adapters on indexers" if "adapters" in kinds else "the indexers"
     say(
         f"glm5-patch {__version__}: {what} are trainable but get no gradient, only weight decay: "
-        f"dsa_indexer_loss_coeff is {stack.config.dsa_indexer_loss_coeff}. Set it (0.001, say), or "
+        f"dsa_indexer_loss_coeff is {coefficient}. Set it (0.001, say), or "
         "freeze them before the optimizer is made: set_phase(model, 'frozen_indexer')"
     )
 

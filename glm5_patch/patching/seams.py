@@ -167,6 +167,23 @@ class Seams:
         others = _modules() if self._late else _modules_near(owner)
         _rebind(wrapper.__wrapped__, wrapper, others)
 
+    def wrap_call(self, owner: type, around: Around) -> None:
+        """Wrap ``owner.__call__``, also where the class only inherits it.
+
+        Then it gets one of its own for as long as the seam is there. Its bases keep theirs, and
+        what a base's is at the time of a call counts.
+        """
+        if "__call__" in vars(owner):
+            self.wrap(owner, "__call__", around)
+            return
+
+        def __call__(self, *args, **kwargs):
+            return around(super(owner, self).__call__, self, args, kwargs)
+
+        __call__.__module__ = owner.__module__
+        __call__.__qualname__ = f"{owner.__qualname__}.__call__"
+        self.add(owner, "__call__", __call__)
+
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """Put ``value`` in the place of an existing attribute of ``owner`` itself."""
         self._set(owner, name, value, _own(owner, name))

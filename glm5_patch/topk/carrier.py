@@ -1,8 +1,10 @@
-"""How a computing layer's top-k reaches the skip layers: one carrier per forward of a block.
+"""How a computing layer's top-k reaches the skip layers: one carrier per forward of a stack.
 
-The carrier is found through a context variable while the forward runs, and through the closure of
-the checkpointed function while a recompute runs. It belongs to one forward alone, so two
-microbatches in flight can't see each other's (Megatron-LM #6793 is what happens otherwise).
+A stack is what runs layers in order: a ``TransformerBlock``, a ``HybridStack`` or one depth of
+multi-token prediction. The carrier is found through a context variable while the forward runs, and
+through the closure of the checkpointed function while a recompute runs. It belongs to one forward
+alone, so two microbatches in flight can't see each other's (Megatron-LM #6793 is what happens
+otherwise).
 """
 
 from __future__ import annotations
@@ -41,6 +43,10 @@ class TopkCarrier:
 
     layout: Layout | None = None
     """Where the tokens of this forward stand; see ``Layout.of``."""
+    host_topk: dict[int, Tensor] = field(default_factory=dict)
+    """What the host's own ``DSAttention`` keeps by layer number: top-k."""
+    host_topk_lengths: dict[int, Tensor] = field(default_factory=dict)
+    """Likewise: how many entries of each row of it count, where a kernel says so."""
     _slots: dict[int, _Slot] = field(default_factory=dict)
     _in_checkpoint: bool = False
 
@@ -85,16 +91,23 @@ def current_carrier() -> TopkCarrier | None:
 
 
 def require_carrier(layer_number: int, source: int) -> TopkCarrier:
-    """Raises MissingTopkError outside the forward of a transformer block."""
+    """Raises MissingTopkError outside the forward of a stack."""
     carrier = _current.get()
     if carrier is None:
-        raise _missing(layer_number, source, "has no carrier: the layer runs outside its block")
+        raise _missing(
+            layer_number,
+            source,
+            "is out of reach: the layer runs outside TransformerBlock, HybridStack and their "
+            "recompute. A loop of your own over the layers can be wrapped in `with "
+            "glm5_patch.topk.carrier.open_carrier():`, one for each forward; recompute by "
+            "megatron.core.tensor_parallel.checkpoint, which puts the carrier back",
+        )
     return carrier
 
 
 @contextmanager
 def open_carrier(carrier: TopkCarrier | None = None) -> Iterator[TopkCarrier]:
-    """Make a carrier the current one: a new one for the forward of a block."""
+    """Make a carrier the current one: a new one for the forward of a stack."""
     carrier = TopkCarrier() if carrier is None else carrier
     token = _current.set(carrier)
     try:
@@ -128,5 +141,5 @@ def _missing(layer_number: int, source: int, cause: str) -> MissingTopkError:
     return MissingTopkError(
         f"layer {layer_number} is a skip layer and reuses the top-k of layer {source}, which "
         f"{cause}. Layers {source} to {layer_number} must be on one pipeline stage and run in "
-        "order inside TransformerBlock.forward; check the pipeline split and `glm5-patch doctor`."
+        "order in one forward; check the pipeline split and `glm5-patch doctor`."
     )

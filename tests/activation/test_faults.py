@@ -11,7 +11,7 @@ import pytest
 from tests.activation.fresh import PATCHES, python
 
 FAULTS = ["probe_raises", "apply_raises", "seam_renamed", "signature_changed"]
-# No model is refused for these: TransformerBlock.forward refuses to recompute without the first,
+# No model is refused for these: a stack of layers refuses to recompute without the first,
 # the second is needed under fp8 only, the third only makes it fast, and a Megatron configuration
 # does not need the last two.
 NO_MODEL_NEEDS = {

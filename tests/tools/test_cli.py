@@ -24,8 +24,8 @@ class Break(importlib.abc.MetaPathFinder):
         execute = spec.loader.exec_module
         def exec_module(module):
             execute(module)
-            module.TransformerBlock.build = module.TransformerBlock.__dict__["forward"]
-            del module.TransformerBlock.forward
+            module.TransformerBlock.build = module.TransformerBlock.__dict__["__call__"]
+            del module.TransformerBlock.__call__
         spec.loader.exec_module = exec_module
         return spec
 sys.meta_path.insert(0, Break())
@@ -95,7 +95,7 @@ def test_doctor_and_status_name_a_seam_that_the_host_has_lost(broken_host):
     result = command("doctor", "--json", **broken_host)
     finding = findings(result)["topk_carrier"]
     assert result.returncode == 1
-    assert not finding["ok"] and "no attribute 'forward'" in finding["seen"]
+    assert not finding["ok"] and "no attribute '__call__'" in finding["seen"]
     result = command("status", "--import", **broken_host)
     assert result.returncode == 1
     assert "patch 'topk_carrier' is not in place" in result.stderr
@@ -173,7 +173,7 @@ def test_building_a_model_says_once_what_it_was_built_with(world, tmp_path, capf
     from glm5_patch.patches import announce
     from tests.tiny import megatron_model, saved
 
-    monkeypatch.setattr(announce, "_announced", False)
+    monkeypatch.setattr(announce, "_said", {})
     checkpoint = saved(tmp_path)
     capfd.readouterr()
     for _ in range(2):

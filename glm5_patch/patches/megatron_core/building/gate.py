@@ -1,4 +1,7 @@
-"""``TransformerBlock.__init__``: no GLM-5 model is built while a needed patch is missing."""
+"""``TransformerBlock.__init__``: no GLM-5 model is built while a needed patch is missing.
+
+Once it is built, its layers say whose attention they have.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,20 @@ class Gate(Patch):
         return Finding(True, "every GLM-5 model passes here")
 
     def apply(self, module, seams) -> None:
-        seams.wrap(module.TransformerBlock, "__init__", _init, reads=("config",))
+        seams.wrap(module.TransformerBlock, "__init__", gated, reads=("config",))
 
 
-def _init(wrapped, instance, args, kwargs):
+def gated(wrapped, instance, args, kwargs):
+    """Build a stack of layers: the gate before it, and a look at what was built after it."""
     config = argument(wrapped, args, kwargs, "config")
     if is_glm5(config):
         check_gate(config)
+    result = wrapped(*args, **kwargs)
+    if is_glm5(config) or getattr(config, "multi_latent_attention", False):
         from ...announce import announce  # here: `import torch` need not pay for it
 
-        announce(config)
-    return wrapped(*args, **kwargs)
+        announce(instance, config)
+    return result
 
 
 def check_gate(config) -> None:

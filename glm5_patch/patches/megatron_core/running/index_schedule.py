@@ -25,26 +25,35 @@ class IndexShareSchedule(Patch):
         seams.wrap(module.DSAttention, "__init__", _init, reads=("config", "layer_number"))
 
     def guards(self, config) -> bool:
-        return getattr(config, "dsa_indexer_types", None) is not None
+        if getattr(config, "dsa_indexer_types", None) is not None:
+            return True
+        return bool(config.mtp_num_layers) and (config.dsa_indexer_topk_freq or 1) > 1
 
 
 def _init(wrapped, instance, args, kwargs):
     config = argument(wrapped, args, kwargs, "config")
     layer_number = argument(wrapped, args, kwargs, "layer_number")
-    if config.dsa_indexer_types is None or layer_number > config.num_layers:
-        return wrapped(*args, **kwargs)
-    from ....config.schedule import IndexSchedule
+    from ....topk.mtp import is_mtp_layer
 
-    schedule = IndexSchedule.from_megatron(config)
+    if is_mtp_layer(layer_number, config.num_layers):
+        computes, shares, source = True, False, layer_number
+    elif config.dsa_indexer_types is None:
+        return wrapped(*args, **kwargs)
+    else:
+        from ....config.schedule import IndexSchedule
+
+        schedule = IndexSchedule.from_megatron(config)
+        computes, shares = schedule.computes(layer_number), schedule.shares
+        source = schedule.source(layer_number)
     # A configuration under which the host itself makes this one layer compute, or skip.
     as_host = copy.copy(config)
     as_host.dsa_indexer_skip_topk_offset = 0
-    as_host.dsa_indexer_topk_freq = 1 if schedule.computes(layer_number) else layer_number + 1
+    as_host.dsa_indexer_topk_freq = 1 if computes else layer_number + 1
     if "config" in kwargs:
         kwargs = {**kwargs, "config": as_host}
     else:
         args = (as_host, *args[1:])
     wrapped(*args, **kwargs)
     instance.config = config
-    instance.index_share = schedule.shares
-    instance.source_layer = schedule.source(layer_number)
+    instance.index_share = shares
+    instance.source_layer = source

@@ -1,0 +1,197 @@
+"""Whose attention the layers of a built model have, told by their classes."""
+
+from __future__ import annotations
+
+import enum
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..errors import GLM5PatchError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+OUR_ATTENTION = "glm5_patch.attention.attention"
+HOST_ATTENTION = "megatron.core.transformer.experimental_attention_variant.dsa"
+INDEXER = re.compile(r"(^|\.)(indexer|wq_b|weights_proj)(\.|$)")
+"""What the indexer, or its projections, are called in every implementation of GLM-5."""
+
+
+class Owner(enum.Enum):
+    """Who wrote the sparse attention of a layer."""
+
+    PLUGIN = "the plugin's"
+    HOST = "megatron-core's, with its index sharing repaired"
+    CLIENT_ON_HOST = "on megatron-core's, with its index sharing repaired"
+    CLIENT = "not the plugin's"
+
+    @property
+    def vouched(self) -> bool:
+        """Whether the plugin knows what this attention computes."""
+        return self is not Owner.CLIENT
+
+
+class Attention(NamedTuple):
+    """The sparse attention of one layer."""
+
+    owner: Owner
+    name: str
+    """Module and class."""
+    core: nn.Module
+    """What selects keys and attends to them; of a client, the whole attention of the layer."""
+    layer_number: int
+
+
+class Summary(NamedTuple):
+    """Which sparse attention a model has, and in how many layers."""
+
+    layers: tuple[tuple[Owner, str, int], ...]
+
+    @classmethod
+    def of(cls, attentions: list[Attention]) -> Summary:
+        counts = Counter((attention.owner, attention.name) for attention in attentions)
+        return cls(tuple((owner, name, n) for (owner, name), n in counts.items()))
+
+    @property
+    def foreign(self) -> bool:
+        """Whether some layer has attention that the plugin knows nothing of."""
+        return not all(owner.vouched for owner, _, _ in self.layers)
+
+    @property
+    def kinds(self) -> frozenset:
+        """The same for all chunks of a pipeline that are built of the same layers."""
+        return frozenset((owner, name) for owner, name, _ in self.layers)
+
+    def __str__(self) -> str:
+        return "; ".join(_words(*layer) for layer in self.layers)
+
+
+def _words(owner: Owner, name: str, count: int) -> str:
+    layers = f"{count} layer{'s' if count > 1 else ''}"
+    if owner in (Owner.PLUGIN, Owner.HOST):
+        return f"attention of {layers}: {owner.value}"
+    if owner is Owner.CLIENT_ON_HOST:
+        return f"attention of {layers}: {name}, {owner.value}"
+    return f"attention of {layers} is {owner.value}: {name}"
+
+
+def attentions_of(model: nn.Module) -> list[Attention]:
+    """The sparse attention of each layer of a model, in the order of its modules.
+
+    Layers without an indexer count where another layer of the model has the same attention with
+    one: they are its skip layers. Dense attention does not count.
+    """
+    layers = list(_layers(model))
+    foreign = {type(attention) for _, attention in layers if _has_indexer(attention)}
+    found = []
+    for layer, attention in layers:
+        core = getattr(attention, "core_attention", None)
+        owner = _owner_of_core(core)
+        if owner is None:
+            if type(attention) not in foreign or _is_known(type(attention)):
+                continue
+            owner, core = Owner.CLIENT, attention
+        found.append(Attention(owner, _name(type(core)), core, layer.layer_number))
+    return found
+
+
+def raise_unless_right(attentions: list[Attention], config) -> None:
+    """Raise GLM5PatchError for attention of megatron-core's that is not GLM-5's here.
+
+    Args:
+        attentions: of a model that is a GLM-5.
+        config: its ``TransformerConfig``.
+    """
+    for attention in attentions:
+        if attention.owner not in (Owner.HOST, Owner.CLIENT_ON_HOST):
+            continue
+        reason = why_host_attention_is_wrong(attention, config)
+        if reason:
+            raise GLM5PatchError(
+                f"layer {attention.layer_number} of this GLM-5 is built with {attention.name}: "
+                f"{reason}. Build it from the spec of "
+                "get_transformer_block_with_experimental_attention_variant_spec(config)"
+            )
+
+
+def why_host_attention_is_wrong(attention: Attention, config) -> str | None:
+    """What GLM-5 needs and this module of megatron-core, or a subclass of it, does not do."""
+    from .megatron_core.running.index_share_carrier import keeps_forwards_apart
+    from .probes.megatron_core import shares_topk, why_indexer_is_wrong
+
+    dsa = sys.modules[HOST_ATTENTION]
+    if not shares_topk(dsa):
+        return "this megatron-core's DSAttention has no index sharing"
+    reason = why_indexer_is_wrong(dsa.DSAIndexer)
+    if reason:
+        return reason
+    if config.recompute_granularity is None or not getattr(attention.core, "index_share", False):
+        return None
+    finding = keeps_forwards_apart(attention.core)
+    if not finding.needed:
+        return None
+    return (
+        f"{finding.reason}, so that a recompute may read the top-k of another microbatch; train "
+        f"without recompute (recompute_granularity=None, now {config.recompute_granularity!r})"
+    )
+
+
+def require_attention(model: nn.Module) -> None:
+    """Raise GLM5PatchError unless every sparse layer of a model has attention that is known.
+
+    Known is the plugin's, and megatron-core's where the plugin finds or makes it right.
+    """
+    attentions = attentions_of(model)
+    if not attentions:
+        raise GLM5PatchError(
+            f"{type(model).__name__} has no layer with sparse attention, so it is not a GLM-5; "
+            'build it with experimental_attention_variant="dsa"'
+        )
+    summary = Summary.of(attentions)
+    if summary.foreign:
+        raise GLM5PatchError(
+            f"{summary}. glm5-patch can't say whether it is right; build the model from the spec "
+            "of get_transformer_block_with_experimental_attention_variant_spec(config)"
+        )
+    raise_unless_right(attentions, _config_of(model, attentions))
+
+
+def _config_of(model: nn.Module, attentions: list[Attention]):
+    return getattr(model, "config", None) or attentions[0].core.config
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    for module in model.modules():
+        attention = getattr(module, "self_attention", None)
+        if attention is not None and hasattr(module, "layer_number"):
+            yield module, attention
+
+
+def _owner_of_core(core) -> Owner | None:
+    if isinstance(core, _class(OUR_ATTENTION, "CrossLayerDSAttention")):
+        return Owner.PLUGIN
+    if isinstance(core, _class(HOST_ATTENTION, "DSAttention")):
+        return Owner.HOST if _is_known(type(core)) else Owner.CLIENT_ON_HOST
+    return None
+
+
+def _has_indexer(attention: nn.Module) -> bool:
+    return any(INDEXER.search(name) for name, _ in attention.named_modules())
+
+
+def _is_known(cls: type) -> bool:
+    return cls.__module__.startswith(("megatron.core.", "glm5_patch."))
+
+
+def _class(module: str, name: str) -> type | tuple[()]:
+    """A class, for ``isinstance``; where its module is not imported, nothing is one."""
+    found: ModuleType | None = sys.modules.get(module)
+    return getattr(found, name, ()) if found is not None else ()
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -1,0 +1,98 @@
+"""What every stack of layers gets around its call: a top-k carrier for each forward."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+from ...config.fields import is_glm5
+from ...errors import GLM5PatchError
+from ...patching.ledger import State
+from ...patching.patch import Finding
+
+OUR_ATTENTION = "glm5_patch.attention.attention"
+
+
+def with_carrier(wrapped, instance, args, kwargs):
+    """Call a stack with a carrier open, where its layers share their top-k."""
+    if not carries(instance):
+        return wrapped(*args, **kwargs)
+    from ...topk.carrier import open_carrier
+    from ..announce import announce_untrained_indexers
+    from .frozen_inputs import with_grad
+
+    announce_untrained_indexers(instance)
+    args, kwargs = with_grad(instance, args, kwargs)
+    _refuse_unsafe_recompute(instance)
+    with open_carrier():
+        return wrapped(*args, **kwargs)
+
+
+def carries(stack) -> bool:
+    """Whether layers of this stack may share their top-k.
+
+    The configuration of a model that was built from a spec of the user's may not say so; then its
+    layers do.
+    """
+    if is_glm5(stack.config) or shares(stack.config):
+        return True
+    ours = sys.modules.get(OUR_ATTENTION)
+    if ours is None:
+        return False
+    cores = (
+        getattr(getattr(layer, "self_attention", None), "core_attention", None)
+        for layer in getattr(stack, "layers", ())
+    )
+    return any(isinstance(core, ours.CrossLayerDSAttention) for core in cores)
+
+
+def shares(config) -> bool:
+    """Whether a configuration asks for index sharing, which no model but GLM-5 has."""
+    return (getattr(config, "dsa_indexer_topk_freq", None) or 1) > 1
+
+
+def opens_carriers(stack_class: type) -> Finding:
+    """Whether each call of this class has a carrier of its own, tried on a stand-in.
+
+    ``needed`` of the answer is False where it does, whoever wrote what is called.
+    """
+    import torch
+
+    from ...topk.carrier import current_carrier
+
+    class Stack(stack_class):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+            self.config = SimpleNamespace(
+                experimental_attention_variant="dsa",
+                dsa_indexer_topk_freq=2,
+                recompute_granularity=None,
+                cuda_graph_impl="none",
+                enable_cuda_graph=False,
+            )
+
+        def forward(self):
+            return current_carrier()
+
+    stack = Stack()
+    first, second = stack(), stack()
+    name = f"{stack_class.__name__}.__call__"
+    if first is None or second is None:
+        return Finding(True, f"what replaced {name} opens no top-k carrier")
+    if first is second:
+        return Finding(True, f"what replaced {name} gives two forwards one top-k carrier")
+    return Finding(False, f"what replaced {name} opens a top-k carrier for each forward")
+
+
+def _refuse_unsafe_recompute(stack) -> None:
+    if not stack.training or stack.config.recompute_granularity is None:
+        return
+    from .. import MACHINE
+
+    row = MACHINE.row("checkpoint_recompute")
+    if row.state not in (State.APPLIED, State.NOT_NEEDED):
+        raise GLM5PatchError(
+            f"patch 'checkpoint_recompute' is {row.state.value} ({row.reason}), so a recompute "
+            "would not find the top-k of its own microbatch; train without recompute "
+            f"(recompute_granularity=None, now {stack.config.recompute_granularity!r})"
+        )

@@ -1,0 +1,27 @@
+"""A HybridModel's stack of DSA layers: forward as the host's, recompute as without recompute."""
+
+import pytest
+import torch
+
+from glm5_patch.patches.megatron_core import carrying
+from tests.clients.stacks import MODES, causal_mask, config, gradients, hybrid_stack, outputs
+from tests.tiny import relative
+
+
+@pytest.mark.parametrize("mask", [None, causal_mask(48)], ids=["no mask", "one mask"])
+@pytest.mark.parametrize("mode", MODES)
+def test_recompute_gives_the_gradients_of_no_recompute(world, mode, mask):
+    plain = gradients(hybrid_stack(config()), mask)
+    assert relative(gradients(hybrid_stack(config(**MODES[mode])), mask), plain) == 0
+
+
+def test_where_no_carrier_is_open_the_host_s_own_answer_stands(host_attention, monkeypatch):
+    """Its forward is right; its recompute is what the carrier is for."""
+    mask = causal_mask(48)
+    ours = outputs(hybrid_stack(config()), mask)
+    plain = gradients(hybrid_stack(config()), mask)
+    monkeypatch.setattr(carrying, "carries", lambda stack: False)
+    for our, theirs in zip(ours, outputs(hybrid_stack(config()), causal_mask(48))):
+        assert torch.equal(our, theirs)
+    wrong = gradients(hybrid_stack(config(**MODES["uniform_1"])), causal_mask(48))
+    assert relative(wrong, plain) > 0.01
