@@ -7,7 +7,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from .imports import half_imported
@@ -176,7 +176,7 @@ class Seams:
         if name in vars(owner):
             raise AttributeError(f"{owner!r} already has {name!r}")
         inner = getattr(value, "__func__", value)
-        ours = inspect.isfunction(inner) and inner in _WRAPPINGS
+        ours = type(inner) is FunctionType and inner in _WRAPPINGS
         self._set(owner, name, value, _MISSING, inner if ours else None)
 
     def add_item(self, mapping: dict, key: Any, value: Any) -> None:
@@ -237,7 +237,8 @@ class Seams:
 
 
 def _is_undone(value: Any) -> bool:
-    wrapping = _WRAPPINGS.get(value) if inspect.isfunction(value) else None
+    # A proxy of wrapt's equals what it wraps, also as a key.
+    wrapping = _WRAPPINGS.get(value) if type(value) is FunctionType else None
     return wrapping is not None and wrapping.around is None
 
 

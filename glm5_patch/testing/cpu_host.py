@@ -7,15 +7,15 @@ CUDA is available, and ``enable()`` refuses to run there.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from ..errors import GLM5PatchError
-from ..patching.seams import Seams
 
-_seams: Seams | None = None
+_adapted = ExitStack()
 
 
 def enable(device: str = "cpu") -> None:
@@ -24,7 +24,6 @@ def enable(device: str = "cpu") -> None:
     Raises:
         GLM5PatchError: a CUDA device is available, and megatron-core would use it.
     """
-    global _seams
     if torch.cuda.is_available():
         raise GLM5PatchError(
             f"{device!r}: megatron-core uses the CUDA device of this machine; use 'cuda', or hide "
@@ -33,16 +32,16 @@ def enable(device: str = "cpu") -> None:
     disable()
     import megatron.core.tensor_parallel.random as random
 
-    _seams = Seams()
-    _seams.replace(torch.cuda, "current_device", lambda: torch.device(device))
-    _seams.replace(torch.cuda, "synchronize", lambda device=None: None)
-    _seams.replace(torch.cuda, "current_stream", lambda device=None: _Stream())
-    _seams.replace(torch.cuda, "manual_seed", lambda seed: None)
-    _seams.replace(torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state())
-    _seams.replace(random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state())
-    _seams.replace(
-        random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)
-    )
+    for owner, name, value in (
+        (torch.cuda, "current_device", lambda: torch.device(device)),
+        (torch.cuda, "synchronize", lambda device=None: None),
+        (torch.cuda, "current_stream", lambda device=None: _Stream()),
+        (torch.cuda, "manual_seed", lambda seed: None),
+        (torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state()),
+        (random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
+        (random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
+    ):
+        _adapted.enter_context(mock.patch.object(owner, name, value))
 
 
 class _Stream:
@@ -57,10 +56,7 @@ class _Stream:
 
 def disable() -> None:
     """Put torch and megatron-core back as they were."""
-    global _seams
-    if _seams is not None:
-        _seams.undo()
-        _seams = None
+    _adapted.close()
 
 
 class CudaLiterals(TorchFunctionMode):
