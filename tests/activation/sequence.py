@@ -1,8 +1,11 @@
-"""One sequence of steps in this process: ``python -m tests.activation.sequence HOSTS DIR SEED STEP...``
+"""One sequence of steps in this process.
+
+    python -m tests.activation.sequence HOSTS DIR SEED STEP...
 
 HOSTS is "toys", written to DIR, or "real". See test_sequences.
 """
 
+import functools
 import importlib
 import os
 import random
@@ -144,7 +147,12 @@ def main():
         elif step == "threads":
             last = dice.choice([machine.enable, machine.disable])
             # Every other, loading and asking; the last word is said once they are done.
-            in_threads(machine.enable, machine.disable, machine.status, lambda: subject.load(host))
+            in_threads(
+                machine.enable,
+                machine.disable,
+                machine.status,
+                functools.partial(subject.load, host),
+            )
             in_threads(last, machine.status)
             wanted = asked() if last == machine.enable else set()
         try:

@@ -102,3 +102,36 @@ def test_it_activates_and_uninstalling_leaves_nothing(installed):
         run(sys.executable, "-m", "pip", "--python", python, "uninstall", "-q", "-y", "glm5-patch")
         assert not [entry.name for entry in site.iterdir() if "glm5" in entry.name]
         assert not (site.parents[2] / "bin" / "glm5-patch").exists()
+
+
+WRAPT_PROXY = """
+import importlib.metadata, types, wrapt
+from glm5_patch.patching.seams import Seams
+host = types.ModuleType("host")
+host.function = original = lambda x: x
+seams = Seams()
+add_one = lambda wrapped, instance, args, kwargs: wrapped(*args) + 1
+seams.wrap(host, "function", add_one)
+host.function = theirs = wrapt.FunctionWrapper(host.function, add_one)
+assert host.function(0) == 2 and seams.lost() is None
+seams.undo()
+assert host.function is theirs and host.function(0) == 1
+seams.wrap(host, "function", add_one)
+assert host.function is theirs and host.function(0) == 2 and seams.lost() is None
+host.function = lambda x: x
+assert seams.lost() == "function"
+print(importlib.metadata.version("wrapt"))
+"""
+
+
+@pytest.mark.parametrize("pin", ["1.14", "1.17", "2.0"])
+def test_no_pin_of_an_image_is_changed(wheel, tmp_path, pin):
+    """Images pin wrapt for OpenTelemetry. Theirs around ours is seen through in each release."""
+    run(sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv"))
+    python = str(tmp_path / "venv" / "bin" / "python")
+    constraints = tmp_path / "constraints.txt"
+    constraints.write_text(f"wrapt=={pin}.*\n")
+    pip = [sys.executable, "-m", "pip", "--python", python]
+    run(*pip, "install", "-q", "-c", str(constraints), str(wheel))
+    assert "No broken requirements" in run(*pip, "check")
+    assert run(python, "-c", WRAPT_PROXY).startswith(f"{pin}.")

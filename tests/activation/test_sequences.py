@@ -1,7 +1,7 @@
 """Random sequences of what a process may do to the machine, each in fresh processes.
 
-After each step that leaves no thread running, every place of every toy host is wrapped once or not
-at all, as the last switch says; at the end, switched off, every attribute is the identical original.
+After each step every place of every toy host is wrapped once or not at all, as the last switch
+says, and the status agrees. Switched off, every attribute of a real host is the identical original.
 """
 
 import random
