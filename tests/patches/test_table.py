@@ -29,7 +29,8 @@ def test_the_table_is_complete():
     for path in FOLDER.rglob("*/*.py"):
         parts = path.relative_to(FOLDER).with_suffix("").parts
         importlib.import_module(".".join(["glm5_patch.patches", *parts]))
-    assert {type(p) for p in PATCHES} == set(Patch.__subclasses__())
+    ours = {p for p in Patch.__subclasses__() if p.__module__.startswith("glm5_patch.")}
+    assert {type(p) for p in PATCHES} == ours
 
 
 def test_paths_mirror_the_hosts():
