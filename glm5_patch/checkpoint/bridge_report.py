@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..config.huggingface import HFConfig
 from ..errors import CheckpointError
+from .dequantize import dequantized
 from .names import expected_tensors
+from .quantization import SCALE, block_size, blocks_of, is_scale
 from .survey import Survey, missing_hint
 
 
@@ -28,9 +34,8 @@ def report(bridge: Any, model: Any) -> Survey:
 
 
 def _survey(hf_pretrained: Any, model: Any) -> Survey:
-    names = hf_pretrained.state.source.get_all_keys()
-    # Of a quantised tensor the scales, which Bridge reads with it.
-    names = [name for name in names if not name.endswith("_scale_inv")]
+    # The scales of float8 are no tensors of the model: ``dequantizing`` reads them.
+    names = [name for name in hf_pretrained.state.source.get_all_keys() if not is_scale(name)]
     return Survey.of(names, _config(hf_pretrained), _expected(hf_pretrained, model))
 
 
@@ -38,14 +43,17 @@ def check_before_loading(hf_pretrained: Any, model: Any) -> Survey | None:
     """As ``report``; None of a configuration without tensors.
 
     Raises:
-        CheckpointError: a tensor is missing. Bridge would leave what it makes as it was drawn.
+        CheckpointError: it is quantised otherwise than in block FP8; or a tensor is missing, and
+            Bridge would leave what it makes as it was drawn.
 
     Warns:
         RuntimeWarning: a tensor is none of this model's.
     """
     if not _has_tensors(hf_pretrained):
         return None
-    survey, where = _survey(hf_pretrained, model), hf_pretrained.model_name_or_path
+    where = hf_pretrained.model_name_or_path
+    block_size(_config(hf_pretrained).raw, Path(where))
+    survey = _survey(hf_pretrained, model)
     if survey.missing:
         name = survey.missing[0]
         more = f" (and {len(survey.missing) - 1} more)" if len(survey.missing) > 1 else ""
@@ -60,11 +68,77 @@ def check_before_loading(hf_pretrained: Any, model: Any) -> Survey | None:
     return survey
 
 
-def describe_loading(survey: Survey) -> str:
+@contextmanager
+def dequantizing(hf_pretrained: Any) -> Iterator[set[str]]:
+    """While this is open, Bridge reads block FP8 as bf16; it would take float8 without its scales.
+
+    Yields:
+        the names of the tensors that were float8, as they are read.
+
+    Raises:
+        CheckpointError: where a tensor is read that is quantised otherwise, or lacks its scale.
+    """
+    found: set[str] = set()
+    if not _has_tensors(hf_pretrained):
+        yield found
+        return
+    source, where = hf_pretrained.state.source, hf_pretrained.model_name_or_path
+    block = block_size(_config(hf_pretrained).raw, Path(where))
+    load = source.load_tensors
+
+    def load_tensors(names):
+        tensors = load(names)
+        for name, tensor in tensors.items():
+            if is_scale(name):
+                continue
+            if tensor.dtype == torch.float8_e4m3fn:
+                if block is None:
+                    raise CheckpointError(
+                        f"{where}: {name} is float8, but config.json has no quantization_config"
+                    )
+                if name + SCALE not in source.get_all_keys():
+                    raise CheckpointError(f"{where}: {name} is float8, but has no {name + SCALE}")
+                scales = load([name + SCALE])[name + SCALE]
+                blocks = blocks_of(tensor.shape, block)
+                if tensor.dim() != 2 or tuple(scales.shape) != blocks:
+                    raise CheckpointError(
+                        f"{where}: {name + SCALE} is {list(scales.shape)}, but {name} "
+                        f"{list(tensor.shape)} needs {list(blocks)}"
+                    )
+                whole = tuple(slice(0, size) for size in tensor.shape)
+                tensors[name] = dequantized(tensor, scales, block, whole)
+                found.add(name)
+            elif not tensor.is_floating_point() or tensor.element_size() == 1:
+                raise CheckpointError(
+                    f"{where}: {name} is {tensor.dtype}: packed or quantised weights can't be read"
+                )
+        return tensors
+
+    source.load_tensors = load_tensors
+    try:
+        yield found
+    finally:
+        del source.load_tensors
+
+
+def refuse_saving_beside_float8(hf_pretrained: Any) -> None:
+    """Raise CheckpointError if what is saved would get the config.json of a quantised model."""
+    names = hf_pretrained.state.source.get_all_keys()
+    if any(map(is_scale, names)):
+        where = hf_pretrained.model_name_or_path
+        raise CheckpointError(
+            f"{where}: float8; Bridge saves bf16 beside its config.json, which says fp8. Run "
+            f"`glm5-patch checkpoint dequantize {where} OUT`, and make the AutoBridge of OUT"
+        )
+
+
+def describe_loading(survey: Survey, float8: int = 0) -> str:
     parts = [
         f"{len(survey.read)} tensors read",
         f"{len(survey.expected_absent)} indexer tensors of skip layers rightly not there",
     ]
+    if float8:
+        parts.append(f"{float8} of them float8, which became bf16")
     if survey.dropped:
         parts.append(f"{len(survey.dropped)} indexer tensors of skip layers not read")
     if survey.mtp:

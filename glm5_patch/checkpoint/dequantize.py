@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .files import INDEX
-from .quantization import SCALE, SETTINGS
+from .quantization import SETTINGS, is_scale
 from .staging import Staging, fingerprint
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def write_dequantized(
     weight_map, total = {}, 0
     for path in source.headers:
         file = str(path.relative_to(source.directory))
-        names = [name for name in source.headers[path].tensors if not name.endswith(SCALE)]
+        names = [name for name in source.headers[path].tensors if not is_scale(name)]
         weight_map.update(dict.fromkeys(names, file))
         total += sum(source.headers[path].tensors[name].nbytes for name in names)
         if not staging.has(file):

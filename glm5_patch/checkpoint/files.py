@@ -14,7 +14,7 @@ from ..config.json_file import read_json, regular_size, unreadable
 from ..errors import CheckpointError
 from .headers import Header, Stored, read_header
 from .names import expected_tensors
-from .quantization import SCALE, block_size, refuse_other_formats, scales_of
+from .quantization import block_size, is_scale, refuse_other_formats, scales_of
 from .survey import CheckpointReport, Survey, missing_hint
 
 INDEX = "model.safetensors.index.json"
@@ -42,7 +42,7 @@ class CheckpointFiles:
         self.scales = scales_of(written, self.block)
         """Of each float8 matrix, by the matrix's name."""
         self.tensors = _by_expert(
-            {name: stored for name, stored in written.items() if not name.endswith(SCALE)},
+            {name: stored for name, stored in written.items() if not is_scale(name)},
             self.config.n_routed_experts,
         )
         """Every tensor but the scales; stacked experts one by one."""

@@ -6,7 +6,7 @@ factor for each block of ``weight_block_size``. zai-org releases GLM-5 so.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,15 @@ def _refused(path: Path, method: object) -> CheckpointError:
     )
 
 
+def is_scale(name: str) -> bool:
+    return name.endswith(SCALE)
+
+
+def blocks_of(shape: Sequence[int], block: tuple[int, int]) -> tuple[int, ...]:
+    """How many blocks cover a matrix; the last of each dimension may be smaller."""
+    return tuple(-(-size // unit) for size, unit in zip(shape, block))
+
+
 def refuse_other_formats(directory: Path, names: Collection[str]) -> None:
     """Raise CheckpointError if a directory without safetensors has its weights in another format.
 
@@ -113,7 +122,7 @@ def scales_of(tensors: Mapping[str, Stored], block: tuple[int, int] | None) -> d
     """
     scales = {}
     for name, stored in tensors.items():
-        if name.endswith(SCALE):
+        if is_scale(name):
             matrix = tensors.get(name.removesuffix(SCALE))
             if matrix is None or matrix.dtype != FP8:
                 kind = "absent" if matrix is None else f"{matrix.dtype}, not float8"
@@ -143,7 +152,7 @@ def _scale_of(
             f"{matrix.path}: {name} is float8, but config.json has no quantization_config; put "
             '{"quant_method": "fp8", "weight_block_size": [128, 128]} there if it is block FP8'
         )
-    blocks = tuple(-(-size // unit) for size, unit in zip(matrix.shape, block))
+    blocks = blocks_of(matrix.shape, block)
     if len(matrix.shape) != 2 or scale.shape != blocks or scale.dtype not in _SCALE_DTYPES:
         raise CheckpointError(
             f"{scale.path}: {scale.name} is {scale.dtype} {list(scale.shape)}, but blocks of "

@@ -19,7 +19,7 @@ from .dequantize import dequantized
 from .files import CheckpointFiles
 from .headers import Stored
 from .names import own_slices, pieces
-from .quantization import SCALE
+from .quantization import is_scale
 from .survey import CheckpointReport
 
 _THREADS = 4
@@ -59,7 +59,7 @@ class HFCheckpoint(CheckpointFiles):
                 if name in self.scales
                 else file.get_tensor(name)
                 for name in self.headers[path].tensors
-                if not name.endswith(SCALE)
+                if not is_scale(name)
             }
 
     def load_into(

@@ -3,12 +3,19 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from glm5_patch.checkpoint import writer
+from glm5_patch.checkpoint.bridge_report import (
+    check_before_loading,
+    dequantizing,
+    refuse_saving_beside_float8,
+)
 from glm5_patch.checkpoint.reader import HFCheckpoint
 from glm5_patch.errors import CheckpointError
 from glm5_patch.tools import cli
@@ -149,7 +156,7 @@ def e5m2(tensors):
         (lose_scale, "o_proj.weight is float8, but .*_scale_inv, its scale, is not there"),
         (lose_matrix, "_scale_inv is a scale, but .*o_proj.weight is absent"),
         (plain_matrix, "_scale_inv is a scale, but .*o_proj.weight is BF16, not float8"),
-        (other_blocks, r"blocks of 20 x 20 of .* \[64, 128\] need a float \[4, 7\]"),
+        (other_blocks, r"blocks of 20 x 20 of .* \[64, 480\] need a float \[4, 24\]"),
         (e5m2, "F8_E5M2"),
     ],
 )
@@ -226,3 +233,62 @@ def test_a_full_disk_is_named_before_any_work(fp8, tmp_path, capsys, monkeypatch
     assert cli.main(["checkpoint", "dequantize", str(fp8), str(tmp_path / "out")]) == 2
     assert "GB are to be written, but" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["fp8"]
+
+
+class Source:
+    """A directory as Megatron-Bridge's ``SafeTensorsStateSource`` gives it."""
+
+    def __init__(self, directory: Path):
+        self.tensors = load_file(directory / SINGLE)
+
+    def get_all_keys(self) -> list[str]:
+        return sorted(self.tensors)
+
+    def load_tensors(self, names: list[str]) -> dict[str, torch.Tensor]:
+        return {name: self.tensors[name] for name in names}
+
+
+def as_bridge_has_it(directory: Path) -> SimpleNamespace:
+    return SimpleNamespace(
+        config=AutoConfig.from_pretrained(directory),
+        state=SimpleNamespace(source=Source(directory)),
+        model_name_or_path=str(directory),
+    )
+
+
+def test_bridge_reads_float8_with_its_scales(fp8):
+    pretrained, checkpoint = as_bridge_has_it(fp8), HFCheckpoint(fp8)
+    source = pretrained.state.source
+    with dequantizing(pretrained) as float8:
+        for name in checkpoint.shapes:
+            assert torch.equal(source.load_tensors([name])[name], checkpoint.read(name)), name
+    assert float8 == set(checkpoint.scales)
+    assert source.load_tensors([MATRIX])[MATRIX].dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("change, says", [(lose_scale, "has no"), (other_blocks, "needs .4, 24.")])
+def test_bridge_reads_no_float8_without_its_scale(change, says, fp8):
+    pretrained = as_bridge_has_it(fp8)
+    change(pretrained.state.source.tensors)
+    with dequantizing(pretrained), pytest.raises(CheckpointError, match=says):
+        pretrained.state.source.load_tensors([MATRIX])
+
+
+def test_bridge_reads_no_packed_integers(fp8):
+    pretrained = as_bridge_has_it(fp8)
+    pretrained.state.source.tensors[MATRIX] = torch.ones(64, 16, dtype=torch.uint8)
+    with dequantizing(pretrained), pytest.raises(CheckpointError, match="packed or quantised"):
+        pretrained.state.source.load_tensors([MATRIX])
+
+
+def test_bridge_refuses_another_quantisation_before_it_loads(plain, tmp_path):
+    directory = Path(shutil.copytree(plain, tmp_path / "other"))
+    edit_config(directory, quantization_config={"quant_method": "awq", "bits": 4})
+    with pytest.raises(CheckpointError, match="quantised by AWQ"):
+        check_before_loading(as_bridge_has_it(directory), None)
+
+
+def test_bridge_does_not_save_bf16_beside_an_fp8_config(fp8, plain):
+    with pytest.raises(CheckpointError, match="checkpoint dequantize .* OUT"):
+        refuse_saving_beside_float8(as_bridge_has_it(fp8))
+    refuse_saving_beside_float8(as_bridge_has_it(plain))

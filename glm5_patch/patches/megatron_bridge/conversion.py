@@ -10,9 +10,9 @@ class Conversion(Patch):
     id = "bridge_conversion"
     module = "megatron.bridge.models.glm_moe_dsa.glm5_bridge"
     attribute = "GLM5Bridge.load_weights_hf_to_megatron"
-    why = "A tensor that the checkpoint lacks is a warning, and its parameter stays random."
+    why = "A missing tensor is a warning, and its parameter stays random; float8 loses its scales."
     upstream = "none"
-    remove_when = "Bridge refuses a checkpoint without an indexer of a computing layer"
+    remove_when = "Bridge reads float8, and refuses a checkpoint that lacks a tensor"
     on_request = True
 
     def needed(self, module) -> Finding:
@@ -21,6 +21,7 @@ class Conversion(Patch):
     def apply(self, module, seams) -> None:
         for name, around in (
             ("load_weights_hf_to_megatron", _load),
+            ("stream_weights_hf_to_megatron", _stream_in),
             ("stream_weights_megatron_to_hf", _stream),
         ):
             inherited = getattr(module.GLM5Bridge, name)
@@ -28,15 +29,28 @@ class Conversion(Patch):
 
 
 def _load(wrapped, instance, args, kwargs):
-    from ...checkpoint.bridge_report import check_before_loading, describe_loading
+    from ...checkpoint.bridge_report import check_before_loading, dequantizing, describe_loading
     from ..announce import say
 
     hf_pretrained = argument(wrapped, args, kwargs, "hf_pretrained")
     survey = check_before_loading(hf_pretrained, argument(wrapped, args, kwargs, "megatron_model"))
-    loaded = wrapped(*args, **kwargs)
+    with dequantizing(hf_pretrained) as float8:
+        loaded = wrapped(*args, **kwargs)
     if survey is not None:
-        say(f"glm5-patch: {describe_loading(survey)}")
+        say(f"glm5-patch: {describe_loading(survey, len(float8))}")
     return loaded
+
+
+def _stream_in(wrapped, instance, args, kwargs):
+    from ...checkpoint.bridge_report import dequantizing
+
+    hf_pretrained = argument(wrapped, args, kwargs, "hf_pretrained")
+
+    def tensors():
+        with dequantizing(hf_pretrained):
+            yield from wrapped(*args, **kwargs)
+
+    return tensors()
 
 
 def _stream(wrapped, instance, args, kwargs):

@@ -24,13 +24,14 @@ class LeftoverTensors(Patch):
 
 
 def _save(wrapped, instance, args, kwargs):
-    from ...checkpoint.bridge_report import report
+    from ...checkpoint.bridge_report import refuse_saving_beside_float8, report
 
     config = getattr(instance.hf_pretrained, "config", None)  # it may be a configuration itself
     source = getattr(getattr(instance.hf_pretrained, "state", None), "source", None)
     is_glm5 = getattr(config, "model_type", None) == "glm_moe_dsa"
     if not is_glm5 or not hasattr(source, "save_generator"):
         return wrapped(*args, **kwargs)
+    refuse_saving_beside_float8(instance.hf_pretrained)
     survey = report(instance, argument(wrapped, args, kwargs, "model"))
     leftover = (*survey.mtp, *survey.dropped, *survey.unexpected)
     save = source.save_generator

@@ -260,6 +260,16 @@ def reads_unbound_gemm(moe_utils: ModuleType) -> bool:
     return not bound and hasattr(moe_utils, "RouterGatingLinearFunction")
 
 
+def rounds_expert_bias(router_class: type) -> bool:
+    """Whether the expert bias of a router becomes bf16 with the rest of it."""
+    import torch
+
+    router = router_class.__new__(router_class)
+    torch.nn.Module.__init__(router)
+    router.register_buffer("expert_bias", torch.zeros(1))
+    return router.bfloat16().expert_bias.dtype != torch.float32
+
+
 def why_padding_is_counted(router_class: type) -> str | None:
     """What the router does to a ``padding_mask`` beside an expert bias, tried on three tokens, the
     last of which is padding.
