@@ -29,8 +29,8 @@ def measure(who: str, length: int) -> dict[str, float]:
     from megatron.core.transformer.experimental_attention_variant.dsa import unfused_dsa_fn
 
     from glm5_patch.ops.query_positions import QueryPositions, visible_topk
-    from glm5_patch.ops.sparse_attention.operation import MLADims, keys_and_values
-    from glm5_patch.ops.sparse_attention.reference import sparse_attention
+    from glm5_patch.ops.sparse_attention.inputs import AttentionInputs, MLADims
+    from glm5_patch.ops.sparse_attention.reference import keys_and_values, sparse_attention
 
     torch.set_num_threads(1)
     dims = MLADims(latent=512, nope=192, rope=64, value=256)
@@ -47,10 +47,11 @@ def measure(who: str, length: int) -> dict[str, float]:
     inputs = [(torch.randn(shape) / shape[0] ** 0.25).requires_grad_() for shape in shapes]
 
     def step():
-        key, value = keys_and_values(*inputs[1:], dims)
+        attention = AttentionInputs(*inputs, topk, queries, dims, 0.0625)
         if who == PLUGIN:
-            output = sparse_attention(inputs[0], key, value, topk, queries, 0.0625)
+            output = sparse_attention(attention)
         else:
+            key, value = keys_and_values(attention)
             output = unfused_dsa_fn(inputs[0], key, value, topk.long().clamp_min(0), 0.0625)
         return torch.autograd.grad(output.square().mean(), inputs)
 

@@ -34,15 +34,18 @@ import torch
 from torch import Tensor
 
 from glm5_patch import env
-from glm5_patch.ops import compared as libraries
 from glm5_patch.ops.index_loss import triton as indexer_loss
+from glm5_patch.ops.index_loss.reference import LossSettings
 from glm5_patch.ops.index_topk import triton as indexer
+from glm5_patch.ops.index_topk.reference import IndexerInputs
+from glm5_patch.ops.needs import Call
 from glm5_patch.ops.query_positions import QueryPositions, selected_keys
-from glm5_patch.ops.sparse_attention import absorption as absorbed
+from glm5_patch.ops.registry import Backend, backends, why_not
+from glm5_patch.ops.sparse_attention import absorption, gluon
 from glm5_patch.ops.sparse_attention import triton as sparse_mla
-from glm5_patch.ops.sparse_attention.operation import MLADims, keys_and_values
-from glm5_patch.ops.sparse_attention.operation import sparse_mla as attend
-from glm5_patch.ops.sparse_attention.reference import sparse_attention
+from glm5_patch.ops.sparse_attention.inputs import AttentionInputs, MLADims
+from glm5_patch.ops.sparse_attention.operation import sparse_attention as attend
+from glm5_patch.ops.sparse_attention.reference import keys_and_values, sparse_attention
 
 DIMS = MLADims(latent=512, nope=192, rope=64, value=256)
 SCALE = (DIMS.nope + DIMS.rope) ** -0.5
@@ -75,10 +78,10 @@ class Batch(NamedTuple):
     queries: QueryPositions
     upstream: Tensor
 
-    @property
-    def where(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Top-k, starts and positions, as the kernels take them."""
-        return self.topk, *self.queries.spans()
+    def attention(self, *inputs: Tensor) -> AttentionInputs:
+        """Of these inputs: queries, latent and up-projection."""
+        inputs = inputs or (self.query, self.latent, self.up)
+        return AttentionInputs(*inputs, self.topk, self.queries, DIMS, SCALE)
 
     @property
     def pairs(self) -> int:
@@ -175,11 +178,17 @@ def computed_by(kernels: str):
         os.environ[env.KERNELS] = before
 
 
-def library(name: str):
-    """This package's calls of a library; None where it is not there."""
+def library(operation: str, name: str, call: Call) -> Backend | None:
+    """A backend; None where it does not compute such a call."""
+    (one,) = (one for one in backends(operation) if one.name == name)
     with computed_by("auto"):
-        reason = libraries.why_not(name, torch.device("cuda"))
-    return libraries.adapter_of(name) if reason is None else None
+        return one if why_not(one, call) is None else None
+
+
+def has_libraries(call: Call) -> bool:
+    """Whether a library computes a part of attention."""
+    passes = ("forward", "flash_mla"), ("backward", "cudnn")
+    return any(library(f"sparse_attention.{part}", name, call) for part, name in passes)
 
 
 class Peers:
@@ -202,14 +211,14 @@ class Peers:
 def kernels_of(heads: int, length: int, peers: Peers):
     """The kernels alone, on absorbed queries: forward, and backward."""
     batch = random_batch(length, heads)
-    query = absorbed.absorb(batch.query, batch.up, DIMS)
-    latent, where = batch.latent.squeeze(2), batch.where
-    ours = absorbed.hopper_kernels(query, latent, DIMS.latent) or sparse_mla
-    name = "plugin (Gluon)" if ours is not sparse_mla else "plugin (Triton)"
+    absorbed = absorption.absorbed_inputs(batch.attention())
+    query, call = absorbed.query, absorbed.call
+    hopper = library("sparse_attention.backward", "gluon", call)
+    ours, name = (gluon, "plugin (Gluon)") if hopper else (sparse_mla, "plugin (Triton)")
     forward, backward = FORWARD * batch.pairs, BACKWARD * batch.pairs
 
     def run():
-        return ours.forward(query, latent, *where, DIMS.latent, SCALE)
+        return ours.forward(absorbed)
 
     yield measure("kernel, forward", name, length, heads, run, forward)
     out, lse = run()
@@ -217,23 +226,14 @@ def kernels_of(heads: int, length: int, peers: Peers):
     yield measure(
         "row terms", "plugin (Triton)", length, heads, lambda: sparse_mla.row_terms(out, d_out)
     )
-    delta = sparse_mla.row_terms(out, d_out)
-    rest = (d_out, lse, delta, SCALE)
-    last = () if ours is not sparse_mla else (False,)
-    yield measure(
-        "kernel, backward",
-        name,
-        length,
-        heads,
-        lambda: ours.backward(query, latent, *where, *rest, *last),
-        backward,
-    )
-    flash_mla, cudnn = library("flash_mla"), library("cudnn")
-    if flash_mla and flash_mla.why_not_shape(query, DIMS.latent, TOPK) is None:
-        theirs = lambda: flash_mla.forward(query, latent, *where, DIMS.latent, SCALE)
+    terms = sparse_mla.row_terms(out, d_out)
+    run = lambda: ours.key_gradients(absorbed, lse, terms, d_out)
+    yield measure("kernel, backward", name, length, heads, run, backward)
+    if flash_mla := library("sparse_attention.forward", "flash_mla", call):
+        theirs = lambda: flash_mla.compute(absorbed)
         yield measure("kernel, forward", "FlashMLA", length, heads, theirs, forward)
-    if cudnn and cudnn.why_not_shape(query, DIMS.latent, TOPK) is None:
-        theirs = lambda: cudnn.backward(query, latent, *where, d_out, out, lse, SCALE)
+    if cudnn := library("sparse_attention.backward", "cudnn", call):
+        theirs = lambda: cudnn.compute(absorbed, out, lse, d_out)
         yield measure("kernel, backward", "cuDNN", length, heads, theirs, backward)
     if heads == 64 and length <= 16384:
         yield measure(
@@ -241,7 +241,7 @@ def kernels_of(heads: int, length: int, peers: Peers):
             "plugin, deterministic",
             length,
             heads,
-            lambda: sparse_mla.backward(query, latent, *where, *rest, True),
+            lambda: deterministic(sparse_mla.key_gradients, absorbed, lse, terms, d_out),
             backward,
         )
     if peers.sparse_mla is not None:
@@ -269,26 +269,33 @@ def kernels_of(heads: int, length: int, peers: Peers):
         )
 
 
+def deterministic(run: Callable, *args):
+    torch.use_deterministic_algorithms(True)
+    try:
+        return run(*args)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def core_of(heads: int, length: int, peers: Peers):
     """From queries, latent and up-projection to the output: what a layer's core does."""
     batch = random_batch(length, heads)
     inputs = [t.clone().requires_grad_() for t in (batch.query, batch.latent, batch.up)]
 
     def fused():
-        return attend(*inputs, batch.topk, batch.queries, DIMS, SCALE)
+        return attend(batch.attention(*inputs))
 
     def blocked():
-        key, value = keys_and_values(*inputs[1:], DIMS)
-        return sparse_attention(inputs[0], key, value, batch.topk, batch.queries, SCALE)
+        return sparse_attention(batch.attention(*inputs))
 
     indices = batch.topk.long().clamp_min(0)
 
     def unfused():
-        key, value = keys_and_values(*inputs[1:], DIMS)
+        key, value = keys_and_values(batch.attention(*inputs))
         return peers.unfused(inputs[0], key, value, indices, SCALE)
 
     runs = {"plugin (Triton)": ("triton", fused)}
-    if library("flash_mla") or library("cudnn"):
+    if has_libraries(batch.attention().call):
         runs["plugin (libraries)"] = ("auto", fused)
     if length <= 8192:
         runs["plugin (torch)"] = ("torch", blocked)
@@ -318,6 +325,7 @@ def selection_of(length: int, peers: Peers):
     key, weights = draw(length, 1, INDEX_DIM).bfloat16(), draw(length, 1, INDEX_HEADS)
     queries = QueryPositions(torch.zeros(length, dtype=torch.int64, device="cuda"), longest=length)
     starts, positions = queries.spans()
+    inputs = IndexerInputs(query, key, weights)
     flop = 2 * INDEX_HEADS * INDEX_DIM * pairs(length, length)
     scale = INDEX_DIM**-0.5
     height = min(length, (256 << 20) // (4 * length))
@@ -326,11 +334,13 @@ def selection_of(length: int, peers: Peers):
     blocks = [slice(at, min(at + height, length)) for at in range(0, length, height)]
 
     def score(block: slice) -> None:
-        indexer.scores(query, key, weights, starts, positions, block, 0, scale, scores)
+        scores[: block.stop - block.start] = indexer.index_scores(inputs, queries, block, scale)[0]
 
     def ours() -> None:
         for block in blocks:
-            indexer.topk(scores, starts, positions, block, block.stop, found)
+            size = block.stop - block.start
+            spans = starts[block], positions[block]
+            indexer.select_into(found[:size], scores[:size], *spans, block.stop)
 
     def all_scores() -> None:
         for block in blocks:
@@ -348,12 +358,14 @@ def selection_of(length: int, peers: Peers):
     )
 
     def select():
-        return indexer.select(query, key, weights, queries, TOPK, scale)
+        return indexer.index_topk(IndexerInputs(query, key, weights), queries, TOPK, scale)
 
     yield measure("selection", "plugin (Triton)", length, INDEX_HEADS, select)
-    if cudnn := library("cudnn"):
+    if cudnn := library("index_topk.selection", "cudnn", inputs.call):
         theirs = lambda: [
-            cudnn.topk(scores[: block.stop - block.start], positions[block], found)
+            cudnn.compute(
+                scores[: block.stop - block.start], starts[block], positions[block], length, TOPK
+            )
             for block in blocks
         ]
         yield measure("top-k", "cuDNN", length, INDEX_HEADS, theirs)
@@ -390,18 +402,16 @@ def loss_of(length: int, peers: Peers):
         draw(length, 1, INDEX_HEADS).requires_grad_(),
     ]
     scale = INDEX_DIM**-0.5
-    attention = (batch.query, batch.latent, batch.up, batch.topk, batch.queries, DIMS, SCALE)
+    absorbed = absorption.absorbed_inputs(batch.attention())
 
     def ours():
-        target = indexer_loss.attention_target(*attention)
-        loss = indexer_loss.sparse_indexer_loss(
-            inputs, target, batch.topk, batch.queries, scale, 1 / length
-        )
+        settings = LossSettings(scale, 1 / length, sparse=True)
+        loss = indexer_loss.selected_loss(IndexerInputs(*inputs), absorbed, settings)
         return torch.autograd.grad(loss, inputs)
 
     yield measure("indexer loss", "plugin (Triton)", length, INDEX_HEADS, ours)
     if peers.indexer_loss is not None:
-        key, _ = keys_and_values(batch.latent, batch.up, DIMS)
+        key, _ = keys_and_values(batch.attention())
         unfused = SimpleNamespace(index_n_heads=INDEX_HEADS, index_topk=TOPK)
         mask = torch.full((length, length), float("-inf"), device="cuda").triu_(1)
         topk = batch.topk.long().clamp_min(0)
@@ -449,8 +459,8 @@ def check(heads: int, length: int = 3072) -> list[str]:
             problems.append(f"{heads} heads: {what} is off by {error:.1e}")
 
     batch = random_batch(length, heads, seed=heads)
-    query = absorbed.absorb(batch.query, batch.up, DIMS)
-    latent, where = batch.latent.squeeze(2), batch.where
+    absorbed = absorption.absorbed_inputs(batch.attention())
+    query, latent = absorbed.query, absorbed.latent
     some = torch.arange(0, length, 97, device="cuda")
     expected = []
     for row in some.tolist():
@@ -458,33 +468,27 @@ def check(heads: int, length: int = 3072) -> list[str]:
         kv = latent[keys, 0].double()
         probs = (query[row, 0].double() @ kv.T * SCALE).softmax(-1)
         expected.append(probs @ kv[:, : DIMS.latent])
-    hopper = absorbed.hopper_kernels(query, latent, DIMS.latent)
-    flash_mla = library("flash_mla")
-    if flash_mla and flash_mla.why_not_shape(query, DIMS.latent, TOPK) is not None:
-        flash_mla = None
-    for name, kernels in (("Triton", sparse_mla), ("Gluon", hopper), ("FlashMLA", flash_mla)):
-        if kernels is not None:
+    for name in ("triton", "gluon", "flash_mla"):
+        if one := library("sparse_attention.forward", name, absorbed.call):
             _fill_with_nan(2 * query.numel())
-            out, _ = kernels.forward(query, latent, *where, DIMS.latent, SCALE)
+            out, _ = one.compute(absorbed)
             bound(f"{name} forward", relative(out[some, 0], torch.stack(expected)), 2e-3)
     inputs = [t.clone().requires_grad_() for t in (batch.query, batch.latent, batch.up)]
     reference = [t.float().detach().requires_grad_() for t in inputs]
-    truth = sparse_attention(
-        reference[0], *keys_and_values(*reference[1:], DIMS), batch.topk, batch.queries, SCALE
-    )
+    truth = sparse_attention(batch.attention(*reference))
     expected = torch.autograd.grad(truth, reference, batch.upstream.float())
     kinds = {
-        "as they come": ("triton", absorbed.absorbed_attention),
-        "deterministic": ("triton", absorbed.absorbed_attention),
+        "as they come": ("triton", absorption.absorbed_attention),
+        "deterministic": ("triton", absorption.absorbed_attention),
         "core": ("triton", attend),
     }
-    if library("flash_mla") or library("cudnn"):
+    if has_libraries(batch.attention().call):
         kinds["core by libraries"] = ("auto", attend)
     for kind, (kernels, attention) in kinds.items():
         os.environ[env.KERNELS] = kernels
         torch.use_deterministic_algorithms(kind == "deterministic")
         _fill_with_nan(2 * query.numel())
-        output = attention(*inputs, batch.topk, batch.queries, DIMS, SCALE)
+        output = attention(batch.attention(*inputs))
         found = torch.autograd.grad(output, inputs, batch.upstream, retain_graph=True)
         for name, ours, theirs in zip(("query", "latent", "up"), found, expected):
             bound(f"gradient of {name}, {kind}", relative(ours, theirs), 5e-3)
@@ -506,9 +510,11 @@ def check_selection(length: int) -> list[str]:
     query, key = query.bfloat16(), key.bfloat16()
     queries = QueryPositions(torch.zeros(length, dtype=torch.int64, device="cuda"), longest=length)
     scale = INDEX_DIM**-0.5
-    ours = indexer.select(query, key, weights, queries, TOPK, scale)[0]
+    ours = indexer.index_topk(IndexerInputs(query, key, weights), queries, TOPK, scale)[0]
     with computed_by("auto"):
-        if not torch.equal(indexer.select(query, key, weights, queries, TOPK, scale)[0], ours):
+        if not torch.equal(
+            indexer.index_topk(IndexerInputs(query, key, weights), queries, TOPK, scale)[0], ours
+        ):
             return [f"the top-k at {length} by a library is another"]
     worst = 0.0
     for row in range(0, length, max(1, length // 40)):
@@ -532,14 +538,15 @@ def check_loss(length: int = 3072) -> list[str]:
     inputs = [drawn[0].bfloat16(), drawn[1].bfloat16(), drawn[2]]
     inputs = [tensor.requires_grad_() for tensor in inputs]
     scale = INDEX_DIM**-0.5
-    attention = (batch.query, batch.latent, batch.up, batch.topk, batch.queries, DIMS, SCALE)
-    target = indexer_loss.attention_target(*attention)
-    loss = indexer_loss.sparse_indexer_loss(inputs, target, batch.topk, batch.queries, scale, 1.0)
+    absorbed = absorption.absorbed_inputs(batch.attention())
+    settings = LossSettings(scale, 1.0, sparse=True)
+    loss = indexer_loss.selected_loss(IndexerInputs(*inputs), absorbed, settings)
     found = (loss, *torch.autograd.grad(loss, inputs))
 
     reference = [tensor.float().detach().requires_grad_() for tensor in inputs]
     mask = selected_keys(slice(0, length), batch.queries, batch.topk)[0]
-    key, _ = keys_and_values(batch.latent.float(), batch.up.float(), DIMS)
+    floats = (t.float() for t in (batch.query, batch.latent, batch.up))
+    key, _ = keys_and_values(batch.attention(*floats))
     truth = torch.zeros((length, length), device="cuda")
     for head in range(16):
         logits = batch.query[:, 0, head].float() @ key[:, 0, head].T * SCALE

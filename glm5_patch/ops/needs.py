@@ -95,6 +95,8 @@ class Needs:
     """The oldest compute capability."""
     capability_below: Capability | None = None
     """The first compute capability that it was not tried on."""
+    interpretable: bool = False
+    """Whether Triton's interpreter can run it, on any device and in any data type."""
     shared_memory: int = 0
     """Bytes of shared memory that a program takes."""
     widths: Mapping[str, Width] = field(default_factory=dict)
@@ -107,11 +109,11 @@ class Needs:
 
         Args:
             call: the call.
-            interpreted: Triton's interpreter runs it, on any device and in any data type.
+            interpreted: Triton's interpreter runs it, if it can.
         """
         if self.package is not None and not _is_installed(self.package):
             return Verdict(False, f"{self.distribution or self.package} is not installed")
-        if not interpreted:
+        if not (interpreted and self.interpretable):
             verdict = self._check_device(call.device)
             if not verdict.ok:
                 return verdict

@@ -72,18 +72,18 @@ def of_hosts() -> Result:
         import torch  # the way in for every real process
     except ImportError:
         raise GLM5PatchError("torch is not installed here, so nothing loads the plugin") from None
-    from ..patches.announce import libraries, sparse_attention_by
+    from ..patches.announce import backends, sparse_attention_by
     from .doctor import switches
 
     active = any(row.state.value != "disabled" for row in glm5_patch.status())
-    kernels, problem = None, None
+    kernels, problem, table = None, None, []
     try:
         finding = switches()
         if not finding.ok:
             problem = finding.seen
         if active:
             glm5_patch.require()
-        kernels = sparse_attention_by(torch.bfloat16)
+        kernels, table = sparse_attention_by(torch.bfloat16), backends(torch.bfloat16)
     except GLM5PatchError as error:
         problem = str(error)
     rows = list(glm5_patch.status())
@@ -92,7 +92,7 @@ def of_hosts() -> Result:
         "active": active,
         "problem": problem,
         "kernels": kernels,
-        "libraries": libraries(),
+        "backends": [row._asdict() for row in table],
         "patches": [row._asdict() for row in rows],
     }
 
@@ -101,8 +101,10 @@ def of_hosts() -> Result:
         print(f"glm5-patch {__version__}: {state} in a process that imports torch")
         print_table(("patch", "state", "reason"), [row.cells() for row in rows])
         print_text(f"sparse attention in bf16: {kernels or 'unknown, see the problem'}")
-        for name, reason in data["libraries"].items():
-            print_text(f"{name}: {reason or 'used where it fits'}")
+        print_table(
+            ("operation", "backend", "computes here"),
+            [(row.operation, row.backend, row.here) for row in table],
+        )
         if problem:
             print(f"problem: {problem}", file=sys.stderr)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from glm5_patch.ops import query_positions
-from glm5_patch.ops.index_loss.reference import indexer_loss
+from glm5_patch.ops.index_loss.operation import index_loss
 from glm5_patch.ops.index_topk.operation import index_topk
 from glm5_patch.ops.index_topk.reference import IndexerInputs
 from glm5_patch.ops.query_positions import (
@@ -14,14 +14,14 @@ from glm5_patch.ops.query_positions import (
     document_starts,
     longest_document,
 )
-from glm5_patch.ops.sparse_attention.operation import MLADims
+from glm5_patch.ops.sparse_attention.inputs import AttentionInputs, MLADims
 from glm5_patch.tools.verify import forward
 from tests.ops import dense
 from tests.tiny import megatron_model, relative, saved, tokens
 
 S, B, HEADS, SCALE = 24, 2, 3, 0.3
 INDEX_HEADS, INDEX_DIM, INDEX_TOPK, INDEX_SCALE = 16, 16, 8, 0.25
-SETTINGS = dict(softmax_scale=SCALE, index_scale=INDEX_SCALE, coefficient=0.7)
+SETTINGS = dict(index_scale=INDEX_SCALE, coefficient=0.7)
 DIMS = MLADims(latent=64, nope=24, rope=16, value=8)
 
 
@@ -57,8 +57,8 @@ def test_loss_and_gradients_equal_the_definition(seed, sparse, rows_per_block, m
         chosen = mask[b, row].nonzero().flatten()[:INDEX_TOPK]
         topk_indices[b, row, : len(chosen)] = chosen
     settings = dict(SETTINGS, sparse=sparse)
-    given = (inputs, *attention, topk_indices, queries, DIMS)
-    loss = indexer_loss(*given, **settings, per_token=False)
+    given = (inputs, AttentionInputs(*attention, topk_indices, queries, DIMS, SCALE))
+    loss = index_loss(*given, **settings, per_token=False)
     key, _ = dense.keys_and_values(*attention[1:], DIMS.nope, DIMS.value)
     probs = dense.probabilities(attention[0], key, mask, SCALE)
     expected = 0.7 * dense.index_loss(scores, probs, mask)
@@ -67,7 +67,7 @@ def test_loss_and_gradients_equal_the_definition(seed, sparse, rows_per_block, m
         torch.autograd.grad(loss * 3, inputs), torch.autograd.grad(expected * 3, inputs)
     ):
         assert relative(ours, theirs) < 1e-5
-    summed = indexer_loss(*given, **settings, per_token=True)
+    summed = index_loss(*given, **settings, per_token=True)
     assert summed.item() == pytest.approx(loss.item() * S * B, rel=1e-5)
 
 
@@ -102,16 +102,16 @@ def test_triton_computes_the_same_loss_and_gradients(lengths, kind, monkeypatch)
         if kind == "everything selected"
         else index_topk(inputs, queries, INDEX_TOPK, INDEX_SCALE)
     )
-    settings = dict(
-        softmax_scale=SCALE, index_scale=INDEX_SCALE, coefficient=0.7, sparse=True, per_token=False
-    )
+    settings = dict(SETTINGS, sparse=True, per_token=False)
     found = []
     for kernels in ("torch", "triton"):
         monkeypatch.setenv("GLM5_PATCH_KERNELS", kernels)
         if kernels == "triton":
-            monkeypatch.delattr("glm5_patch.ops.index_loss.reference._IndexerLoss")
+            monkeypatch.delattr("glm5_patch.ops.index_loss.reference._IndexLoss")
         torch.use_deterministic_algorithms(kind == "deterministic")
-        loss = indexer_loss(inputs, *attention, topk, queries, DIMS, **settings)
+        loss = index_loss(
+            inputs, AttentionInputs(*attention, topk, queries, DIMS, SCALE), **settings
+        )
         torch.use_deterministic_algorithms(False)
         found.append((loss, *torch.autograd.grad(loss * 3, inputs)))
     for theirs, ours in zip(*found):

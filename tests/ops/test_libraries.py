@@ -1,7 +1,7 @@
 """Kernels of other libraries: when they are used, and how they are called. The libraries themselves
 stand in by their documented contract, in plain torch; test_libraries_cuda.py runs the real ones."""
 
-import importlib
+import dataclasses
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -11,9 +11,15 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from glm5_patch.errors import GLM5PatchError
-from glm5_patch.ops import compared as libraries
+from glm5_patch.ops import compared, registry
+from glm5_patch.ops.index_topk import cudnn as cudnn_selection
 from glm5_patch.ops.index_topk import triton as indexer_kernels
+from glm5_patch.ops.index_topk.reference import IndexerInputs
+from glm5_patch.ops.needs import Call, Needs, Width
+from glm5_patch.ops.registry import backends, choose, why_not
+from glm5_patch.ops.sparse_attention import cudnn, flash_mla
 from glm5_patch.ops.sparse_attention import triton as sparse_mla
+from glm5_patch.ops.sparse_attention.inputs import AbsorbedInputs
 from tests.ops.test_triton import DEVICE, SMALL, chosen_keys, layout
 from tests.tiny import relative
 
@@ -23,19 +29,33 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """Nothing compared yet, nothing refused."""
-    monkeypatch.setattr(libraries, "_compared", set())
-    monkeypatch.setattr(libraries, "_refused", {})
+    monkeypatch.setattr(compared, "_compared", set())
+    monkeypatch.setattr(registry, "_refused", {})
 
 
-def adapter(name, monkeypatch, **contents):
-    """This package's module that calls a library, over a stand-in for that."""
-    stand_in = ModuleType(libraries.LIBRARIES[name].module)
-    vars(stand_in).update(contents)
-    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
-    full_name = f"{libraries.__package__}.{libraries.LIBRARIES[name].adapter}"
-    monkeypatch.delitem(sys.modules, full_name, raising=False)
-    yield libraries.adapter_of(name)
-    sys.modules.pop(full_name)
+@pytest.fixture(autouse=True)
+def loaders():
+    """What is imported of the libraries, forgotten before and after."""
+    found = flash_mla.flash_mla_sparse_fwd, cudnn.sparse_attention_backward
+    found += cudnn_selection.indexer_topk, registry._loads
+    for loader in found:
+        loader.cache_clear()
+    yield
+    for loader in found:
+        loader.cache_clear()
+    cudnn_selection._plans.clear()
+
+
+def record(operation, name):
+    (one,) = (one for one in backends(operation) if one.name == name)
+    return one
+
+
+def stand_in(name, monkeypatch, **contents):
+    """A module in the place of a library."""
+    module = ModuleType(name)
+    vars(module).update(contents)
+    monkeypatch.setitem(sys.modules, name, module)
 
 
 def attention(q, kv, keys, scale):
@@ -48,7 +68,7 @@ def attention(q, kv, keys, scale):
 
 
 @pytest.fixture
-def flash_mla(monkeypatch):
+def flash_mla_there(monkeypatch):
     """``flash_mla_sparse_fwd`` as its docstring has it."""
 
     def flash_mla_sparse_fwd(q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk_length=None):
@@ -61,11 +81,11 @@ def flash_mla(monkeypatch):
         out = torch.einsum("shk,skd->shd", probs, chosen[..., :d_v])
         return out.to(q.dtype), logits.amax(-1), lse.masked_fill(empty, float("inf")).float()
 
-    yield from adapter("flash_mla", monkeypatch, flash_mla_sparse_fwd=flash_mla_sparse_fwd)
+    stand_in("flash_mla", monkeypatch, flash_mla_sparse_fwd=flash_mla_sparse_fwd)
 
 
 @pytest.fixture
-def cudnn_dsa(monkeypatch):
+def cudnn_there(monkeypatch):
     """The backward and the top-k as their docstrings have them."""
 
     def backward(q, kv, out, dout, lse, attn_sink, topk_idxs, softmax_scale, topk_length):
@@ -107,16 +127,7 @@ def cudnn_dsa(monkeypatch):
                 out_indices[row, : len(order)] = order.sort()[0].int()
 
     functions = dict(sparse_attention_backward_wrapper=backward, IndexerTopK=IndexerTopK)
-    yield from adapter("cudnn", monkeypatch, DSA=SimpleNamespace(**functions))
-
-
-@pytest.fixture
-def cudnn_topk(cudnn_dsa, monkeypatch):
-    """The module of the top-k, over the same stand-in."""
-    full_name = "glm5_patch.ops.index_topk.cudnn"
-    monkeypatch.delitem(sys.modules, full_name, raising=False)
-    yield importlib.import_module(full_name)
-    sys.modules.pop(full_name)
+    stand_in("cudnn", monkeypatch, DSA=SimpleNamespace(**functions))
 
 
 def absorbed_inputs(lengths, batch, k, seed):
@@ -125,9 +136,9 @@ def absorbed_inputs(lengths, batch, k, seed):
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(s, batch, 4, width, generator=generator).to(DEVICE)
     latent = torch.randn(s, batch, width, generator=generator).to(DEVICE)
-    where = (chosen_keys(queries, batch, k, seed), *queries.spans())
+    topk_indices = chosen_keys(queries, batch, k, seed)
     d_out = torch.randn(s, batch, 4, SMALL.latent, generator=generator).to(DEVICE)
-    return query, latent, where, d_out
+    return AbsorbedInputs(query, latent, topk_indices, *queries.spans(), SMALL.latent, 0.2), d_out
 
 
 LAYOUTS = pytest.mark.parametrize(
@@ -137,104 +148,120 @@ LAYOUTS = pytest.mark.parametrize(
 
 @LAYOUTS
 @pytest.mark.parametrize("seed", range(2))
-def test_flash_mla_gets_what_it_documents(lengths, batch, seed, flash_mla):
-    query, latent, where, _ = absorbed_inputs(lengths, batch, 7, seed)
-    args = (query, latent, *where, SMALL.latent, 0.2)
-    for theirs, ours in zip(flash_mla.forward(*args), sparse_mla.forward(*args)):
+def test_flash_mla_gets_what_it_documents(lengths, batch, seed, flash_mla_there):
+    absorbed, _ = absorbed_inputs(lengths, batch, 7, seed)
+    for theirs, ours in zip(flash_mla.forward(absorbed), sparse_mla.forward(absorbed)):
         assert relative(theirs, ours) < 1e-5
 
 
-def test_a_query_without_keys_is_told_from_the_log_sum_exp_of_flash_mla(flash_mla):
-    query, latent, (topk, *spans), _ = absorbed_inputs([24], 1, 7, 0)
-    topk[0, 9] = -1
-    args = (query, latent, topk, *spans, SMALL.latent, 0.2)
-    (out, lse), (expected, expected_lse) = flash_mla.forward(*args), sparse_mla.forward(*args)
+def test_a_query_without_keys_is_told_from_the_log_sum_exp_of_flash_mla(flash_mla_there):
+    absorbed, _ = absorbed_inputs([24], 1, 7, 0)
+    absorbed.topk_indices[0, 9] = -1
+    (out, lse), (expected, expected_lse) = flash_mla.forward(absorbed), sparse_mla.forward(absorbed)
     assert out[9].abs().max() == expected[9].abs().max() == 0
     assert torch.equal(lse[9], expected_lse[9])
 
 
 @LAYOUTS
 @pytest.mark.parametrize("seed", range(2))
-def test_cudnn_gets_what_it_documents(lengths, batch, seed, cudnn_dsa):
-    query, latent, where, d_out = absorbed_inputs(lengths, batch, 7, seed)
-    out, lse = sparse_mla.forward(query, latent, *where, SMALL.latent, 0.2)
-    theirs = cudnn_dsa.backward(query, latent, *where, d_out, out, lse, 0.2)
-    delta = sparse_mla.row_terms(out, d_out)
-    ours = sparse_mla.backward(query, latent, *where, d_out, lse, delta, 0.2, False)
+def test_cudnn_gets_what_it_documents(lengths, batch, seed, cudnn_there):
+    absorbed, d_out = absorbed_inputs(lengths, batch, 7, seed)
+    out, lse = sparse_mla.forward(absorbed)
+    theirs, ours = (one.backward(absorbed, out, lse, d_out) for one in (cudnn, sparse_mla))
     for found, expected in zip(theirs, ours):
         assert relative(found, expected) < 1e-5
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_the_top_k_of_cudnn_gets_what_it_documents(seed, cudnn_topk):
+def test_the_selection_of_cudnn_gets_what_it_documents(seed, cudnn_there):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(0, 9, (25, 40), generator=generator).float().to(DEVICE)  # with ties
-    starts, positions = layout([40]).spans()
-    block = slice(12, 37)
-    theirs, ours = (torch.empty((25, 16), dtype=torch.int32, device=DEVICE) for _ in range(2))
-    cudnn_topk.topk(scores, positions[block], theirs)
-    indexer_kernels.topk(scores, starts, positions, block, 37, ours)
+    spans = [span[12:37] for span in layout([40]).spans()]
+    theirs, ours = (
+        one.selection(scores, *spans, 37, 16) for one in (cudnn_selection, indexer_kernels)
+    )
     assert torch.equal(theirs, ours)
 
 
-def test_the_selection_takes_the_top_k_of_cudnn_for_long_rows(cudnn_topk, monkeypatch):
-    """The very top-k of the indexer: blocks, and rows short enough for this package's own."""
+def test_the_selection_takes_cudnn_for_long_rows(cudnn_there, monkeypatch):
+    """The very selection of the indexer: blocks, and rows short enough for this package's own."""
     queries, calls = layout([40]), []
     generator = torch.Generator().manual_seed(3)
     shapes = (40, 2, 16, 16), (40, 2, 16), (40, 2, 16)
-    inputs = [torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes]
-    monkeypatch.setattr(libraries, "why_not", lambda name, device: "not now")
-    ours = indexer_kernels.select(*inputs, queries, 8, 0.3)
-    real = cudnn_topk.topk
-    monkeypatch.setattr(libraries, "why_not", lambda name, device: None)
-    monkeypatch.setattr(indexer_kernels, "CUDNN_ABOVE", 30)
+    inputs = IndexerInputs(
+        *(torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes)
+    )
+    monkeypatch.setenv("GLM5_PATCH_KERNELS", "triton")
+    ours = indexer_kernels.index_topk(inputs, queries, 8, 0.3)
+    sizes = {**record("index_topk.selection", "cudnn").needs.sizes, "keys": Width(at_least=31)}
+    library = dataclasses.replace(
+        record("index_topk.selection", "cudnn"),
+        needs=Needs(sizes=sizes, distribution="nvidia-cudnn-frontend"),
+        compute=lambda *args: calls.append(args) or cudnn_selection.selection(*args),
+        asked_as=("triton",),
+    )
+    own = backends("index_topk.selection")
+    monkeypatch.setattr(
+        registry,
+        "backends",
+        lambda name=None: (library, *own) if name == "index_topk.selection" else backends(name),
+    )
     monkeypatch.setattr("glm5_patch.ops.query_positions.BLOCK_BYTES", 16 * 40 * 4)
-    monkeypatch.setattr(cudnn_topk, "topk", lambda *args: calls.append(args) or real(*args))
-    assert torch.equal(indexer_kernels.select(*inputs, queries, 8, 0.3), ours)
-    assert len(calls) == 4  # of two sequences the blocks that see 32 and 40 keys, not that of 16
-    packed = layout([20, 20])
-    indexer_kernels.select(*inputs, packed, 8, 0.3)
+    assert torch.equal(indexer_kernels.index_topk(inputs, queries, 8, 0.3), ours)
+    assert len(calls) == 4  # of two sequences the blocks that see 32 and 40 keys, not the first
+    indexer_kernels.index_topk(inputs, layout([20, 20]), 8, 0.3)
     assert len(calls) == 4
 
 
-def test_an_operation_is_compared_once():
+def run(name, theirs, ours, monkeypatch, heads=64, operation="sparse_attention.backward"):
+    """Compute an operation of two backends: a library's, which computes ``theirs``, and ours."""
+    library = dataclasses.replace(
+        record(operation, name), compute=theirs, load=None, needs=NEEDS[name]
+    )
+    own = dataclasses.replace(record(operation, "triton"), compute=ours, load=None, needs=Needs())
+    monkeypatch.setattr(registry, "backends", lambda operation=None: (library, own))
+    call = Call(CPU, torch.float32, (("heads", heads),))
+    return compared.compute(operation, call), library
+
+
+NEEDS = {
+    "cudnn": Needs(distribution="nvidia-cudnn-frontend"),
+    "flash_mla": Needs(distribution="flash_mla"),
+}
+
+
+def test_each_shape_class_of_an_operation_is_compared_once(monkeypatch):
     ours = []
 
-    def run(value):
-        return libraries.compared(
-            "cudnn",
-            "backward",
-            lambda: (torch.full((3,), value), torch.zeros(2)),
-            lambda: (ours.append(1) or torch.full((3,), 1.0), torch.zeros(2)),
-        )
+    def compute(value, heads):
+        theirs = lambda: (torch.full((3,), value), torch.zeros(2))
+        own = lambda: (ours.append(1) or torch.full((3,), 1.0), torch.zeros(2))
+        return run("cudnn", theirs, own, monkeypatch, heads)[0]
 
-    assert run(1.001)[0].tolist() == pytest.approx([1.001] * 3)
-    assert run(5.0)[0].tolist() == [5.0] * 3
+    assert compute(1.001, 64)[0].tolist() == pytest.approx([1.001] * 3)
+    assert compute(5.0, 64)[0].tolist() == [5.0] * 3
     assert len(ours) == 1
+    assert compute(1.001, 32)[0].tolist() == pytest.approx([1.001] * 3)
+    assert len(ours) == 2
 
 
 @pytest.mark.parametrize("wrong", [1.01, float("nan"), float("inf")])
 def test_a_wrong_library_is_not_used(wrong, monkeypatch):
     monkeypatch.setenv("GLM5_PATCH_KERNELS", "auto")
-    monkeypatch.setattr(libraries, "_is_installed", lambda module: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     results = lambda value: lambda: (torch.ones(3), torch.full((3,), value))
-    says = (
-        r"the backward of nvidia-cudnn-frontend .*is off by .* from glm5-patch's own, where 5e-03"
-    )
+    says = "sparse_attention.backward by nvidia-cudnn-frontend .*is off by .*, where 5e-03"
     with pytest.warns(RuntimeWarning, match=says):
-        found = libraries.compared("cudnn", "backward", results(wrong), results(1.0))
+        found, library = run("cudnn", results(wrong), results(1.0), monkeypatch)
     assert [tensor.tolist() for tensor in found] == [[1.0] * 3] * 2
-    assert "is off by" in libraries.why_not("cudnn", torch.device("cuda"))
+    assert "is off by" in why_not(library, Call(CPU, torch.float32))
 
 
 def test_a_wrong_library_that_was_asked_for_is_an_error(monkeypatch):
     monkeypatch.setenv("GLM5_PATCH_KERNELS", "flash_mla")
     results = lambda value: lambda: (torch.full((3,), value),)
-    with pytest.raises(
-        GLM5PatchError, match="=flash_mla: the forward of flash_mla .*set it to tri"
-    ):
-        libraries.compared("flash_mla", "forward", results(2.0), results(1.0))
+    forward = "sparse_attention.forward"
+    with pytest.raises(GLM5PatchError, match="=flash_mla: .*forward by flash_mla .*set it to tri"):
+        run("flash_mla", results(2.0), results(1.0), monkeypatch, operation=forward)
 
 
 def test_a_library_that_fails_is_not_used(monkeypatch):
@@ -243,62 +270,71 @@ def test_a_library_that_fails_is_not_used(monkeypatch):
 
     ours = lambda: (torch.ones(3),)
     monkeypatch.setenv("GLM5_PATCH_KERNELS", "auto")
-    with pytest.warns(RuntimeWarning, match="top-k of nvidia-cudnn-.* failed: ValueError: no such"):
-        (found,) = libraries.compared("cudnn", "top-k", fail, ours)
-    assert found.tolist() == [1.0] * 3 and "failed" in libraries._refused["cudnn"]
+    with pytest.warns(RuntimeWarning, match="by nvidia-cudnn-.* failed: ValueError: no such"):
+        (found,), _ = run("cudnn", fail, ours, monkeypatch)
+    assert found.tolist() == [1.0] * 3 and "failed" in registry._refused["cudnn"]
+    registry._refused.clear()
     monkeypatch.setenv("GLM5_PATCH_KERNELS", "cudnn")
-    with pytest.raises(GLM5PatchError, match="=cudnn: the top-k of .* failed: ValueError"):
-        libraries.compared("cudnn", "top-k", fail, ours)
+    with pytest.raises(GLM5PatchError, match="=cudnn: .* failed: ValueError"):
+        run("cudnn", fail, ours, monkeypatch)
 
 
 def test_a_library_that_does_not_load_is_named(monkeypatch):
     """As an older cuDNN, without DSA."""
-    monkeypatch.setitem(sys.modules, "cudnn", ModuleType("cudnn"))
-    monkeypatch.delitem(
-        sys.modules, f"{libraries.__package__}.sparse_attention.cudnn", raising=False
+    stand_in("cudnn", monkeypatch)
+    verdict = registry._loads(record("sparse_attention.backward", "cudnn"))
+    assert not verdict.ok
+    assert verdict.reason.startswith(
+        "nvidia-cudnn-frontend does not load: ImportError: cannot import name"
     )
-    libraries._why_not_loaded.cache_clear()
-    says = libraries._why_not_loaded("cudnn")
-    libraries._why_not_loaded.cache_clear()
-    assert says.startswith("nvidia-cudnn-frontend does not load: ImportError: cannot import name")
 
 
 def test_numbers_that_are_not_finite_say_nothing_about_a_library(monkeypatch):
     nan = lambda: (torch.full((3,), float("nan")),)
-    assert libraries.compared("cudnn", "backward", nan, nan)[0].isnan().all()
-    assert not libraries._refused and not libraries._compared
+    assert run("cudnn", nan, nan, monkeypatch)[0][0].isnan().all()
+    assert not registry._refused and not compared._compared
 
 
-@pytest.mark.parametrize("name", ["flash_mla", "cudnn"])
-def test_a_library_that_can_not_is_an_error_if_it_is_asked_for(name, monkeypatch):
-    query = torch.zeros(4, 1, 64, 576)
-    monkeypatch.setattr(libraries, "_is_installed", lambda module: True)
-    for asked, says in {
-        "auto": "the tensors are on cpu",
-        "torch": "GLM5_PATCH_KERNELS=torch",
-    }.items():
+LIBRARIES = [("sparse_attention.forward", "flash_mla"), ("sparse_attention.backward", "cudnn")]
+
+
+@pytest.mark.parametrize(("operation", "name"), LIBRARIES)
+def test_a_library_that_can_not_is_an_error_if_it_is_asked_for(operation, name, monkeypatch):
+    one, call = record(operation, name), Call(CPU, torch.bfloat16)
+    monkeypatch.setattr("glm5_patch.ops.needs._is_installed", lambda module: True)
+    says = {"auto": "the tensors are on cpu", "torch": "GLM5_PATCH_KERNELS=torch"}
+    for asked, reason in says.items():
         monkeypatch.setenv("GLM5_PATCH_KERNELS", asked)
-        assert libraries.why_not(name, CPU) == says
-        assert not libraries.takes(name, query, 512, 2048)
+        assert why_not(one, call) == reason
+        assert choose(operation, call).name == "torch"
     monkeypatch.setenv("GLM5_PATCH_KERNELS", name)
     with pytest.raises(GLM5PatchError, match=f"={name}: the tensors are on cpu; unset it, or set"):
-        libraries.takes(name, query, 512, 2048)
-    monkeypatch.setattr(libraries, "_is_installed", lambda module: False)
+        choose(operation, call)
+    monkeypatch.setattr("glm5_patch.ops.needs._is_installed", lambda module: False)
     with pytest.raises(GLM5PatchError, match=f"={name}: .* is not installed"):
-        libraries.takes(name, query, 512, 2048)
+        choose(operation, call)
 
 
-def test_shapes_that_a_library_does_not_take(flash_mla, cudnn_dsa):
-    fits = torch.empty(4, 1, 64, 576, dtype=torch.bfloat16)
-    assert flash_mla.why_not_shape(fits, 512, 2048) is None
-    assert cudnn_dsa.why_not_shape(fits, 512, 2048) is None
-    half, few, narrow = fits.half(), fits[:, :, :12], fits[..., :320]
-    long = torch.empty(2**16, 1, 64, 576, dtype=torch.bfloat16, device="meta")
-    assert "bfloat16, not float16" in flash_mla.why_not_shape(half, 512, 2048)
-    assert cudnn_dsa.why_not_shape(half, 512, 2048) is None
-    assert "not float32" in cudnn_dsa.why_not_shape(fits.float(), 512, 2048)
-    assert "multiple of 128, not 96" in flash_mla.why_not_shape(fits, 512, 96)
-    for module in (flash_mla, cudnn_dsa):
-        assert " 12" in module.why_not_shape(few, 512, 2048)
-        assert "not 256 + 64" in module.why_not_shape(narrow, 256, 2048)
-        assert "32 bits" in module.why_not_shape(long, 512, 2048)
+def test_shapes_that_a_library_does_not_take(monkeypatch):
+    monkeypatch.setattr("glm5_patch.ops.needs._is_installed", lambda module: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cuda = torch.device("cuda")
+    widths = dict(heads=64, kv_lora_rank=512, qk_pos_emb_head_dim=64)
+
+    def reason(one, dtype=torch.bfloat16, sizes=(("dsa_indexer_topk", 2048),), **changes):
+        return one.needs.check(
+            Call(cuda, dtype, tuple({**widths, **changes}.items()), sizes)
+        ).reason
+
+    forward, backward = (record(*library) for library in LIBRARIES)
+    assert reason(forward) == reason(backward) == ""
+    assert "bfloat16, not float16" in reason(forward, torch.float16)
+    assert reason(backward, torch.float16) == ""
+    assert "not float32" in reason(backward, torch.float32)
+    assert "96 must be a multiple of 128" in reason(forward, sizes=(("dsa_indexer_topk", 96),))
+    for one in (forward, backward):
+        assert "heads=12 must be" in reason(one, heads=12)
+        assert "kv_lora_rank=256 must be 512" in reason(one, kv_lora_rank=256)
+        assert "query_numbers" in reason(one, sizes=(("query_numbers", 2**31),))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert "10.0 must be at least 9.0 and below 10.0" in reason(forward)

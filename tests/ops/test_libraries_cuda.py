@@ -5,10 +5,14 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from glm5_patch.ops import compared as libraries
+from glm5_patch.ops import compared
 from glm5_patch.ops.index_topk import triton as indexer
+from glm5_patch.ops.index_topk.reference import IndexerInputs
+from glm5_patch.ops.needs import Call
 from glm5_patch.ops.query_positions import QueryPositions, document_starts, longest_document
-from glm5_patch.ops.sparse_attention.operation import MLADims, sparse_mla
+from glm5_patch.ops.registry import libraries, why_not
+from glm5_patch.ops.sparse_attention.inputs import AttentionInputs, MLADims
+from glm5_patch.ops.sparse_attention.operation import sparse_attention
 from tests.ops.test_sparse_attention import random_topk
 from tests.tiny import relative
 
@@ -16,10 +20,11 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 DIMS = MLADims(latent=512, nope=192, rope=64, value=256)
 
 
-@pytest.fixture(params=list(libraries.LIBRARIES))
+@pytest.fixture(params=sorted({one.name for one in libraries()}))
 def library(request, monkeypatch):
     monkeypatch.setenv("GLM5_PATCH_KERNELS", request.param)
-    if reason := libraries.why_not(request.param, torch.device("cuda")):
+    one = next(one for one in libraries() if one.name == request.param)
+    if reason := why_not(one, Call(torch.device("cuda"), torch.bfloat16)):
         pytest.skip(f"{request.param}: {reason}")
     return request.param
 
@@ -43,7 +48,7 @@ def run(lengths, batch, heads, k, seed):
     chosen = random_topk(
         s, batch, k, queries.starts.cpu(), torch.Generator().manual_seed(seed)
     ).cuda()
-    output = sparse_mla(*inputs, chosen, queries, DIMS, 256**-0.5)
+    output = sparse_attention(AttentionInputs(*inputs, chosen, queries, DIMS, 256**-0.5))
     upstream = torch.randn(output.shape, generator=generator, device="cuda").bfloat16()
     return output, *torch.autograd.grad(output, inputs, upstream)
 
@@ -59,7 +64,7 @@ def test_attention(library, lengths, batch, heads, seed, monkeypatch):
     if library == "flash_mla" and heads == 32:
         heads = 128
     found = run(lengths, batch, heads, 256, seed)
-    assert any(name == library for name, _ in libraries._compared)
+    assert any(name == library for _, name, _ in compared._compared)
     monkeypatch.setenv("GLM5_PATCH_KERNELS", "triton")
     for theirs, ours in zip(found, run(lengths, batch, heads, 256, seed)):
         assert relative(theirs.float(), ours.float()) < 5e-3
@@ -85,9 +90,11 @@ def test_the_top_k(library, length, kind, monkeypatch):
         key[::3] = key[:1]
         weights[:, :, 4:] = 0  # most products vanish, by relu, and leave zeros of both signs
     queries = QueryPositions(torch.zeros(length, dtype=torch.int64, device="cuda"), longest=length)
-    found = indexer.select(query, key, weights, queries, 2048, 128**-0.5)
-    assert ("cudnn", "top-k") in libraries._compared
-    again = indexer.select(query, key, weights, queries, 2048, 128**-0.5)
+    found = indexer.index_topk(IndexerInputs(query, key, weights), queries, 2048, 128**-0.5)
+    assert any(key[:2] == ("index_topk.selection", "cudnn") for key in compared._compared)
+    again = indexer.index_topk(IndexerInputs(query, key, weights), queries, 2048, 128**-0.5)
     assert torch.equal(found, again)
     monkeypatch.setenv("GLM5_PATCH_KERNELS", "triton")
-    assert torch.equal(found, indexer.select(query, key, weights, queries, 2048, 128**-0.5))
+    assert torch.equal(
+        found, indexer.index_topk(IndexerInputs(query, key, weights), queries, 2048, 128**-0.5)
+    )

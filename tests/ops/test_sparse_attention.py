@@ -5,7 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from glm5_patch.errors import GLM5PatchError
 from glm5_patch.ops import query_positions
 from glm5_patch.ops.query_positions import QueryPositions, document_starts, selected_keys
-from glm5_patch.ops.sparse_attention.reference import sparse_attention
+from glm5_patch.ops.sparse_attention.reference import blocked_attention
 from tests.ops import dense
 from tests.tiny import relative
 
@@ -40,7 +40,7 @@ def test_blocked_equals_dense_forward_and_backward(seed, rows_per_block, lengths
         torch.randn(s, b, HEADS, d, generator=generator, requires_grad=True)
         for d in (DIM, DIM, VALUE_DIM)
     ]
-    output = sparse_attention(*tensors, topk, QueryPositions(starts), SCALE)
+    output = blocked_attention(*tensors, topk, QueryPositions(starts), SCALE)
     expected = dense.attention(*tensors, dense.selected(topk, lengths), SCALE)
     assert relative(output, expected) < 1e-6
     upstream = torch.randn(output.shape, generator=generator)
@@ -63,8 +63,8 @@ def test_queries_may_stand_anywhere_among_the_keys(rows_per_block, monkeypatch):
     )
     positions = torch.randperm(s, generator=generator)[:17]
     queries = QueryPositions(starts[positions], positions, s)
-    some = sparse_attention(query[positions], key, value, topk[:, positions], queries, SCALE)
-    whole = sparse_attention(query, key, value, topk, QueryPositions(starts), SCALE)
+    some = blocked_attention(query[positions], key, value, topk[:, positions], queries, SCALE)
+    whole = blocked_attention(query, key, value, topk, QueryPositions(starts), SCALE)
     assert relative(some, whole[positions]) < 1e-6
 
 
@@ -79,7 +79,7 @@ def test_selection_never_reaches_another_document():
 def test_a_query_without_keys_gets_zeros_and_no_nan():
     topk = torch.full((1, 4, 2), -1, dtype=torch.int32)
     tensors = [torch.randn(4, 1, HEADS, d, requires_grad=True) for d in (DIM, DIM, VALUE_DIM)]
-    output = sparse_attention(
+    output = blocked_attention(
         *tensors, topk, QueryPositions(torch.zeros(4, dtype=torch.int64)), SCALE
     )
     assert output.abs().sum() == 0
@@ -117,7 +117,7 @@ def test_the_largest_tensor_grows_linearly(monkeypatch):
         topk = random_topk(s, 1, 4, starts, torch.Generator().manual_seed(0))
         tensors = [torch.randn(s, 1, HEADS, d, requires_grad=True) for d in (DIM, DIM, VALUE_DIM)]
         with LargestTensor() as seen:
-            sparse_attention(*tensors, topk, QueryPositions(starts), SCALE).sum().backward()
+            blocked_attention(*tensors, topk, QueryPositions(starts), SCALE).sum().backward()
         largest[s] = seen.numel
     assert largest[1024] <= 2.1 * largest[512]
     assert largest[2048] <= 2.1 * largest[1024]

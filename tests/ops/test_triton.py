@@ -9,16 +9,19 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from glm5_patch.errors import GLM5PatchError
 from glm5_patch.ops.index_topk import triton as indexer_kernels
+from glm5_patch.ops.index_topk.reference import IndexerInputs
+from glm5_patch.ops.needs import Call
 from glm5_patch.ops.query_positions import (
     QueryPositions,
     document_starts,
     longest_document,
     visible_topk,
 )
-from glm5_patch.ops.registry import computed_by, use_triton
+from glm5_patch.ops.registry import choose, computed_by
+from glm5_patch.ops.sparse_attention import absorption
 from glm5_patch.ops.sparse_attention import triton as sparse_mla
 from glm5_patch.ops.sparse_attention.absorption import absorbed_attention
-from glm5_patch.ops.sparse_attention.operation import MLADims, keys_and_values
+from glm5_patch.ops.sparse_attention.inputs import AttentionInputs, MLADims
 from glm5_patch.ops.sparse_attention.reference import sparse_attention
 from glm5_patch.testing.parity import recorded
 from glm5_patch.tools.verify import forward
@@ -53,15 +56,11 @@ def inputs(s, b, heads, dims, seed):
 def both(tensors, topk, queries, dims, upstream_seed=9):
     """Output and gradients of the kernels, and of the blocked reference."""
     found = []
-    for kind in (absorbed_attention, unabsorbed):
-        output = kind(*tensors, topk, queries, dims, 0.2)
+    for kind in (absorbed_attention, sparse_attention):
+        output = kind(AttentionInputs(*tensors, topk, queries, dims, 0.2))
         upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(upstream_seed))
         found.append((output, *torch.autograd.grad(output, tensors, upstream.to(DEVICE))))
     return found
-
-
-def unabsorbed(query, latent, up, topk, queries, dims, scale):
-    return sparse_attention(query, *keys_and_values(latent, up, dims), topk, queries, scale)
 
 
 @pytest.mark.parametrize("heads", [8, 16, 32, 64, 72])
@@ -104,7 +103,8 @@ def test_empty_places_and_a_query_without_keys():
     topk[0, 7] = -1
     for ours, theirs in zip(*both(tensors, topk, queries, SMALL)):
         assert relative(ours, theirs) < 1e-5
-    assert absorbed_attention(*tensors, topk, queries, SMALL, 0.2)[7].abs().max() == 0
+    attention = AttentionInputs(*tensors, topk, queries, SMALL, 0.2)
+    assert absorbed_attention(attention)[7].abs().max() == 0
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_selection(lengths, heads, dim, seed, monkeypatch):
     monkeypatch.setattr(query_positions, "BLOCK_BYTES", 21 * 50 * 4)  # 21 queries at a time
     b = 2 if len(lengths) == 1 else 1
     queries, tensors = layout(lengths), index_inputs(50, b, heads, dim, seed)
-    ours = indexer_kernels.select(*tensors, queries, 9, dim**-0.5)
+    ours = indexer_kernels.index_topk(IndexerInputs(*tensors), queries, 9, dim**-0.5)
     assert torch.equal(ours.sort(-1)[0], by_sorting(*tensors, queries, 9, dim**-0.5).int())
 
 
@@ -160,13 +160,13 @@ def test_long_rows_are_selected_from_candidates(monkeypatch):
     monkeypatch.setattr(indexer_kernels, "IN_REGISTERS", 64)
     queries, k, s = layout([150]), 20, 150
     query, key, weights = index_inputs(s, 1, 4, 16, seed=0)
-    usual = indexer_kernels.select(query, key, weights, queries, k, 0.25)
+    usual = indexer_kernels.index_topk(IndexerInputs(query, key, weights), queries, k, 0.25)
     assert torch.equal(usual.sort(-1)[0], by_sorting(query, key, weights, queries, k, 0.25).int())
     # All scores equal: too many candidates. Whole numbers, whose sums are exact in every order;
     # of others a BLAS may round equal columns differently.
     query, key, weights = (tensor.mul(4).round() for tensor in (query, key, weights))
     key[:] = key[0]
-    equal = indexer_kernels.select(query, key, weights, queries, k, 0.25)
+    equal = indexer_kernels.index_topk(IndexerInputs(query, key, weights), queries, k, 0.25)
     assert torch.equal(equal.sort(-1)[0], by_sorting(query, key, weights, queries, k, 0.25).int())
 
 
@@ -178,7 +178,7 @@ def test_equal_scores_go_to_the_lower_positions():
     weights = weights.abs().mul(
         (torch.arange(32, device=DEVICE) % 3 > 0)[:, None, None]
     )  # whole rows of zeros
-    ours = indexer_kernels.select(query, key, weights, queries, 5, 0.25)
+    ours = indexer_kernels.index_topk(IndexerInputs(query, key, weights), queries, 5, 0.25)
     assert torch.equal(ours.sort(-1)[0], by_sorting(query, key, weights, queries, 5, 0.25).int())
 
 
@@ -192,8 +192,8 @@ def test_scores_that_are_not_numbers_stay_in_their_row(in_registers, monkeypatch
     scores.view(torch.int32)[90:95] = scores.view(torch.int32)[95:, ::2] = 0x7FFFFFFF
     queries, k = layout([100]), 20
     guarded = torch.full((120, k), -7, dtype=torch.int32, device=DEVICE)
-    where = *queries.spans(), slice(0, 100), 100
-    indexer_kernels.topk(scores.to(DEVICE), *where, guarded[:100])
+    where = *queries.spans(), 100
+    indexer_kernels.select_into(guarded[:100], scores.to(DEVICE), *where)
     assert (guarded[100:] == -7).all()
     for row, chosen in enumerate(guarded[:100].tolist()):
         chosen = [key for key in chosen if key >= 0]
@@ -205,7 +205,7 @@ def test_scores_that_are_not_numbers_stay_in_their_row(in_registers, monkeypatch
 def test_torch_computes_on_the_cpu_unless_triton_is_asked_for(kernels, monkeypatch):
     monkeypatch.setenv("GLM5_PATCH_KERNELS", kernels)
     on_cpu = torch.zeros(1, dtype=torch.bfloat16)
-    assert not use_triton(on_cpu)
+    assert choose("sparse_attention", Call.of(on_cpu)).name == "torch"
     says = "GLM5_PATCH_KERNELS=torch" if kernels == "torch" else "the tensors are on cpu"
     assert computed_by(on_cpu.device, on_cpu.dtype) == f"torch ({says})"
 
@@ -213,20 +213,22 @@ def test_torch_computes_on_the_cpu_unless_triton_is_asked_for(kernels, monkeypat
 def test_triton_that_can_not_is_no_silent_torch(monkeypatch):
     monkeypatch.setenv("GLM5_PATCH_KERNELS", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert use_triton(torch.zeros(1), kv_lora_rank=512)
-    with pytest.raises(GLM5PatchError, match="kv_lora_rank=48 is no power of two of at least 64"):
-        use_triton(torch.zeros(1), kv_lora_rank=48)
+    wide = Call.of(torch.zeros(1), kv_lora_rank=512)
+    assert choose("sparse_attention", wide).name == "triton"
+    with pytest.raises(
+        GLM5PatchError, match="kv_lora_rank=48 must be a power of two of at least 64"
+    ):
+        choose("sparse_attention", Call.of(torch.zeros(1), kv_lora_rank=48))
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(GLM5PatchError, match="=triton: the tensors are on cpu; unset it, or set"):
-        use_triton(torch.zeros(1))
+        choose("sparse_attention", wide)
 
 
 def test_unknown_kernels_are_named(monkeypatch):
     monkeypatch.setenv("GLM5_PATCH_KERNELS", "cuda")
-    with pytest.raises(
-        GLM5PatchError, match="='cuda' must be one of auto, triton, cudnn, flash_mla, torch"
-    ):
-        use_triton(torch.zeros(1))
+    says = "='cuda' must be one of auto, triton, gluon, cudnn, flash_mla, torch"
+    with pytest.raises(GLM5PatchError, match=says):
+        choose("sparse_attention", Call.of(torch.zeros(1)))
 
 
 @pytest.mark.parametrize(
@@ -240,9 +242,9 @@ def test_a_model_on_the_kernels_equals_one_on_torch(
     wide = dict(kv_lora_rank=64, index_n_heads=16)
     checkpoint = saved(tmp_path, num_hidden_layers=4, **wide)
     found, programs = {}, []
-    launch = sparse_mla.forward
+    run = absorption._forward
     monkeypatch.setattr(
-        sparse_mla, "forward", lambda *args: programs.append(kernels) or launch(*args)
+        absorption, "_forward", lambda absorbed: programs.append(kernels) or run(absorbed)
     )
     for kernels in ("torch", "triton"):
         monkeypatch.setenv("GLM5_PATCH_KERNELS", kernels)

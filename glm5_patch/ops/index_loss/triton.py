@@ -38,6 +38,7 @@ def load() -> None:
     needs=Needs(
         package="triton",
         device="cuda",
+        interpretable=True,
         dtypes=TRITON.dtypes,
         capability=TRITON.capability,
         widths={

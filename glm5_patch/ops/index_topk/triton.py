@@ -22,6 +22,7 @@ IN_REGISTERS = 4096
 TRITON = Needs(
     package="triton",
     device="cuda",
+    interpretable=True,
     dtypes=(torch.bfloat16, torch.float16),
     capability=(8, 0),
     widths={
@@ -90,7 +91,11 @@ def index_scores(
     name="triton",
     rank=1,
     needs=Needs(
-        package="triton", device="cuda", dtypes=TRITON.dtypes, capability=TRITON.capability
+        package="triton",
+        device="cuda",
+        interpretable=True,
+        dtypes=TRITON.dtypes,
+        capability=TRITON.capability,
     ),
     load=load,
 )

@@ -22,6 +22,7 @@ PAIR_BYTES = 512 << 20
 TRITON = Needs(
     package="triton",
     device="cuda",
+    interpretable=True,
     dtypes=(torch.bfloat16, torch.float16),
     capability=(8, 0),
     # narrower products are none for tensor cores
