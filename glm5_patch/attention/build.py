@@ -89,13 +89,13 @@ def _check_environment(config) -> None:
     if torch.cuda.is_available():
         return
     try:
-        torch.cuda.current_device()  # megatron-core asks for it, whatever the device
+        device = torch.cuda.current_device()  # megatron-core asks for it, whatever the device
     except (AssertionError, RuntimeError) as error:
         raise GLM5PatchError(
             f"no CUDA device ({str(error).splitlines()[0]}); on a CPU build and run the model "
             "inside glm5_patch.single_process('cpu')"
         ) from error
-    if not config.use_cpu_initialization:
+    if not config.use_cpu_initialization and device != torch.device("meta"):
         raise GLM5PatchError(
             "use_cpu_initialization=False needs a CUDA device; set use_cpu_initialization=True"
         )

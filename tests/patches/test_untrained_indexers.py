@@ -18,9 +18,9 @@ def checkpoint(world, tmp_path_factory):
 @pytest.fixture
 def lines(monkeypatch):
     found = []
-    monkeypatch.setattr(announce, "_announced", True)
     monkeypatch.setattr(announce, "_untrained_announced", False)
     monkeypatch.setattr(announce, "_asked_for_untrained", weakref.WeakSet())
+    monkeypatch.setattr(announce, "announce", lambda *_: None)
     monkeypatch.setattr(announce, "say", found.append)
     return found
 
