@@ -41,9 +41,6 @@ def _is_installed() -> bool:
     return bool(entry_points(group="pytest11", name="glm5_patch"))
 
 
-def test_the_last_fixture_counts_and_each_leaves_what_it_found(run):
-    result = run(
-        """
 def test_off(glm5_patched, glm5_unpatched):
     assert not is_patched()
 
