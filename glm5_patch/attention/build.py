@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..config.fields import ALIASES
 from ..config.huggingface import HFConfig
 from ..errors import GLM5PatchError
 
@@ -24,6 +25,9 @@ def transformer_config(hf: HFConfig, **overrides: Any):
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
     fields = hf.megatron_kwargs()
+    numbers = {"dsa_indexer_topk_freq", "dsa_indexer_skip_topk_offset", *ALIASES}
+    if numbers & overrides.keys():
+        fields["dsa_indexer_types"] = None  # a list would beat them
     try:
         return MLATransformerConfig(**{**fields, **overrides})
     except TypeError as error:

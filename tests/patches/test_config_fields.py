@@ -7,9 +7,10 @@ import pytest
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 import glm5_patch
-from glm5_patch.config.fields import ALIASES, GLM5Fields
+from glm5_patch.config.fields import ALIASES, GLM5Fields, is_glm5
 from glm5_patch.config.schedule import IndexSchedule
 from glm5_patch.errors import GLM5PatchError, ScheduleError
+from glm5_patch.patches.probes.megatron_core import refuses_dsa
 
 BASE = dict(
     num_layers=8, hidden_size=64, num_attention_heads=4, ffn_hidden_size=64, add_bias_linear=False
@@ -154,3 +155,84 @@ def test_an_unknown_order_is_named():
 def test_other_models_keep_their_context_parallelism():
     split = dict(context_parallel_size=2, cp_comm_type="p2p")
     assert MLATransformerConfig(**BASE, rope_type="rope", **split).cp_comm_type == "p2p"
+
+
+def schedule_of(config):
+    """The computing layers, and those that freq and offset alone name."""
+    numbers = config.dsa_indexer_topk_freq, config.dsa_indexer_skip_topk_offset
+    by_numbers = IndexSchedule.from_freq(config.num_layers, *numbers)
+    return IndexSchedule.from_megatron(config).computing_layers, by_numbers.computing_layers
+
+
+def test_a_list_sets_freq_and_offset_where_they_can_say_it():
+    config = MLATransformerConfig(**DSA, dsa_indexer_types="FFFSSSFS")
+    assert (config.dsa_indexer_topk_freq, config.dsa_indexer_skip_topk_offset) == (4, 3)
+    uneven = MLATransformerConfig(**DSA, dsa_indexer_types="FSFFSSFS")
+    assert (uneven.dsa_indexer_topk_freq, uneven.dsa_indexer_skip_topk_offset) == (1, 0)
+    assert IndexSchedule.from_megatron(uneven).computing_layers == (1, 3, 4, 7)
+
+
+def test_a_replaced_list_or_number_is_what_counts():
+    config = MLATransformerConfig(**DSA, dsa_indexer_types="FFFSSSFS")
+    assert schedule_of(dataclasses.replace(config)) == ((1, 2, 3, 7),) * 2
+    assert schedule_of(MLATransformerConfig(**dataclasses.asdict(config))) == ((1, 2, 3, 7),) * 2
+    assert schedule_of(dataclasses.replace(config, dsa_indexer_types="FSFSFSFS")) == (
+        ((1, 3, 5, 7),) * 2
+    )
+    by_number = dataclasses.replace(config, dsa_indexer_topk_freq=2)
+    assert schedule_of(by_number) == ((1, 2, 3, 5, 7),) * 2
+    assert schedule_of(dataclasses.replace(by_number, dsa_indexer_topk_freq=4)) == (
+        ((1, 2, 3, 7),) * 2
+    )
+
+
+def test_numbers_that_a_list_beats_are_named():
+    with pytest.warns(UserWarning, match="dsa_indexer_topk_freq=2.*dsa_indexer_types is taken"):
+        config = MLATransformerConfig(**DSA, dsa_indexer_types="FFFSSSFS", dsa_indexer_topk_freq=2)
+    assert schedule_of(config) == ((1, 2, 3, 7),) * 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dsa_indexer_rope_interleaved", False),
+        ("dsa_indexer_rotate_activation", True),
+        ("dsa_indexer_k_norm_epsilon", 1e-5),
+        ("dsa_indexer_k_norm_epsilon", None),
+    ],
+)
+def test_what_no_glm_5_has_is_warned_about(field, value):
+    with pytest.warns(UserWarning, match=f"{field}={value}, but every GLM-5 has"):
+        MLATransformerConfig(**DSA, **{field: value})
+
+
+def test_a_scaled_rope_is_refused():
+    conventions = dict(dsa_indexer_rope_interleaved=True, dsa_indexer_rotate_activation=False)
+    with pytest.raises(GLM5PatchError, match="rope_type='yarn' with rotary_scaling_factor=40"):
+        MLATransformerConfig(**{**DSA, **conventions, "rope_type": "yarn"})
+    MLATransformerConfig(**{**DSA, **conventions, "rope_type": "yarn"}, rotary_scaling_factor=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (dict(dsa_is_glm5=True), True),
+        (dict(dsa_is_glm5=False, dsa_indexer_topk_freq=4), False),
+        (dict(dsa_indexer_topk_freq=4), True),
+        (dict(dsa_index_topk_freq=4), True),
+        (dict(dsa_indexer_types="FFFSSSFS"), True),
+        (dict(dsa_indexer_rope_interleaved=True), True),
+        (dict(dsa_indexer_rotate_activation=False), True),
+        (dict(), None),
+        (dict(dsa_indexer_rope_interleaved=False, dsa_indexer_rotate_activation=True), None),
+        (dict(dsa_indexer_k_norm_epsilon=1e-6), None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:dsa_indexer")
+def test_which_dsa_model_is_a_glm_5(settings, expected):
+    """None: where the host builds no DSA model, no other could be meant."""
+    model = {name: value for name, value in DSA.items() if name != "dsa_is_glm5"}
+    config = MLATransformerConfig(**model, **settings)
+    assert is_glm5(config) is (refuses_dsa() if expected is None else expected)
+    assert is_glm5(dataclasses.replace(config)) is is_glm5(config)
+    assert not is_glm5(MLATransformerConfig(**BASE, **settings))
