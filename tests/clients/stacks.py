@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 
-from glm5_patch.attention.local_backend import LocalDSASpecProvider, LocalNorm
+from glm5_patch.attention.local_backend import LocalNorm, local_spec_provider
 from glm5_patch.config.huggingface import HFConfig
 from glm5_patch.patching.imports import is_there
 from glm5_patch.tools.verify import randomize
@@ -44,7 +44,7 @@ def layer_spec(config, core_attention=None):
     )
 
     attention = specs.get_experimental_attention_variant_module_spec(
-        config=config, backend=LocalDSASpecProvider()
+        config=config, backend=local_spec_provider()
     )
     if core_attention is not None:
         attention.submodules.core_attention.module = core_attention
