@@ -128,7 +128,7 @@ def mtp_block_spec(config, spec, vp_stage: int | None = None):
             config, spec, use_transformer_engine=True, vp_stage=vp_stage
         )
     return gpt_layer_specs.get_gpt_mtp_block_spec_for_backend(
-        config, spec, backend=local_spec_provider()(), vp_stage=vp_stage
+        config, spec, backend=local_spec_provider(), vp_stage=vp_stage
     )
 
 

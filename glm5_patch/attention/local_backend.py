@@ -66,7 +66,7 @@ class LocalNorm:
 
 
 @functools.cache
-def local_spec_provider() -> type:
+def local_spec_provider():
     """The host's local backend, complete enough for a DSA model."""
     # Here: import hooks of the host need DuplicatedLinear, and may not import more of the host.
     from megatron.core.models.backends import LocalSpecProvider
@@ -85,4 +85,4 @@ def local_spec_provider() -> type:
         def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, **_) -> type:
             return LocalNorm
 
-    return LocalDSASpecProvider
+    return LocalDSASpecProvider()

@@ -62,8 +62,8 @@ class NormAndLinear(ColumnParallelLinear):
 
 def without_transformer_engine():
     provider = local_spec_provider()
-    provider.column_parallel_layer_norm_linear = lambda self: NormAndLinear
-    specs._get_backend_spec_provider = lambda config: provider()
+    provider.column_parallel_layer_norm_linear = lambda: NormAndLinear
+    specs._get_backend_spec_provider = lambda config: provider
     dsa.rotate_activation = lambda x: x.roll(1, -1)
     if not isinstance(getattr(mla, "TELinear", None), type):
         mla.TELinear = DuplicatedLinear

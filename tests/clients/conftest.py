@@ -2,10 +2,10 @@ import pytest
 
 
 @pytest.fixture
-def host_attention(world):
-    """For tests of the host's own ``DSAttention``, which ours replaces before core 0.19."""
-    import glm5_patch
+def host_attention(world, monkeypatch):
+    """Models of the host's own ``DSAttention``, where it shares top-k (megatron-core 0.19 on)."""
+    from megatron.core.transformer.experimental_attention_variant.dsa import DSAttention
 
-    row = glm5_patch.require()["dsa_spec"]
-    if row.state != "not_needed":
-        pytest.skip(f"the plugin's attention is used here: {row.reason}")
+    if not hasattr(DSAttention, "_get_index_share_topk_holder"):
+        pytest.skip("this megatron-core's DSAttention has no index sharing")
+    monkeypatch.setenv("GLM5_PATCH_ATTENTION", "host")

@@ -37,6 +37,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # not before the switches are set
     from glm5_patch.patches.table import PATCHES
+    from glm5_patch.patching.imports import import_host
 
     if released:
         others = {patch.id for patch in PATCHES} - RUNS_HERE
@@ -48,6 +49,9 @@ def main() -> None:
         run_as_released()
     with single_process("cpu"):
         figures = {flavour: measure(flavour, released, options.seeds) for flavour in ("5.1", "5.2")}
+    for patch in PATCHES:
+        if patch.host == "megatron.core":
+            import_host(patch.module)
     rows = [row for row in glm5_patch.status() if row.seam.startswith("megatron.core.")]
     states = {row.id: [row.state.value, row.reason] for row in rows}
     print(json.dumps({"states": states, "figures": figures}))
@@ -81,7 +85,7 @@ def run_as_released() -> None:
             hadamard = torch.cat(pair, 0)
         return x @ hadamard * size**-0.5
 
-    local_spec_provider().column_parallel_layer_norm_linear = lambda self: NormAndLinear
+    type(local_spec_provider()).column_parallel_layer_norm_linear = lambda self: NormAndLinear
     dsa.rotate_activation = rotate
     dispatch = specs.get_experimental_attention_variant_module_spec
 

@@ -41,29 +41,6 @@ def _is_installed() -> bool:
     return bool(entry_points(group="pytest11", name="glm5_patch"))
 
 
-def test_off(glm5_patched, glm5_unpatched):
-    assert not is_patched()
-
-def test_on(glm5_unpatched, glm5_patched):
-    assert is_patched()
-
-def test_as_it_comes():
-    assert is_patched()
-
-def test_switched_off_by_hand():
-    import glm5_patch
-    glm5_patch.disable()
-
-def test_on_again(glm5_patched):
-    assert is_patched()
-
-def test_still_off():
-    assert not is_patched()
-"""
-    )
-    result.assert_outcomes(passed=6)
-
-
 def test_each_test_has_the_patches_that_it_asks_for(run):
     """In one process, whatever the tests before it asked for."""
     result = run(

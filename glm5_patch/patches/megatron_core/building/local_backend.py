@@ -82,4 +82,4 @@ def _backend(wrapped, instance, args, kwargs):
         return wrapped(*args, **kwargs)
     from ....attention.local_backend import local_spec_provider  # imports torch and the host
 
-    return local_spec_provider()()
+    return local_spec_provider()

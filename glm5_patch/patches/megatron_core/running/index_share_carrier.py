@@ -17,6 +17,8 @@ HOLDERS = {
     "_get_index_share_topk_length_holder": "host_topk_lengths",
 }
 """Method of the host -> attribute of ``TopkCarrier``."""
+CARRIED = "_glm5_patch_carried"
+"""Set on an attention module whose last forward had a carrier."""
 
 
 class IndexShareCarrier(Patch):
@@ -64,6 +66,8 @@ def keeps_forwards_apart(attention) -> Finding:
                     held.append(getattr(attention, method)(None, mask))
         except Exception as error:
             return Finding(True, f"{name} could not be tried ({type(error).__name__}: {error})")
+        finally:
+            vars(attention).pop(CARRIED, None)  # this was no forward
         first, second, again = held
         if first is second:
             return Finding(True, f"{name} gives two forwards one holder")
@@ -78,7 +82,7 @@ def _answered_from(kept_in: str):
 
         carrier = current_carrier()
         if carrier is not None:
-            instance._glm5_patch_carried = True
+            setattr(instance, CARRIED, True)
             return getattr(carrier, kept_in)
         _refuse_unknown_recompute(instance)
         return wrapped(*args, **kwargs)
@@ -91,7 +95,7 @@ def _refuse_unknown_recompute(attention) -> None:
     import torch
 
     in_backward = torch._C._current_graph_task_id() != -1
-    if in_backward and getattr(attention, "_glm5_patch_carried", False):
+    if in_backward and getattr(attention, CARRIED, False):
         raise GLM5PatchError(
             f"layer {attention.layer_number} is recomputed by a checkpoint that glm5-patch does "
             "not know, so it would not find the top-k of its own microbatch; recompute by "
