@@ -17,10 +17,13 @@ from safetensors.torch import save_file
 
 import glm5_patch
 from glm5_patch.checkpoint.bridge_report import checked, report
+from glm5_patch.checkpoint.dequantize import write_dequantized
+from glm5_patch.checkpoint.reader import HFCheckpoint
 from glm5_patch.config.huggingface import HFConfig
 from glm5_patch.errors import CheckpointError
 from glm5_patch.patches.megatron_bridge.glm5_provider import _DESCRIBES_THE_MODEL
 from glm5_patch.patches.table import PATCHES
+from tests.checkpoint.fp8 import quantize
 from tests.hosts import tables
 from tests.hosts.bridge import standin
 from tests.hosts.bridge.helpers import (
@@ -266,3 +269,15 @@ def test_every_parameter_of_an_mtp_layer_is_mapped(run, layer):
         assert theirs.startswith("model.layers.8."), name
     for name in ("enorm", "hnorm", "eh_proj", "final_layernorm"):
         assert registry.megatron_to_hf_lookup(f"mtp.layers.0.{name}.weight")
+
+
+def test_block_fp8_is_read_as_its_dequantised_twin(run, tmp_path):
+    fp8, twin = tmp_path / "fp8", tmp_path / "twin"
+    shutil.copytree(run.source, fp8)
+    quantize(fp8)
+    write_dequantized(HFCheckpoint(fp8), twin)
+    bridges = [AutoBridge.from_hf_pretrained(str(directory)) for directory in (fp8, twin)]
+    ours, theirs = (logits(build(bridge, CPU), run.ids) for bridge in bridges)
+    assert torch.equal(ours, theirs)
+    with pytest.raises(CheckpointError, match="checkpoint dequantize"):
+        bridges[0].save_hf_pretrained([build(bridges[0], CPU)], str(tmp_path / "out"))
