@@ -193,9 +193,9 @@ FAULTS = (
     ),
     Fault(
         "a half-written file of a conversion counts as done",
-        "checkpoint/indexer_order.py",
-        'unfinished = partial / f"{path.stem}.unfinished"',
-        "unfinished = partial / path.name",
+        "checkpoint/staging.py",
+        'unfinished = self.partial / ".unfinished"',
+        "unfinished = self.partial / name",
         "tests/checkpoint/test_indexer_order.py",
     ),
     Fault(

@@ -53,7 +53,7 @@ def test_as_released_both_models_build_without_a_word(outcomes):
 def test_a_fault_is_survived_and_named(outcomes, patch, fault):
     if (patch.id, fault) not in outcomes:
         assert fault in ("seam_renamed", "signature_changed")
-        return  # a flag, a class or a constructor; see break_hosts.possible_faults
+        pytest.skip(f"{patch.attribute} is no function, or Python itself insists on its name")
     found = outcomes[patch.id, fault]
     assert found["other_model"] == [1, 8, 32]
     others = dict(found["states"], **{patch.id: None})
@@ -63,7 +63,7 @@ def test_a_fault_is_survived_and_named(outcomes, patch, fault):
         harmless = fault == "signature_changed" and patch.id in READ_NOTHING
         assert fault != "probe_raises" and (harmless or as_released == "not_needed")
         assert (found["state"], found["warnings"], found["gate"]) == (as_released, [], None)
-        return
+        pytest.skip("no parameter is read, so none is missed" if harmless else "not needed here")
     assert len(found["warnings"]) == 1
     assert f"glm5-patch: {patch.id} failed on {patch.seam}" in found["warnings"][0]
     if patch.id in NO_MODEL_NEEDS:

@@ -100,7 +100,7 @@ def _worst(ranks: list) -> dict:
         if "error" in rank:
             return rank
     worst = dict(ranks[0])
-    for key in ("loss", "gradients"):
+    for key in ("loss", "gradients", "logged"):
         if key in worst:
             worst[key] = max(rank[key] for rank in ranks)
     if "worst" in worst:

@@ -29,6 +29,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossLoggingHelper
 
 from glm5_patch.attention.build import mtp_block_spec
 from glm5_patch.checkpoint.reader import HFCheckpoint
@@ -56,6 +57,7 @@ def run(case: Case, folder: Path) -> dict:
     """One step; how far loss, gradients and top-k are from one process alone."""
     with model_parallel(case):
         chunks = build(case, folder)
+        DSAIndexerLossLoggingHelper.tracker.clear()
         losses, topk_indices = step(case, chunks)
         return compare(case, chunks, losses, topk_indices, folder)
 
@@ -261,7 +263,8 @@ def compare(case: Case, chunks, losses, topk_indices, folder: Path) -> dict:
     values = after_optimizer(case, chunks) if case.distributed_optimizer else gradients(models)
     path = folder / f"{case.batch}.pt"
     if torch.distributed.get_world_size() == 1:
-        torch.save({"gradients": values, "losses": losses}, path)
+        saved = {"gradients": values, "losses": losses, "logged": logged_indexer_losses()}
+        torch.save(saved, path)
         return {}
     reference = torch.load(path)
     own_losses = reference["losses"][parallel_state.get_data_parallel_rank() :: _dp_size()]
@@ -271,12 +274,23 @@ def compare(case: Case, chunks, losses, topk_indices, folder: Path) -> dict:
     }
     if case.forward_only:
         return result
+    if case.cp == _dp_size() == 1:  # else a rank logs the mean of its own tokens
+        result["logged"] = max(
+            (abs(loss / reference["logged"][n] - 1) for n, loss in logged_indexer_losses().items()),
+            default=0.0,
+        )
     expected = {n: part(n, reference["gradients"][n], value) for n, value in values.items()}
     if case.distributed_optimizer:
         before = torch.load(folder / "plain.pt")
         values = {n: value - part(n, before[n], value) for n, value in values.items()}
         expected = {n: _adam_update(gradient) for n, gradient in expected.items()}
     return {**result, **_distance(values, expected)}
+
+
+def logged_indexer_losses() -> dict[int, float]:
+    """Layer number -> what this rank has logged of its indexer."""
+    values = DSAIndexerLossLoggingHelper.tracker.get("values", torch.zeros(0)).tolist()
+    return {number: loss for number, loss in enumerate(values, 1) if loss}
 
 
 def gradients(models) -> dict[str, torch.Tensor]:
