@@ -30,7 +30,8 @@ import torch
 import glm5_patch
 from glm5_patch.attention.build import gpt_model, transformer_config
 from glm5_patch.config.huggingface import HFConfig
-from glm5_patch.patches.announce import libraries
+from glm5_patch.ops.needs import Call
+from glm5_patch.ops.registry import libraries, why_not
 from glm5_patch.testing.cpu_host import single_process
 
 LAYERS, RUNS = 4, 5
@@ -155,7 +156,8 @@ def main() -> int:
 
     short = [length for length in options.lengths if length <= QUADRATIC_UP_TO]
     runs = {"triton": options.lengths, "torch": short}
-    if None in libraries().values():
+    call = Call(torch.device("cuda"), torch.bfloat16)
+    if any(why_not(one, call) is None for one in libraries()):
         runs["auto"] = options.lengths
     with single_process("cuda"):
         for layers, pattern in PATTERNS.items():

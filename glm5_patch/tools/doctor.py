@@ -249,22 +249,17 @@ def _kernels() -> Finding:
     """Can what ``GLM5_PATCH_KERNELS`` asks for run here?"""
     import torch
 
-    from .. import env
-    from ..ops.compared import LIBRARIES, why_not
-    from ..ops.registry import computed_by, triton_computes
+    from ..ops.needs import Call
+    from ..ops.registry import backends, choose, computed_by
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reason = None
     try:
-        asked, reason = env.kernels(), None
-        if asked in LIBRARIES:
-            reason = why_not(asked, device)
-        else:
-            triton_computes(device, torch.bfloat16)
-        seen = reason or f"sparse attention in bf16: {computed_by(device, torch.bfloat16)}"
+        for operation in sorted({one.operation for one in backends()}):
+            choose(operation, Call(device, torch.bfloat16))
+        seen = f"sparse attention in bf16: {computed_by(device, torch.bfloat16)}"
     except GLM5PatchError as error:
         reason = seen = str(error)
-    if reason and KERNELS not in seen:
-        seen = f"{KERNELS}={asked}: {seen}"
     return Finding("kernels", reason is None, seen, f"unset {KERNELS}, or set it to torch")
 
 
