@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlparse
 
-from ..env import ENABLED, KERNELS, Switches, installed_version, problems
+from ..env import ENABLED, KERNELS, Switches, installed_version, kernels, problems
 from ..errors import GLM5PatchError
 from .report import Result, print_table, say
 
@@ -246,26 +246,23 @@ def probe() -> Iterator[Finding]:
 
 
 def _kernels() -> Finding:
-    """Can what ``GLM5_PATCH_KERNELS`` asks for run here?"""
+    """Can the backend that ``GLM5_PATCH_KERNELS`` asks for run here?"""
     import torch
 
-    from .. import env
-    from ..ops.compared import LIBRARIES, why_not
-    from ..ops.registry import computed_by, triton_computes
+    from ..ops.needs import Call
+    from ..ops.registry import backends, computed_by, why_not
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    remedy = f"unset {KERNELS}, or set it to torch"
     try:
-        asked, reason = env.kernels(), None
-        if asked in LIBRARIES:
-            reason = why_not(asked, device)
-        else:
-            triton_computes(device, torch.bfloat16)
-        seen = reason or f"sparse attention in bf16: {computed_by(device, torch.bfloat16)}"
+        asked, call = kernels(), Call(device, torch.bfloat16)
+        reasons = [why_not(one, call) for one in backends() if one.answers_to(asked)]
+        if reasons and all(reasons):
+            return Finding("kernels", False, f"{KERNELS}={asked}: {reasons[0]}", remedy)
+        seen = f"sparse attention in bf16: {computed_by(device, torch.bfloat16)}"
+        return Finding("kernels", True, seen)
     except GLM5PatchError as error:
-        reason = seen = str(error)
-    if reason and KERNELS not in seen:
-        seen = f"{KERNELS}={asked}: {seen}"
-    return Finding("kernels", reason is None, seen, f"unset {KERNELS}, or set it to torch")
+        return Finding("kernels", False, str(error), remedy)
 
 
 def _version(distribution: str, found: bool) -> str:

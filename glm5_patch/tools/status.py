@@ -72,15 +72,18 @@ def of_hosts() -> Result:
         import torch  # the way in for every real process
     except ImportError:
         raise GLM5PatchError("torch is not installed here, so nothing loads the plugin") from None
-    from ..patches.announce import libraries, sparse_attention_by
+    from ..ops.registry import table
+    from ..patches.announce import sparse_attention_by
     from .doctor import switches
 
     active = any(row.state.value != "disabled" for row in glm5_patch.status())
-    kernels, problem = None, None
+    kernels, problem, backends = None, None, []
     try:
         finding = switches()
         if not finding.ok:
             problem = finding.seen
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        backends = table(device, torch.bfloat16)
         if active:
             glm5_patch.require()
         kernels = sparse_attention_by(torch.bfloat16)
@@ -92,7 +95,7 @@ def of_hosts() -> Result:
         "active": active,
         "problem": problem,
         "kernels": kernels,
-        "libraries": libraries(),
+        "backends": [row._asdict() for row in backends],
         "patches": [row._asdict() for row in rows],
     }
 
@@ -101,8 +104,8 @@ def of_hosts() -> Result:
         print(f"glm5-patch {__version__}: {state} in a process that imports torch")
         print_table(("patch", "state", "reason"), [row.cells() for row in rows])
         print_text(f"sparse attention in bf16: {kernels or 'unknown, see the problem'}")
-        for name, reason in data["libraries"].items():
-            print_text(f"{name}: {reason or 'used where it fits'}")
+        if backends:
+            print_table(("operation", "backend", "takes", "here"), backends)
         if problem:
             print(f"problem: {problem}", file=sys.stderr)
 
