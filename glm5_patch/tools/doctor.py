@@ -206,8 +206,8 @@ def probe() -> Iterator[Finding]:
             )
             continue
         present += found
-        if found and len(found) < len(own):
-            absent = next(patch.module for patch in own if patch not in found)
+        absent = next((p.module for p in own if p not in found and not p.on_request), None)
+        if found and absent:
             yield Finding(
                 f"host {host}", False, f"lacks {absent}", "use megatron-core 0.16.0 or later"
             )

@@ -133,7 +133,7 @@ def explain(patch_id: str | None) -> Result:
             "without it": patch.why,
             "upstream": patch.upstream,
             "goes when": patch.remove_when,
-            "hosts": _hosts(patch, recorded[patch.id]),
+            "hosts": _hosts(patch, recorded.get(patch.id, {})),
         }
         for patch in chosen
     ]
@@ -155,7 +155,7 @@ def _hosts(patch, releases: dict[str, str]) -> str:
         by_word.setdefault(word, []).append(release)
     words = {"patched": "patched on", "native": "right by itself on"}
     parts = (f"{words[word]} {', '.join(found)}" for word, found in by_word.items())
-    return f"{patch.distribution}: {'; '.join(parts)}"
+    return f"{patch.distribution}: {'; '.join(parts) or 'not recorded yet'}"
 
 
 def environment() -> Result:
