@@ -13,7 +13,6 @@ from ..env import logger
 if TYPE_CHECKING:
     import torch
 
-    from ..ops.registry import Row
     from .built import Summary
 
 _said: dict[tuple, str] = {}
@@ -174,17 +173,6 @@ def sparse_attention_by(dtype: torch.dtype, host_backend: str = "none") -> str:
     if reason is None:
         return triton_and_libraries(device, dtype)
     return f"megatron-core's own code ({reason})"
-
-
-def backends(dtype: torch.dtype) -> list[Row]:
-    """What can compute the operations of sparse attention, and what of it computes here.
-
-    Args:
-        dtype: of the model.
-    """
-    from ..ops.registry import table
-
-    return table(_device(), dtype)
 
 
 def _device() -> torch.device:

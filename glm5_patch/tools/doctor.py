@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlparse
 
-from ..env import ENABLED, KERNELS, Switches, installed_version, problems
+from ..env import ENABLED, KERNELS, Switches, installed_version, kernels, problems
 from ..errors import GLM5PatchError
 from .report import Result, print_table, say
 
@@ -206,8 +206,8 @@ def probe() -> Iterator[Finding]:
             )
             continue
         present += found
-        if found and len(found) < len(own):
-            absent = next(patch.module for patch in own if patch not in found)
+        absent = next((p.module for p in own if p not in found and not p.on_request), None)
+        if found and absent:
             yield Finding(
                 f"host {host}", False, f"lacks {absent}", "use megatron-core 0.16.0 or later"
             )
@@ -246,21 +246,23 @@ def probe() -> Iterator[Finding]:
 
 
 def _kernels() -> Finding:
-    """Can what ``GLM5_PATCH_KERNELS`` asks for run here?"""
+    """Can the backend that ``GLM5_PATCH_KERNELS`` asks for run here?"""
     import torch
 
     from ..ops.needs import Call
-    from ..ops.registry import backends, choose, computed_by
+    from ..ops.registry import backends, computed_by, why_not
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reason = None
+    remedy = f"unset {KERNELS}, or set it to torch"
     try:
-        for operation in sorted({one.operation for one in backends()}):
-            choose(operation, Call(device, torch.bfloat16))
+        asked, call = kernels(), Call(device, torch.bfloat16)
+        reasons = [why_not(one, call) for one in backends() if one.answers_to(asked)]
+        if reasons and all(reasons):
+            return Finding("kernels", False, f"{KERNELS}={asked}: {reasons[0]}", remedy)
         seen = f"sparse attention in bf16: {computed_by(device, torch.bfloat16)}"
+        return Finding("kernels", True, seen)
     except GLM5PatchError as error:
-        reason = seen = str(error)
-    return Finding("kernels", reason is None, seen, f"unset {KERNELS}, or set it to torch")
+        return Finding("kernels", False, str(error), remedy)
 
 
 def _version(distribution: str, found: bool) -> str:

@@ -72,18 +72,21 @@ def of_hosts() -> Result:
         import torch  # the way in for every real process
     except ImportError:
         raise GLM5PatchError("torch is not installed here, so nothing loads the plugin") from None
-    from ..patches.announce import backends, sparse_attention_by
+    from ..ops.registry import table
+    from ..patches.announce import sparse_attention_by
     from .doctor import switches
 
     active = any(row.state.value != "disabled" for row in glm5_patch.status())
-    kernels, problem, table = None, None, []
+    kernels, problem, backends = None, None, []
     try:
         finding = switches()
         if not finding.ok:
             problem = finding.seen
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        backends = table(device, torch.bfloat16)
         if active:
             glm5_patch.require()
-        kernels, table = sparse_attention_by(torch.bfloat16), backends(torch.bfloat16)
+        kernels = sparse_attention_by(torch.bfloat16)
     except GLM5PatchError as error:
         problem = str(error)
     rows = list(glm5_patch.status())
@@ -92,7 +95,7 @@ def of_hosts() -> Result:
         "active": active,
         "problem": problem,
         "kernels": kernels,
-        "backends": [row._asdict() for row in table],
+        "backends": [row._asdict() for row in backends],
         "patches": [row._asdict() for row in rows],
     }
 
@@ -101,10 +104,8 @@ def of_hosts() -> Result:
         print(f"glm5-patch {__version__}: {state} in a process that imports torch")
         print_table(("patch", "state", "reason"), [row.cells() for row in rows])
         print_text(f"sparse attention in bf16: {kernels or 'unknown, see the problem'}")
-        print_table(
-            ("operation", "backend", "computes here"),
-            [(row.operation, row.backend, row.here) for row in table],
-        )
+        if backends:
+            print_table(("operation", "backend", "takes", "here"), backends)
         if problem:
             print(f"problem: {problem}", file=sys.stderr)
 
@@ -132,7 +133,7 @@ def explain(patch_id: str | None) -> Result:
             "without it": patch.why,
             "upstream": patch.upstream,
             "goes when": patch.remove_when,
-            "hosts": _hosts(patch, recorded[patch.id]),
+            "hosts": _hosts(patch, recorded.get(patch.id, {})),
         }
         for patch in chosen
     ]
@@ -154,7 +155,7 @@ def _hosts(patch, releases: dict[str, str]) -> str:
         by_word.setdefault(word, []).append(release)
     words = {"patched": "patched on", "native": "right by itself on"}
     parts = (f"{words[word]} {', '.join(found)}" for word, found in by_word.items())
-    return f"{patch.distribution}: {'; '.join(parts)}"
+    return f"{patch.distribution}: {'; '.join(parts) or 'not recorded yet'}"
 
 
 def environment() -> Result:
