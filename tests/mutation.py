@@ -28,6 +28,7 @@ FIRST_PARITY = f"{PARITY}[0-5.2]"
 INDEXER = "tests/attention/test_indexer.py"
 RECOMPUTE = "tests/patches/test_recompute.py"
 SPLITS = "tests/distributed/test_parallel.py"
+BACKENDS = "tests/ops/test_registry.py::test_a_backend_computes_what_the_reference_does"
 MTP = "tests/checkpoint/test_checkpoint.py::test_an_mtp_layer_is_loaded_under_its_published_names"
 
 
@@ -99,6 +100,20 @@ FAULTS = (
         "return (keys <= places) & (keys >= queries.starts[block, None])",
         "return (keys <= places)",
         f"{RECOMPUTE}::test_a_pack_equals_its_documents_one_by_one",
+    ),
+    Fault(
+        "the attention kernel sees its first tile of keys alone",
+        "ops/sparse_attention/triton_kernels.py",
+        "    out_1 = tl.zeros([HEADS, HALF], tl.float32)\n    for first in tl.range(0, count, KEYS,",
+        "    out_1 = tl.zeros([HEADS, HALF], tl.float32)\n    for first in tl.range(0, KEYS, KEYS,",
+        BACKENDS,
+    ),
+    Fault(
+        "the loss kernel normalises over its first tile of keys alone",
+        "ops/index_loss/triton_kernels.py",
+        "total = tl.zeros([HEADS], tl.float32)\n    for first in range(0, count, KEYS):",
+        "total = tl.zeros([HEADS], tl.float32)\n    for first in range(0, KEYS, KEYS):",
+        BACKENDS,
     ),
     Fault(
         "the logged loss is another than the one that trains",

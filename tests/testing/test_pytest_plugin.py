@@ -145,29 +145,3 @@ def test_loading_it_imports_neither_torch_nor_wrapt():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
-
-
-def test_the_last_fixture_counts_and_each_leaves_what_it_found(run):
-    result = run(
-        """
-def test_off(glm5_patched, glm5_unpatched):
-    assert not is_patched()
-
-def test_on(glm5_unpatched, glm5_patched):
-    assert is_patched()
-
-def test_as_it_comes():
-    assert is_patched()
-
-def test_switched_off_by_hand():
-    import glm5_patch
-    glm5_patch.disable()
-
-def test_on_again(glm5_patched):
-    assert is_patched()
-
-def test_still_off():
-    assert not is_patched()
-"""
-    )
-    result.assert_outcomes(passed=6)
