@@ -47,7 +47,8 @@ def announce(stack: torch.nn.Module, config: Any) -> None:
         return  # megatron-core's own sparse attention in a model that is not GLM-5
     key = (summary.kinds, None if summary.foreign else _settings(config))
     if key not in _said:
-        _said[key] = _foreign(summary) if summary.foreign else f"{describe(config)}; {summary}"
+        line = f"{describe(config, of_plugin=summary.of_plugin)}; {summary}"
+        _said[key] = _foreign(summary) if summary.foreign else line
         say(_said[key])
 
 
@@ -126,8 +127,13 @@ def say(line: str) -> None:
         print(line, file=sys.stderr)
 
 
-def describe(config: Any) -> str:
-    """Versions, patches, index schedule and kernels of a model."""
+def describe(config: Any, *, of_plugin: bool = True) -> str:
+    """Versions, patches, index schedule and kernels of a model.
+
+    Args:
+        config: its ``TransformerConfig``.
+        of_plugin: whether it is built of the plugin's attention modules, not of the host's.
+    """
     from ..config.fields import describe_conventions
     from ..config.schedule import IndexSchedule
     from ..env import installed_version
@@ -136,9 +142,8 @@ def describe(config: Any) -> str:
 
     states = [row.state for row in MACHINE.status()]
     core = installed_version("megatron-core") or "from a folder on the path"
-    attention = sparse_attention_by(
-        config.params_dtype, getattr(config, "dsa_kernel_backend", "none")
-    )
+    host_backend = None if of_plugin else getattr(config, "dsa_kernel_backend", "none")
+    attention = sparse_attention_by(config.params_dtype, host_backend)
     return (
         f"glm5-patch {__version__}: a GLM-5 on megatron-core {core}; "
         f"{states.count(State.APPLIED)} patches applied, "
@@ -148,12 +153,13 @@ def describe(config: Any) -> str:
     )
 
 
-def sparse_attention_by(dtype: torch.dtype, host_backend: str = "none") -> str:
+def sparse_attention_by(dtype: torch.dtype, host_backend: str | None = None) -> str:
     """What computes sparse attention here, and why nothing faster does.
 
     Args:
         dtype: of the model.
-        host_backend: ``dsa_kernel_backend`` of its configuration, where that knows one.
+        host_backend: ``dsa_kernel_backend`` of a model of the host's attention modules; None of
+            one of the plugin's.
     """
     from ..ops.registry import computed_by, triton_and_libraries, why_torch
     from ..patching.ledger import State
@@ -161,12 +167,12 @@ def sparse_attention_by(dtype: torch.dtype, host_backend: str = "none") -> str:
 
     device = _device()
     spec, hooks = MACHINE.row("dsa_spec"), MACHINE.row("dsa_kernels")
-    if spec.state is State.APPLIED:
+    if host_backend is None and spec.state is State.APPLIED:
         return computed_by(device, dtype)
     if hooks.state is not State.APPLIED:
         row = hooks if spec.state is State.NOT_NEEDED else spec
         reason = f"{row.id} {row.state.value}"
-    elif host_backend != "none":
+    elif host_backend not in (None, "none"):
         reason = f"dsa_kernel_backend={host_backend}"
     else:
         reason = why_torch(device, dtype)

@@ -62,6 +62,11 @@ class Summary(NamedTuple):
         return not all(owner.vouched for owner, _, _ in self.layers)
 
     @property
+    def of_plugin(self) -> bool:
+        """Whether every layer has the plugin's attention."""
+        return all(owner is Owner.PLUGIN for owner, _, _ in self.layers)
+
+    @property
     def kinds(self) -> frozenset:
         """The same for all chunks of a pipeline that are built of the same layers."""
         return frozenset((owner, name) for owner, name, _ in self.layers)
