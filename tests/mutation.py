@@ -104,8 +104,8 @@ FAULTS = (
     Fault(
         "the attention kernel sees its first tile of keys alone",
         "ops/sparse_attention/triton_kernels.py",
-        "    out_1 = tl.zeros([HEADS, HALF], tl.float32)\n    for first in tl.range(0, count, KEYS,",
-        "    out_1 = tl.zeros([HEADS, HALF], tl.float32)\n    for first in tl.range(0, KEYS, KEYS,",
+        "out_1 = tl.zeros([HEADS, HALF], tl.float32)\n    for first in tl.range(0, count, KEYS,",
+        "out_1 = tl.zeros([HEADS, HALF], tl.float32)\n    for first in tl.range(0, KEYS, KEYS,",
         BACKENDS,
     ),
     Fault(
