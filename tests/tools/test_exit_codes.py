@@ -132,7 +132,9 @@ def test_a_reader_that_went_away_ends_it_quietly(options):
 
 
 @pytest.mark.parametrize("package", ["safetensors", "transformers", "torch"])
-@pytest.mark.parametrize("command", ["verify", "demo", "checkpoint check GOOD"])
+@pytest.mark.parametrize(
+    "command", ["verify", "demo", "checkpoint convert GOOD NEW --from rope-last"]
+)
 def test_a_package_that_is_missing_is_named(command, package, good, tmp_path):
     """As where ``pip install glm5-patch`` brought no extras."""
     if "checkpoint" in command and package == "transformers":
