@@ -153,7 +153,11 @@ def _hosts(patch, releases: dict[str, str]) -> str:
     by_word: dict[str, list[str]] = {}
     for release, word in releases.items():
         by_word.setdefault(word, []).append(release)
-    words = {"patched": "patched on", "native": "right by itself on"}
+    words = {
+        "patched": "patched on",
+        "native": "right by itself on",
+        "absent": "without this module on",
+    }
     parts = (f"{words[word]} {', '.join(found)}" for word, found in by_word.items())
     return f"{patch.distribution}: {'; '.join(parts) or 'not recorded yet'}"
 

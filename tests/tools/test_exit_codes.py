@@ -48,7 +48,7 @@ UNUSABLE = {
     "plan --config CONFIG --pp four": "'four' must be a whole number of at least 1",
     "plan --config missing.json --pp 4": "missing.json: no such file",
     "plan --config FILE --pp 4": "model_type is None",
-    "plan --config FILE/config.json --pp 4": "config.json: Not a directory",
+    "plan --config FILE/config.json --pp 4": "Not a directory",
     "checkpoint": "required: ACTION",
     "checkpoint check missing": "missing: no such directory",
     "checkpoint check GOOD --like missing": "missing: no such directory",
@@ -57,8 +57,8 @@ UNUSABLE = {
     "checkpoint convert GOOD NEW --from last": "invalid choice: 'last'",
     "checkpoint convert GOOD GOOD --from rope-last": "exists and is not an empty directory",
     "checkpoint convert GOOD FILE --from rope-last": "exists and is not an empty directory",
-    "checkpoint convert GOOD FILE/new --from rope-last": "Not a directory",
-    "demo --output FILE/new": "Not a directory",
+    "checkpoint convert GOOD FILE/new --from rope-last": "not a directory",
+    "demo --output FILE/new": "not a directory",
     "demo --output GOOD": "exists and is not an empty directory",
     "demo --steps 0": "'0' must be a whole number of at least 1",
     "demo --checkpoint missing": "missing: no such directory",
@@ -132,7 +132,9 @@ def test_a_reader_that_went_away_ends_it_quietly(options):
 
 
 @pytest.mark.parametrize("package", ["safetensors", "transformers", "torch"])
-@pytest.mark.parametrize("command", ["verify", "demo", "checkpoint check GOOD"])
+@pytest.mark.parametrize(
+    "command", ["verify", "demo", "checkpoint convert GOOD NEW --from rope-last"]
+)
 def test_a_package_that_is_missing_is_named(command, package, good, tmp_path):
     """As where ``pip install glm5-patch`` brought no extras."""
     if "checkpoint" in command and package == "transformers":
