@@ -44,7 +44,7 @@ def layer_spec(config, core_attention=None):
     )
 
     attention = specs.get_experimental_attention_variant_module_spec(
-        config=config, backend=local_spec_provider()()
+        config=config, backend=local_spec_provider()
     )
     if core_attention is not None:
         attention.submodules.core_attention.module = core_attention
