@@ -19,9 +19,9 @@ def test_where_no_carrier_is_open_the_host_s_own_answer_stands(host_attention, m
     """Its forward is right; its recompute is what the carrier is for."""
     mask = causal_mask(48)
     ours = outputs(hybrid_stack(config()), mask)
-    plain = gradients(hybrid_stack(config()), mask)
+    plain = gradients(hybrid_stack(config()))
     monkeypatch.setattr(carrying, "carries", lambda stack: False)
     for our, theirs in zip(ours, outputs(hybrid_stack(config()), causal_mask(48))):
         assert torch.equal(our, theirs)
-    wrong = gradients(hybrid_stack(config(**MODES["uniform_1"])), causal_mask(48))
+    wrong = gradients(hybrid_stack(config(**MODES["uniform_1"])))
     assert relative(wrong, plain) > 0.01
