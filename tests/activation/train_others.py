@@ -15,7 +15,13 @@ from megatron.core.transformer import multi_latent_attention as mla
 from megatron.core.transformer.experimental_attention_variant import dsa
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+try:
+    from megatron.core.transformer.experimental_attention_variant import absorbed_mla
+except ImportError:  # megatron-core 0.16
+    absorbed_mla = None
+
 from glm5_patch.attention.local_backend import DuplicatedLinear, local_spec_provider
+from glm5_patch.patches.probes.megatron_core import refuses_dsa
 from glm5_patch.testing.cpu_host import single_process
 
 SIZES = dict(
@@ -65,8 +71,9 @@ def without_transformer_engine():
     provider.column_parallel_layer_norm_linear = lambda: NormAndLinear
     specs._get_backend_spec_provider = lambda config: provider
     dsa.rotate_activation = lambda x: x.roll(1, -1)
-    if not isinstance(getattr(mla, "TELinear", None), type):
-        mla.TELinear = DuplicatedLinear
+    for module in (mla, absorbed_mla):
+        if module is not None and not isinstance(getattr(module, "TELinear", None), type):
+            module.TELinear = DuplicatedLinear
 
 
 def trained(model):
@@ -97,25 +104,22 @@ def deepseek():
     known = MLATransformerConfig.__dataclass_fields__
     settings = {name: value for name, value in (SIZES | DEEPSEEK).items() if name in known}
     config = MLATransformerConfig(**settings)
-    build = specs.get_transformer_block_with_experimental_attention_variant_spec
-    try:
-        spec = build(config)
-    except ValueError:
-        return "refused"
+    spec = specs.get_transformer_block_with_experimental_attention_variant_spec(config)
     return trained(GPTModel(config, spec, 32, 16, position_embedding_type="rope"))
 
 
 def fields(config_class):
     hints = typing.get_type_hints(config_class)
     return {
-        f.name: [repr(hints[f.name]), repr(f.default)] for f in dataclasses.fields(config_class)
+        f.name: [repr(hints[f.name]), repr(f.default).split(" at 0x")[0]]
+        for f in dataclasses.fields(config_class)
     }
 
 
 if __name__ == "__main__":
     without_transformer_engine()
     with single_process("cpu"):
-        found = {"dense": dense(), "deepseek": deepseek()}
+        found = {"dense": dense(), "deepseek": None if refuses_dsa() else deepseek()}
         assert parallel_state.is_initialized()
     found["fields"] = fields(MLATransformerConfig)
     print(json.dumps(found))
