@@ -23,6 +23,8 @@ SINGLE = "model.safetensors"
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf", ".index.json")
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
 _STACKED = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj)$")
 
 
@@ -30,7 +32,14 @@ class CheckpointFiles:
     """A directory with config.json and safetensors files, checked before anything is built."""
 
     def __init__(self, directory: str | Path):
-        """Raises CheckpointError, in one line, for a directory that can't be this model."""
+        """
+        Args:
+            directory: or one of its files; or a Hub id such as ``zai-org/GLM-5.2`` or
+                ``zai-org/GLM-5.2@REVISION`` that is in huggingface_hub's cache.
+
+        Raises:
+            CheckpointError: in one line, for a directory that can't be this model.
+        """
         self.directory = _directory(Path(directory))
         self.config = HFConfig.from_directory(self.directory)
         self.block = block_size(self.config.raw, self.directory)
@@ -109,10 +118,12 @@ class CheckpointFiles:
 
 
 def _directory(path: Path) -> Path:
-    """The directory that is meant by it or by one of its files."""
+    """The directory that is meant by it, by one of its files, or by a Hub id."""
     try:
         if path.name in ("config.json", INDEX, SINGLE) and path.is_file():
             path = path.parent
+        if _HUB_ID.fullmatch(str(path)) and not os.path.lexists(path):
+            path = _cached(str(path))
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such directory")
         os.listdir(path)
@@ -121,6 +132,22 @@ def _directory(path: Path) -> Path:
             raise
         raise unreadable(path, error) from None
     return path
+
+
+def _cached(hub_id: str) -> Path:
+    """The snapshot of a Hub id in huggingface_hub's cache. Nothing is downloaded."""
+    repository, _, revision = hub_id.partition("@")
+    try:
+        from huggingface_hub import snapshot_download
+
+        found = snapshot_download(repository, revision=revision or None, local_files_only=True)
+    except Exception as error:  # not installed, not there, or no id at all
+        option = f" --revision {revision}" if revision else ""
+        raise CheckpointError(
+            f"{hub_id}: no such directory, and huggingface_hub's cache does not have it "
+            f"({type(error).__name__}); run `hf download {repository}{option}`"
+        ) from None
+    return Path(found)
 
 
 def headers_of(directory: Path) -> dict[Path, Header]:

@@ -128,6 +128,12 @@ MTP_NAMES = {
     "final_layernorm.weight": ("shared_head.norm.weight",),
 }
 
+MTP_COPIES = {
+    ".embed_tokens.weight": "model.embed_tokens.weight",
+    ".shared_head.head.weight": "lm_head.weight",
+}
+"""Ends of names in an MTP layer of some checkpoints, and the tensors that they repeat."""
+
 MTP_LAYERS = ("transformer_layer", "mtp_model_layer")
 """The decoder layer inside an MTP layer, on megatron-core 0.16 and on later ones."""
 

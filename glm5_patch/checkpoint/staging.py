@@ -69,7 +69,7 @@ class Staging:
             output: a directory that does not exist, or is empty.
             manifest: what the output is made of and how; JSON.
             needed: bytes that will be written in all.
-            anew: what an interrupted run left is removed and not continued.
+            anew: what an interrupted run of the same kind left is removed and not continued.
 
         Raises:
             CheckpointError: see ``free_directory``; or another run's files are in the way.
@@ -91,7 +91,7 @@ class Staging:
             self._note.unlink()
             return
         with _named_errors(self.output):
-            if self.partial.is_dir() and anew and noted is not None:
+            if self.partial.is_dir() and anew and noted == manifest:
                 shutil.rmtree(self.partial)
             if os.path.lexists(self.partial) and noted != manifest:
                 raise CheckpointError(

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..config.huggingface import HFConfig
 from ..errors import CheckpointError
 from .files import INDEX, SINGLE
-from .names import PADDED, expected_tensors, pieces
+from .names import MTP_COPIES, PADDED, expected_tensors, pieces
 from .quantization import SETTINGS
 from .reader import HFCheckpoint, unwrapped
 from .staging import Staging, free_directory
@@ -35,7 +35,8 @@ def save(
         config: written as config.json, with the dtype of the weights.
         output: a directory that does not exist, or is empty.
         source: the checkpoint that the model came from; its other files, and the MTP tensors that
-            the model does not hold, are carried over.
+            the model does not hold, are carried over. Copies of the embedding and of the head in
+            an MTP layer are the model's.
 
     Raises:
         CheckpointError: ``output`` has files in it or can't be written, or the model is split
@@ -54,7 +55,7 @@ def save(
     extra = list(source.extra_files()) if source is not None else []
     if source is not None:
         carried = [name for name in source.report.mtp if name not in tensors]
-        tensors.update({name: source.read(name) for name in carried})
+        tensors.update({name: _copy_of(name, tensors, source) for name in carried})
     needed = sum(tensor.nbytes for tensor in tensors.values())
     staging = Staging(output, {"save": str(output)}, needed, anew=True)
     try:
@@ -73,6 +74,16 @@ def save(
 
 _NOT_SAVED = ("torch_dtype", *SETTINGS)
 """Fields of the source's config.json that are not true of what is written."""
+
+
+def _copy_of(name: str, tensors: dict[str, Tensor], source: HFCheckpoint) -> Tensor:
+    """A tensor of the source's MTP layer; where it repeats the embedding or the head, the model's
+    own, or training would leave it behind."""
+    for suffix, original in MTP_COPIES.items():
+        if name.endswith(suffix):
+            head = original if original in tensors else "model.embed_tokens.weight"
+            return tensors[head].clone()
+    return source.read(name)
 
 
 def write_shards(tensors: dict[str, Tensor], staging: Staging) -> list[str]:

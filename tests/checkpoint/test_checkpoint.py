@@ -151,6 +151,32 @@ def test_an_mtp_layer_is_loaded_under_its_published_names(world, copy):
         assert torch.equal(parameters[f"mtp.layers.0.{ours}.weight"], expected), ours
 
 
+@pytest.mark.parametrize("mtp_num_layers", [None, 1])
+def test_copies_in_the_mtp_layer_are_written_in_step(world, copy, tmp_path, mtp_num_layers):
+    add_mtp_layer(copy)
+    copies = {"embed_tokens": "model.embed_tokens", "shared_head.head": "lm_head"}
+    edit(
+        copy,
+        lambda tensors: tensors.update(
+            {
+                f"model.layers.8.{name}.weight": tensors[f"{original}.weight"].clone()
+                for name, original in copies.items()
+            }
+        ),
+    )
+    source = HFCheckpoint(copy)
+    model = megatron_model(source, mtp_num_layers=mtp_num_layers)
+    with torch.no_grad():  # some training
+        model.embedding.word_embeddings.weight.add_(1)
+        model.output_layer.weight.mul_(2)
+    save(model, source.config, tmp_path / "out", source)
+    again = HFCheckpoint(tmp_path / "out")
+    for name, original in copies.items():
+        trained = again.read(f"{original}.weight")
+        assert torch.equal(again.read(f"model.layers.8.{name}.weight"), trained)
+        assert not torch.equal(trained, source.read(f"{original}.weight"))
+
+
 @pytest.mark.parametrize("name", ["enorm.weight", "self_attn.indexer.wk.weight"])
 def test_an_incomplete_mtp_layer_is_refused_by_a_model_that_has_one(name, world, copy):
     add_mtp_layer(copy)

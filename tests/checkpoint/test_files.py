@@ -281,6 +281,20 @@ def test_a_file_stands_for_its_directory(good):
     assert CheckpointFiles(good / "config.json").shapes == CheckpointFiles(good).shapes
 
 
+def test_a_hub_id_is_found_in_the_cache(good, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--zai-org--GLM-tiny"
+    (repository / "refs").mkdir(parents=True)
+    for revision in ("main", "older"):
+        commit = {"main": "a", "older": "b"}[revision] * 40
+        (repository / "refs" / revision).write_text(commit)
+        shutil.copytree(good, repository / "snapshots" / commit)
+    for hub_id, commit in (("zai-org/GLM-tiny", "a"), ("zai-org/GLM-tiny@older", "b")):
+        assert CheckpointFiles(hub_id).directory.name == commit * 40
+    with pytest.raises(CheckpointError, match="run `hf download zai-org/other --revision v1`"):
+        CheckpointFiles("zai-org/other@v1")
+
+
 @pytest.mark.parametrize(
     "model_type, says",
     [("glm5_next", "GLM-5.3-Flash"), ("glm4_moe", "GLM-4.5"), ("deepseek_v32", "DeepSeek-V3.2")],
