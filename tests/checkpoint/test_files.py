@@ -120,6 +120,12 @@ def twice(directory):
 
 
 NORM = "model.norm.weight"
+
+
+def other_file(index):
+    return next(f for f in index["weight_map"].values() if f != index["weight_map"][NORM])
+
+
 DAMAGE = {
     "index is no JSON": (lambda d: shard(d) and (d / INDEX).write_text("{"), "not valid JSON"),
     "index is a list": (reindex(lambda i: []), "weight_map is None"),
@@ -135,8 +141,8 @@ DAMAGE = {
     "path out and in": (remap(norm="a/../x.safetensors"), "must lie in the directory"),
     "file is not there": (remap(norm="no.safetensors"), "no.safetensors: no such file, but model"),
     "index has another place": (
-        remap(norm="model-0.safetensors"),
-        "norm.weight is in model-1.*but",
+        reindex(lambda i: {"weight_map": {**i["weight_map"], NORM: other_file(i)}}),
+        r"norm.weight is in model-.\.safetensors, but .* has it in model-.\.safetensors",
     ),
     "index has more": (
         reindex(lambda i: {"weight_map": {**i["weight_map"], "x": "model-0.safetensors"}}),
@@ -144,7 +150,7 @@ DAMAGE = {
     ),
     "index has less": (
         reindex(lambda i: {"weight_map": {k: v for k, v in i["weight_map"].items() if k != NORM}}),
-        "norm.weight is in model-0.safetensors, but .* has it in no file",
+        r"norm.weight is in model-.\.safetensors, but .* has it in no file",
     ),
     "index is deep": (
         lambda d: shard(d) and (d / INDEX).write_text("[" * 10**6),
