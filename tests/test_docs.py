@@ -16,6 +16,7 @@ import torch
 
 from glm5_patch.checkpoint.indexer_order import ROPE_FIRST, ROPE_LAST, convert, find_orders
 from glm5_patch.checkpoint.reader import HFCheckpoint
+from tests.checkpoint.fp8 import quantize
 from tests.tiny import saved
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +49,8 @@ def place(tmp_path_factory):
     shutil.copy(ROOT / "tests" / "configs" / "glm-5.2.json", folder / "GLM-5.2" / "config.json")
     checkpoint = saved(folder / "my-checkpoint")
     shutil.copytree(folder / "my-checkpoint", folder / "published")
+    shutil.copytree(folder / "my-checkpoint", folder / "GLM-5.2-FP8")
+    quantize(folder / "GLM-5.2-FP8")
     found = find_orders(checkpoint, given=ROPE_FIRST)
     convert(checkpoint, folder / "half-swapped", ROPE_LAST, found)
     for name in ("benchmarks", "tests"):
