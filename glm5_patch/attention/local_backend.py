@@ -70,17 +70,11 @@ def local_spec_provider():
     """The host's local backend, complete enough for a DSA model."""
     # Here: import hooks of the host need DuplicatedLinear, and may not import more of the host.
     from megatron.core.models.backends import LocalSpecProvider
-
-    try:
-        # MLA knows one class of linear layers with the whole weight on every rank, if it has any.
-        import transformer_engine.pytorch  # noqa: F401
-        from megatron.core.extensions.transformer_engine import TELinear as linear_class
-    except ImportError:
-        linear_class = DuplicatedLinear
+    from megatron.core.transformer import multi_latent_attention as mla
 
     class LocalDSASpecProvider(LocalSpecProvider):
         def linear(self) -> type:
-            return linear_class
+            return mla.TELinear  # the class that MLA takes as a down projection
 
         def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, **_) -> type:
             return LocalNorm
