@@ -111,7 +111,7 @@ def test_doctor_names_two_cores_on_the_path(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["doctor"], ["status", "--import"], ["verify"], ["demo"], ["checkpoint", "check", "."]],
+    [["doctor"], ["status", "--import"], ["verify"], ["demo"]],
 )
 def test_without_torch_commands_say_so(bare, arguments):
     result = command(*arguments, **bare)
