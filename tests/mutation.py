@@ -55,15 +55,15 @@ FAULTS = (
     Fault(
         "the rotary dimensions of the indexer come last",
         "attention/indexer.py",
-        "rope, nope = t.split([rope_dim, self.index_head_dim - rope_dim], dim=-1)",
-        "nope, rope = t.split([self.index_head_dim - rope_dim, rope_dim], dim=-1)",
+        "rope, nope = tensor.split([rope_dim, self.index_head_dim - rope_dim], dim=-1)",
+        "nope, rope = tensor.split([self.index_head_dim - rope_dim, rope_dim], dim=-1)",
         FIRST_PARITY,
     ),
     Fault(
         "the weights of the indexer are scaled by its width and not by its heads",
         "attention/indexer.py",
-        "self.linear_weights_proj(x)[0].float() * self.index_n_heads**-0.5",
-        "self.linear_weights_proj(x)[0].float() * self.index_head_dim**-0.5",
+        "weights = weights * self.index_n_heads**-0.5",
+        "weights = weights * self.index_head_dim**-0.5",
         f"{INDEXER}::test_the_logged_loss_and_its_gradients_are_those_of_the_definition",
     ),
     Fault(

@@ -14,15 +14,13 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
-from ..config.schedule import IndexSchedule
 from ..errors import GLM5PatchError
 from ..ops.index_loss.operation import index_loss
 from ..ops.index_topk.reference import IndexerInputs
 from ..ops.query_positions import visible_topk
 from ..ops.sparse_attention.inputs import AttentionInputs, MLADims
 from ..ops.sparse_attention.operation import sparse_attention
-from ..topk.carrier import current_carrier, require_carrier
-from ..topk.mtp import is_mtp_layer
+from ..topk.source import TopkSource
 from ..topk.tokens import Layout
 from .mask import require_causal
 
@@ -31,8 +29,8 @@ class CrossLayerDSAttention(MegatronModule):
     """Core attention of one layer: computes a top-k and publishes it, or reuses its source's.
 
     A skip layer has no indexer, hence no indexer parameters. Takes the place of the host's
-    ``DSAttention``, with its constructor; its keys and values are still the latent, as
-    ``CrossLayerMLASelfAttention`` hands it over.
+    ``DSAttention``, with its constructor and its ``forward``; ``attend`` has the names of what
+    ``CrossLayerMLASelfAttention`` passes.
     """
 
     requires_dsa_inputs = True
@@ -60,16 +58,14 @@ class CrossLayerDSAttention(MegatronModule):
         if attn_mask_type != AttnMaskType.causal:
             raise GLM5PatchError(f"attn_mask_type={attn_mask_type}: only a causal mask is possible")
         self.layer_number = layer_number
-        self.schedule = IndexSchedule.from_megatron(config)
-        self.is_mtp = is_mtp_layer(layer_number, self.schedule.num_layers)
-        self.source = layer_number if self.is_mtp else self.schedule.source(layer_number)
+        self.topk_source = TopkSource(config, layer_number)
         self.softmax_scale = (k_channels or config.kv_channels) ** -0.5
         if softmax_scale is not None:
             self.softmax_scale = softmax_scale
         self.dims = MLADims.of(config)
         self.cp_group = None if pg_collection is None else pg_collection.cp
         self.indexer = None
-        if self.source == layer_number:
+        if self.topk_source.computes:
             self.indexer = build_module(
                 submodules.indexer, config=config, pg_collection=pg_collection
             )
@@ -86,36 +82,55 @@ class CrossLayerDSAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params=None,
     ) -> Tensor:
+        """The host's slots; see ``attend``, whose names say what stands in them."""
+        return self.attend(
+            query,  # [s, b, n, nope + rope]
+            latent=key,  # [t, b, 1, latent + rope]
+            up_projection=value,  # [latent, n * (nope + value)]
+            hidden_states=x,  # [s, b, h]
+            q_latent=qr,  # [s, b, q_lora_rank]
+            attention_mask=attention_mask,
+            packed_seq_params=packed_seq_params,
+        )
+
+    def attend(
+        self,
+        query: Tensor,
+        latent: Tensor,
+        up_projection: Tensor,
+        hidden_states: Tensor,
+        q_latent: Tensor,
+        attention_mask: Tensor | None,
+        packed_seq_params,
+    ) -> Tensor:
         """Sparse attention of one layer.
 
         Args:
-            query: [s, b, n, qk_head_dim + rope]; heads of this tensor-parallel rank.
-            key: the latent [t, b, 1, kv_lora_rank + rope]; under context parallelism of the whole
-                sequence.
-            value: what makes keys and values of the latent,
-                [kv_lora_rank, n * (qk_head_dim + v_head_dim)].
+            query: [s, b, n, nope + rope]; heads of this tensor-parallel rank.
+            latent: [t, b, 1, latent + rope]; under context parallelism of the whole sequence.
+            up_projection: makes keys and values of the latent, [latent, n * (nope + value)].
+            hidden_states: [s, b, h] ([s / tp, b, h] under sequence parallelism).
+            q_latent: normalised, [s, b, q_lora_rank] likewise.
             attention_mask: checked, see ``require_causal``: the mask is causal, within documents if
                 packed.
-            x: hidden states [s, b, h] ([s / tp, b, h] under sequence parallelism).
-            qr: normalised query latent [s, b, q_lora_rank] likewise.
             packed_seq_params: documents of a pack.
 
         Returns:
-            [s, b, n * v_head_dim].
+            [s, b, n * value].
 
         Raises:
             MissingTopkError: a skip layer found no top-k of its source.
-            GLM5PatchError: query and key differ in length (a KV cache), or the mask is another.
+            GLM5PatchError: query and latent differ in length (a KV cache), or the mask is another.
         """
         layout = Layout.of(self.config, self.cp_group, packed_seq_params, len(query), query.device)
-        if layout.queries.keys != len(key):
+        if layout.queries.keys != len(latent):
             raise GLM5PatchError(
-                f"layer {self.layer_number}: {len(query)} queries for {len(key)} keys; "
+                f"layer {self.layer_number}: {len(query)} queries for {len(latent)} keys; "
                 "decoding with a KV cache is not supported, run whole sequences"
             )
         require_causal(attention_mask, layout.queries)
         # No gradient flows from the indexer into the model.
-        x, qr = x.detach(), qr.detach()
+        hidden_states, q_latent = hidden_states.detach(), q_latent.detach()
         wants_loss = (
             self.indexer is not None
             and self._loss_coefficient > 0
@@ -123,7 +138,9 @@ class CrossLayerDSAttention(MegatronModule):
             and torch.is_grad_enabled()
         )
         with torch.set_grad_enabled(wants_loss):
-            topk_indices, inputs = self._topk(x, qr, layout, wants_loss)
+            topk_indices, indexer_inputs = self.topk_source.selection(
+                self.indexer, hidden_states, q_latent, layout, wants_inputs=wants_loss
+            )
         if self.observer is not None:
             everything = topk_indices is None
             self.observer(
@@ -131,41 +148,29 @@ class CrossLayerDSAttention(MegatronModule):
                 visible_topk(layout.queries, query.shape[1]) if everything else topk_indices,
             )
         attention = AttentionInputs(
-            query, key, value, topk_indices, layout.queries, self.dims, self.softmax_scale
+            query,
+            latent,
+            up_projection,
+            topk_indices,
+            layout.queries,
+            self.dims,
+            self.softmax_scale,
         )
-        output = sparse_attention(attention)
+        output = sparse_attention(attention)  # [s, b, n * value]
         if wants_loss:
-            output = self._attach_loss(output, inputs, attention, layout.real)
+            output = self._attach_loss(output, indexer_inputs, attention, layout.real)
         return output
 
     @property
     def _loss_coefficient(self) -> float:
         return self.config.dsa_indexer_loss_coeff or 0.0
 
-    def _topk(self, x, qr, layout: Layout, wants_inputs: bool):
-        """The top-k of this layer (None: every visible key), and the indexer's inputs if wanted.
-
-        A skip layer reads its source's. A computing layer publishes its own, and in a recompute
-        takes the one found in the forward pass, so that both passes attend to the same keys and
-        no second selection is paid for. Where every key fits, nobody selects.
-        """
-        everything = layout.queries.all_fit(self.config.dsa_indexer_topk)
-        if self.indexer is None:
-            carrier = require_carrier(self.layer_number, self.source)
-            topk_indices = None if everything else carrier.read(self.layer_number, self.source)
-            return topk_indices, None
-        carrier = None if self.is_mtp else current_carrier()
-        topk_indices = None if carrier is None else carrier.published(self.layer_number)
-        selects = topk_indices is None and not everything
-        inputs = self.indexer.inputs(x, qr, layout) if selects or wants_inputs else None
-        if selects:
-            topk_indices = self.indexer.select(inputs, layout.queries)
-            if carrier is not None:
-                carrier.publish(self.layer_number, topk_indices, self.schedule)
-        return topk_indices, inputs
-
     def _attach_loss(
-        self, output: Tensor, inputs: IndexerInputs, attention: AttentionInputs, real: Tensor | None
+        self,
+        output: Tensor,
+        indexer_inputs: IndexerInputs,
+        attention: AttentionInputs,
+        real: Tensor | None,
     ) -> Tensor:
         """Add the indexer's loss to what the output carries.
 
@@ -177,9 +182,12 @@ class CrossLayerDSAttention(MegatronModule):
             if not len(real):
                 return output
             attention = attention.of_queries(real)
-            inputs = inputs._replace(query=inputs.query[real], weights=inputs.weights[real])
+            indexer_inputs = indexer_inputs._replace(
+                query=indexer_inputs.query[real],  # [real, b, heads, dim]
+                weights=indexer_inputs.weights[real],  # [real, b, heads]
+            )
         loss = index_loss(
-            inputs,
+            indexer_inputs,
             attention,
             index_scale=self.indexer.softmax_scale,
             coefficient=self._loss_coefficient,

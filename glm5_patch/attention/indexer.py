@@ -22,7 +22,7 @@ from ..ops.index_topk.operation import index_topk
 from ..ops.index_topk.reference import IndexerInputs, block_scores
 from ..ops.query_positions import QueryPositions, visible_keys
 from ..topk.tokens import Layout
-from .rope import Rope
+from .rope import Rope, Rotation
 
 
 class LightningIndexer(DSAIndexer):
@@ -53,51 +53,68 @@ class LightningIndexer(DSAIndexer):
             interleaved=config.dsa_indexer_rope_interleaved,
         )
 
-    def inputs(self, x: Tensor, qr: Tensor, layout: Layout) -> IndexerInputs:
+    def inputs(self, hidden_states: Tensor, q_latent: Tensor, layout: Layout) -> IndexerInputs:
         """Project and rotate.
 
         Args:
-            x: hidden states [s, b, h], or [s / tp, b, h] under sequence parallelism.
-            qr: the normalised query latent, [s, b, q_lora_rank] likewise.
+            hidden_states: [s, b, h], or [s / tp, b, h] under sequence parallelism.
+            q_latent: normalised, [s, b, q_lora_rank] likewise.
             layout: where the tokens stand.
         """
         if self.config.sequence_parallel and self.pg_collection.tp.size() > 1:
-            x = gather_from_sequence_parallel_region(x, group=self.pg_collection.tp)
-            qr = gather_from_sequence_parallel_region(qr, group=self.pg_collection.tp)
-        s, b, _ = x.shape
-        # [s, b, heads * dim] -> [s, b, heads, dim]
-        q = self.linear_wq_b(qr)[0].view(s, b, self.index_n_heads, self.index_head_dim)
-        # [s, b, dim] -> [s, b, 1, dim]
-        k = self.k_norm(self.linear_wk(x)[0]).unsqueeze(2)
-        angles = self._rope.frequencies(layout.queries)
-        q, k = self._rotate_positions(q, *angles), self._rotate_positions(k, *angles)
+            tp_group = self.pg_collection.tp
+            # [s / tp, b, h] -> [s, b, h]
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=tp_group)
+            # [s / tp, b, q_lora_rank] -> [s, b, q_lora_rank]
+            q_latent = gather_from_sequence_parallel_region(q_latent, group=tp_group)
+        query = self.linear_wq_b(q_latent)[0]  # [s, b, heads * dim]
+        query = query.unflatten(-1, (self.index_n_heads, self.index_head_dim))  # [s, b, heads, dim]
+        key = self.k_norm(self.linear_wk(hidden_states)[0]).unsqueeze(2)  # [s, b, 1, dim]
+        rotation = self._rope.rotation(layout.queries)
+        query, key = (self._rotate_positions(tensor, rotation) for tensor in (query, key))
         if self.config.dsa_indexer_rotate_activation:
-            q, k = rotate_activation(q), rotate_activation(k)
-        weights = self.linear_weights_proj(x)[0].float() * self.index_n_heads**-0.5
-        return IndexerInputs(q, layout.gather(k.squeeze(2)), weights)
+            query, key = rotate_activation(query), rotate_activation(key)
+        weights = self.linear_weights_proj(hidden_states)[0].float()  # [s, b, heads]
+        weights = weights * self.index_n_heads**-0.5
+        key = layout.gather(key.squeeze(2))  # [t, b, dim]
+        return IndexerInputs(query, key, weights)
 
     def select(self, inputs: IndexerInputs, queries: QueryPositions) -> Tensor:
-        """The ``index_topk`` best visible keys of each query, as of ``ops.index_topk``."""
+        """The ``index_topk`` best visible keys of each query, int32 [b, s, k], as of
+        ``ops.index_topk``."""
         k = min(self.index_topk, queries.keys)
         return index_topk(inputs, queries, k, self.softmax_scale)
 
     def forward(self, x, qr, mask=None, packed_seq_params=None) -> Tensor:
-        """Top-k of each query; see ``select``. The mask is causal, and only that."""
+        """The host's slots: top-k of each query, see ``select``. The mask is causal, and only that.
+
+        Args:
+            x: the hidden states.
+            qr: the normalised query latent.
+            mask: ignored.
+            packed_seq_params: documents of a pack.
+        """
         return self.forward_with_scores(x, qr, mask, packed_seq_params)[1]
 
     def forward_with_scores(self, x, qr, mask=None, packed_seq_params=None):
-        """Scores [b, s, s] (-inf where invisible) and top-k. For looking: the scores alone take
-        memory quadratic in s, and the attention never asks for them."""
+        """The host's slots, see ``forward``: scores [b, s, t] (-inf where invisible) and top-k. For
+        looking: the scores alone take memory quadratic in s, and the attention never asks for
+        them."""
+        return self._scores_and_topk(x, qr, packed_seq_params)
+
+    def _scores_and_topk(self, hidden_states: Tensor, q_latent: Tensor, packed_seq_params):
         tp_size = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
-        s = len(x) * tp_size
-        layout = Layout.of(self.config, self.pg_collection.cp, packed_seq_params, s, x.device)
-        inputs, queries, whole = self.inputs(x, qr, layout), layout.queries, slice(0, s)
-        scores = block_scores(inputs, whole, queries.end(whole), self.softmax_scale)
+        s, device = len(hidden_states) * tp_size, hidden_states.device
+        layout = Layout.of(self.config, self.pg_collection.cp, packed_seq_params, s, device)
+        inputs = self.inputs(hidden_states, q_latent, layout)
+        queries, whole = layout.queries, slice(0, s)
+        scores = block_scores(inputs, whole, queries.end(whole), self.softmax_scale)  # [b, s, t]
         scores = scores.masked_fill(~visible_keys(whole, queries), float("-inf"))
         return scores, self.select(inputs, queries)
 
-    def _rotate_positions(self, t: Tensor, angles: Tensor, mscale: float) -> Tensor:
+    def _rotate_positions(self, tensor: Tensor, rotation: Rotation) -> Tensor:
         """Rotate the leading ``qk_pos_emb_head_dim`` of [s, b, heads, dim]: [rope | nope]."""
         rope_dim = self.qk_pos_emb_head_dim
-        rope, nope = t.split([rope_dim, self.index_head_dim - rope_dim], dim=-1)
-        return torch.cat([self._rope.rotate(rope, angles, mscale), nope], dim=-1)
+        # [s, b, heads, rope_dim], [s, b, heads, dim - rope_dim]
+        rope, nope = tensor.split([rope_dim, self.index_head_dim - rope_dim], dim=-1)
+        return torch.cat([self._rope.rotate(rope, rotation), nope], dim=-1)  # [s, b, heads, dim]

@@ -22,10 +22,11 @@ from .rope import Rope
 
 
 class CrossLayerMLASelfAttention(MLASelfAttention):
-    """The host's module, parameters and forward, with other keys and values, see
-    ``CrossLayerDSAttention.forward``."""
+    """The host's module, parameters and forward. In its key slot stands the latent, in its value
+    slot the up-projection, see ``CrossLayerDSAttention.attend``."""
 
     _core_inputs: tuple[Tensor, Tensor] | None = None
+    """The hidden states and the query's latent of a forward whose core is checkpointed."""
 
     def __init__(self, config, *args, **kwargs) -> None:
         """Raises GLM5PatchError where the latent can't be split evenly between ranks."""
@@ -56,18 +57,23 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
             packed_seq_params: documents of a pack.
 
         Returns:
-            The core's query, key and value, and the normalised query and key-value latents.
+            In the host's order: query [s, b, n, nope + rope], latent [t, b, 1, latent + rope],
+            up-projection [latent, n * (nope + value)], and the normalised latents of the query
+            [s, b, q_lora_rank] and of keys and values [s, b, latent], both [s / tp, ...] under
+            sequence parallelism.
 
         Raises:
             GLM5PatchError: decoding with a KV cache.
         """
         if inference_context is not None or inference_params is not None:
             raise GLM5PatchError("decoding with a KV cache is not supported, run whole sequences")
-        q_latent = self.q_layernorm(self.linear_q_down_proj(hidden_states)[0])
-        compressed, k_rope = self.linear_kv_down_proj(hidden_states)[0].split(
-            [self.dims.latent, self.dims.rope], dim=-1
-        )
-        kv_latent = self.kv_layernorm(compressed)
+        # Under sequence parallelism s is s / tp until ``_project``.
+        q_latent = self.linear_q_down_proj(hidden_states)[0]  # [s, b, q_lora_rank]
+        q_latent = self.q_layernorm(q_latent)
+        latent = self.linear_kv_down_proj(hidden_states)[0]  # [s, b, latent + rope]
+        # [s, b, latent], [s, b, rope]
+        kv_latent, k_rope = latent.split([self.dims.latent, self.dims.rope], dim=-1)
+        kv_latent = self.kv_layernorm(kv_latent)
 
         def project(q_latent: Tensor, kv_latent: Tensor, k_rope: Tensor):
             return self._project(q_latent, kv_latent, k_rope, packed_seq_params)
@@ -82,42 +88,53 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
                     lambda *latents: _all_need_grad(project_once(*latents)), *latents
                 )
 
-        query, key, value = project(q_latent, kv_latent, k_rope)
+        query, latent, up_projection = project(q_latent, kv_latent, k_rope)
         if self.checkpoint_core_attention and self.training:
             self._core_inputs = (hidden_states, q_latent)
-        return query, key, value, q_latent, kv_latent
+        return query, latent, up_projection, q_latent, kv_latent
 
     def _project(self, q_latent: Tensor, kv_latent: Tensor, k_rope: Tensor, packed_seq_params):
-        query = self.linear_q_up_proj(q_latent)[0]
-        query = query.unflatten(-1, (-1, self.dims.nope + self.dims.rope))
+        """The core's query, latent and up-projection, with positions rotated in."""
+        dims = self.dims
+        query = self.linear_q_up_proj(q_latent)[0]  # [s, b, n * (nope + rope)]
+        query = query.unflatten(-1, (-1, dims.nope + dims.rope))  # [s, b, n, nope + rope]
         layout = Layout.of(
             self.config, self.pg_collection.cp, packed_seq_params, len(query), query.device
         )
-        angles = self._rope.frequencies(layout.queries)
-        q_nope, q_rope = query.split([self.dims.nope, self.dims.rope], dim=-1)
-        query = torch.cat([q_nope, self._rope.rotate(q_rope, *angles)], dim=-1)
+        rotation = self._rope.rotation(layout.queries)
+        # [s, b, n, nope], [s, b, n, rope]
+        q_nope, q_rope = query.split([dims.nope, dims.rope], dim=-1)
+        q_rope = self._rope.rotate(q_rope, rotation)
+        query = torch.cat([q_nope, q_rope], dim=-1)  # [s, b, n, nope + rope]
 
         # Every rank's heads see the whole latent, and its gradient is the sum over all heads.
-        latent = torch.cat([kv_latent, k_rope], dim=-1)
+        latent = torch.cat([kv_latent, k_rope], dim=-1)  # [s, b, latent + rope]
         if self.config.sequence_parallel:
+            # [s / tp, b, latent + rope] -> [s, b, latent + rope]
             latent = gather_from_sequence_parallel_region(latent, group=self.pg_collection.tp)
         else:
             latent = copy_to_tensor_model_parallel_region(latent, group=self.pg_collection.tp)
-        kv_latent, k_rope = latent.unsqueeze(2).split([self.dims.latent, self.dims.rope], dim=-1)
-        key = torch.cat([kv_latent, self._rope.rotate(k_rope, *angles)], dim=-1)
-        return query, layout.gather(key), self._up(query)
+        latent = latent.unsqueeze(2)  # [s, b, 1, latent + rope]
+        # [s, b, 1, latent], [s, b, 1, rope]
+        kv_latent, k_rope = latent.split([dims.latent, dims.rope], dim=-1)
+        k_rope = self._rope.rotate(k_rope, rotation)
+        latent = torch.cat([kv_latent, k_rope], dim=-1)  # [s, b, 1, latent + rope]
+        latent = layout.gather(latent)  # [t, b, 1, latent + rope]
+        return query, latent, self._up_projection(query)
 
-    def _up(self, like: Tensor) -> Tensor:
+    def _up_projection(self, like: Tensor) -> Tensor:
         """What ``linear_kv_up_proj`` multiplies by, [latent, n * (nope + value)].
 
         Asked of the module itself, by handing it the identity: whatever wraps it (an adapter), its
         hooks and its gradient's way count.
         """
-        basis = torch.eye(self.dims.latent, dtype=like.dtype, device=like.device)
+        latent = self.dims.latent
+        basis = torch.eye(latent, dtype=like.dtype, device=like.device)  # [latent, latent]
         if self.config.sequence_parallel:
             tp = self.pg_collection.tp
-            basis = basis.chunk(tp.size())[tp.rank()]
-        return self.linear_kv_up_proj(basis.unsqueeze(1))[0].squeeze(1)
+            basis = basis.chunk(tp.size())[tp.rank()]  # [latent / tp, latent]
+        up_projection = self.linear_kv_up_proj(basis.unsqueeze(1))[0]  # [latent, 1, n * (nope + v)]
+        return up_projection.squeeze(1)  # [latent, n * (nope + value)]
 
     def _run_core_attention(
         self,
@@ -129,7 +146,8 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
         attn_mask_type=None,
         **inputs,
     ):
-        """megatron-core 0.19 pads the values of a pack here, which the core's are not."""
+        """The host's slots. megatron-core 0.19 pads ``value`` for a pack here: that would pad the
+        up-projection."""
         return self.core_attention(
             query,
             key,
@@ -143,22 +161,25 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
     def _checkpointed_attention_forward(
         self, query, key, value, attention_mask, *args, packed_seq_params=None, **kwargs
     ):
-        """megatron-core 0.16 to 0.18 give the core no ``x`` and ``qr`` here."""
-        (x, qr), self._core_inputs = self._core_inputs, None
+        """The host's slots. megatron-core 0.16 to 0.18 give the core no ``x`` and ``qr`` here."""
+        (hidden_states, q_latent), self._core_inputs = self._core_inputs, None
 
-        def core(query, key, value, x, qr):
+        def core(query, latent, up_projection, hidden_states, q_latent):
             return self.core_attention(
                 query,
-                key,
-                value,
+                latent,
+                up_projection,
                 attention_mask,
-                x=x,
-                qr=qr,
+                x=hidden_states,
+                qr=q_latent,
                 attn_mask_type=self.attn_mask_type,
                 packed_seq_params=packed_seq_params,
             )
 
-        return tensor_parallel.checkpoint(core, False, query, key, value, x, qr)
+        latent, up_projection = key, value
+        return tensor_parallel.checkpoint(
+            core, False, query, latent, up_projection, hidden_states, q_latent
+        )
 
 
 def _all_need_grad(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import copy
 import inspect
+from typing import NamedTuple
 
 from megatron.core.models.common.embeddings import apply_rotary_pos_emb
 from torch import Tensor
 
 from ..ops.query_positions import QueryPositions
+
+
+class Rotation(NamedTuple):
+    """What the queries' positions turn a tensor by."""
+
+    angles: Tensor
+    """[s, 1, 1, rope]."""
+    mscale: float
+    """Factor of what is rotated: YaRN's, else 1."""
 
 
 class Rope:
@@ -34,20 +44,20 @@ class Rope:
         self._config.rotary_interleaved = False
         self._config.apply_rope_fusion = False
 
-    def frequencies(self, queries: QueryPositions) -> tuple[Tensor, float]:
-        """Angles of the queries' positions, [s, 1, 1, d], and the factor of what is rotated."""
+    def rotation(self, queries: QueryPositions) -> Rotation:
+        """To rotate by, at the queries' positions."""
         # "packed" in the host's words: all positions, not only those of this rank.
-        angles = self._embedding(queries.keys, packed_seq=True)
+        angles = self._embedding(queries.keys, packed_seq=True)  # [t, 1, 1, rope]
         angles, mscale = angles if self._config.rope_type == "yarn" else (angles, 1.0)
-        return angles.index_select(0, queries.local_positions), mscale
+        return Rotation(angles.index_select(0, queries.local_positions), mscale)  # [s, 1, 1, rope]
 
-    def rotate(self, tensor: Tensor, angles: Tensor, mscale: float) -> Tensor:
-        """Rotate [s, b, heads, d]."""
+    def rotate(self, tensor: Tensor, rotation: Rotation) -> Tensor:
+        """Rotate [s, b, heads, rope]."""
         return apply_rotary_pos_emb(
             tensor,
-            angles,
+            rotation.angles,
             config=self._config,
-            mscale=mscale,
+            mscale=rotation.mscale,
             cp_group=self._cp_group,
             **self._pairing,
         )

@@ -1,0 +1,101 @@
+"""Which keys the queries of a layer attend to, wherever that answer comes from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from ..config.schedule import IndexSchedule
+from ..ops.index_topk.reference import IndexerInputs
+from ..ops.query_positions import QueryPositions
+from .carrier import current_carrier, require_carrier
+from .mtp import is_mtp_layer
+from .tokens import Layout
+
+
+class Indexer(Protocol):
+    """What a computing layer selects its keys with."""
+
+    def inputs(self, hidden_states: Tensor, q_latent: Tensor, layout: Layout) -> IndexerInputs: ...
+
+    def select(self, inputs: IndexerInputs, queries: QueryPositions) -> Tensor: ...
+
+
+class Selection(NamedTuple):
+    """The top-k of one layer for the tokens of one forward."""
+
+    topk_indices: Tensor | None
+    """int32 [b, s, k], see ``selected_keys``; None: every visible key of all queries."""
+    indexer_inputs: IndexerInputs | None
+    """What the layer's index scores are made of; None unless the layer computes and they were asked
+    for or needed."""
+
+
+class TopkSource:
+    """Answers what the top-k of one layer is: computed by its own indexer, or carried from the
+    computing layer whose top-k it reuses.
+
+    A layer of multi-token prediction computes, and shares with no other layer.
+    """
+
+    def __init__(self, config, layer_number: int) -> None:
+        """Must be called while the layer is built, see ``is_mtp_layer``.
+
+        Raises:
+            ScheduleError: the decoder's schedule is wrong.
+        """
+        self.layer_number = layer_number
+        self.index_topk = config.dsa_indexer_topk
+        self.schedule = IndexSchedule.from_megatron(config)
+        self.is_mtp = is_mtp_layer(layer_number, self.schedule.num_layers)
+        self.source = layer_number if self.is_mtp else self.schedule.source(layer_number)
+        """The number of the layer that computes the top-k."""
+
+    @property
+    def computes(self) -> bool:
+        """Whether the layer has an indexer."""
+        return self.source == self.layer_number
+
+    def selection(
+        self,
+        indexer: Indexer | None,
+        hidden_states: Tensor,
+        q_latent: Tensor,
+        layout: Layout,
+        wants_inputs: bool = False,
+    ) -> Selection:
+        """The top-k of this layer for these tokens. Where every key fits, no layer selects.
+
+        Args:
+            indexer: of a computing layer. Passed with each call, because the module may be replaced
+                after the layer is built.
+            hidden_states: [s, b, h], or [s / tp, b, h] under sequence parallelism.
+            q_latent: normalised, [s, b, q_lora_rank] likewise.
+            layout: where the tokens stand.
+            wants_inputs: whether a computing layer returns ``indexer_inputs`` in any case.
+
+        Raises:
+            MissingTopkError: a skip layer found no top-k of its source.
+        """
+        every_key_fits = layout.queries.all_fit(self.index_topk)
+        if not self.computes:
+            return Selection(self._carried(every_key_fits), None)
+        carrier = None if self.is_mtp else current_carrier()
+        # In a recompute the forward pass has published: both passes must attend to the same keys,
+        # and a second selection costs time.
+        topk_indices = None if carrier is None else carrier.published(self.layer_number)
+        selects = topk_indices is None and not every_key_fits
+        inputs = None
+        if selects or wants_inputs:
+            inputs = indexer.inputs(hidden_states, q_latent, layout)
+        if selects:
+            topk_indices = indexer.select(inputs, layout.queries)  # int32 [b, s, k]
+            if carrier is not None:
+                carrier.publish(self.layer_number, topk_indices, self.schedule)
+        return Selection(topk_indices, inputs)
+
+    def _carried(self, every_key_fits: bool) -> Tensor | None:
+        # Required of short sequences too, so that a stack without a carrier fails at once.
+        carrier = require_carrier(self.layer_number, self.source)
+        return None if every_key_fits else carrier.read(self.layer_number, self.source)
