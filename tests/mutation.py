@@ -228,6 +228,27 @@ FAULTS = (
         "tests/topk/test_carrier.py",
     ),
     Fault(
+        "a recompute selects its top-k again",
+        "topk/source.py",
+        "None if carrier is None else carrier.published(self.layer_number)",
+        "None",
+        "tests/topk/test_source.py",
+    ),
+    Fault(
+        "a layer of multi-token prediction publishes its top-k",
+        "topk/source.py",
+        "None if self.is_mtp else current_carrier()",
+        "current_carrier()",
+        "tests/topk/test_source.py",
+    ),
+    Fault(
+        "a selection is made where every key fits",
+        "topk/source.py",
+        "topk_indices is None and not every_key_fits",
+        "topk_indices is None",
+        "tests/topk/test_source.py",
+    ),
+    Fault(
         "a patch that fails leaves the host half changed",
         "patching/machine.py",
         "seams.undo()\n            if not isinstance",

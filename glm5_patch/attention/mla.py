@@ -133,7 +133,8 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
         if self.config.sequence_parallel:
             tp = self.pg_collection.tp
             basis = basis.chunk(tp.size())[tp.rank()]  # [latent / tp, latent]
-        up_projection = self.linear_kv_up_proj(basis.unsqueeze(1))[0]  # [latent, 1, n * (nope + v)]
+        # A column-parallel layer: [latent / tp, 1, latent] -> [latent, 1, n * (nope + value)]
+        up_projection = self.linear_kv_up_proj(basis.unsqueeze(1))[0]
         return up_projection.squeeze(1)  # [latent, n * (nope + value)]
 
     def _run_core_attention(
