@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 class GLM5PatchError(RuntimeError):
-    """A GLM-5 model can't be built or run rightly here; the message says what to change."""
+    """A GLM-5 model can't be built or run correctly here. The message says what to change."""
 
 
 class ScheduleError(GLM5PatchError, ValueError):

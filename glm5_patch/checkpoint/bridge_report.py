@@ -135,7 +135,7 @@ def refuse_saving_beside_float8(hf_pretrained: Any) -> None:
 def describe_loading(survey: Survey, float8: int = 0) -> str:
     parts = [
         f"{len(survey.read)} tensors read",
-        f"{len(survey.expected_absent)} indexer tensors of skip layers rightly not there",
+        f"{len(survey.expected_absent)} indexer tensors of skip layers absent as expected",
     ]
     if float8:
         parts.append(f"{float8} of them float8, which became bf16")

@@ -1,4 +1,4 @@
-"""A ``glm_moe_dsa`` configuration as published, and the Megatron configuration it means."""
+"""A published ``glm_moe_dsa`` configuration, and the Megatron configuration that it describes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class HFConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> HFConfig:
-        """Read a configuration, whatever its file is called.
+        """Read a configuration from a file of any name.
 
         Raises:
             CheckpointError: the file can't be read, is not JSON, describes another model, or has a
@@ -97,7 +97,7 @@ class HFConfig:
         return float(theta)
 
     def agreeing_with(self, shapes: Mapping[str, tuple[int, ...]], source: Path) -> HFConfig:
-        """This configuration with the rotary width that the weights have.
+        """This configuration with the rotary width of the weights.
 
         transformers 5.8 overwrites ``qk_rope_head_dim`` with ``head_dim`` when it reads a
         config.json, and a file that it saved is read as wrong by every later release. The rows of
