@@ -36,9 +36,9 @@ _MOST_EXPERTS = 1 << 20
 
 
 class HFConfig:
-    """Read access to the fields of a ``glm_moe_dsa`` config.json.
+    """The fields of a ``glm_moe_dsa`` config.json, read-only.
 
-    The raw file is the truth: several transformers releases change what they parse from it.
+    The values come from the file itself, because some transformers releases change them.
     """
 
     def __init__(self, raw: Mapping[str, Any]):
@@ -229,10 +229,10 @@ class HFConfig:
             )
 
     def megatron_kwargs(self) -> dict[str, Any]:
-        """Arguments of ``MLATransformerConfig`` that describe this model and nothing else.
+        """The arguments of ``MLATransformerConfig`` that describe this model.
 
-        Parallelism, precision, recompute and the like are the caller's. ``rope_type`` is "rope",
-        whatever Megatron's default says.
+        The caller adds parallelism, precision and recompute. ``rope_type`` is always "rope";
+        Megatron's default differs.
         """
         from torch.nn.functional import silu  # the rest of this module needs no torch
 

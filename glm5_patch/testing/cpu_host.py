@@ -82,7 +82,7 @@ class CudaLiterals(TorchFunctionMode):
 
 @contextmanager
 def single_process(device: str, seed: int = 0):
-    """A world of one rank, initialised as ``megatron.training`` does it, and torn down at the end.
+    """A world of one rank, initialised as in ``megatron.training`` and torn down at the end.
 
     Args:
         device: "cuda", or "cpu" to run megatron-core without a GPU.

@@ -245,10 +245,10 @@ def topk_overlap(now: dict[int, Tensor], before: dict[int, Tensor]) -> dict[int,
 
     Args:
         now: ``Recording.topk_indices`` of a forward.
-        before: of an earlier forward of the same tokens, or of a reference's.
+        before: the same of an earlier forward, or of a reference model, on the same tokens.
 
     Raises:
-        ValueError: the two are of other layers or other tokens.
+        ValueError: the two have different layers or different tokens.
     """
     if now.keys() != before.keys():
         raise ValueError(f"layers {sorted(now)} and {sorted(before)} are not the same")
