@@ -1,9 +1,9 @@
 """GLM-5 on the megatron-core you already have.
 
 Installing this package is enough: torch loads it through the ``torch.backends`` entry point, and
-each patch adds what the installed host lacks. The functions below are for programs that want to
-look, check, or build a model themselves. Importing this module imports only the standard library;
-the other names are loaded when they are first used.
+each patch adds what the installed host lacks. The functions below are for programs that check the
+plugin or build a model themselves. Importing this module imports only the standard library; the
+other names are loaded when they are first used.
 
 PYTEST_DONT_REWRITE: nothing here asserts, and torch may import it before pytest does.
 """
@@ -99,19 +99,20 @@ def __dir__() -> list[str]:
 def enable() -> Status:
     """Arm every patch, and apply at once those whose host module is already imported.
 
-    Reads the ``GLM5_PATCH*`` environment variables (``glm5_patch.env``) again and does as they say
-    now: with ``GLM5_PATCH=0`` everything that was applied is undone, a patch that is new in
-    ``GLM5_PATCH_DISABLE`` is undone, one that is no longer there is applied. Changing a variable
-    has no effect before the next call. A second call changes nothing, except where somebody
-    replaced a patched attribute since by something that does not do the job: that is wrapped
-    again, with a warning.
+    Each call reads the ``GLM5_PATCH*`` environment variables (``glm5_patch.env``) again. With
+    ``GLM5_PATCH=0`` it undoes every patch. It undoes the patches in ``GLM5_PATCH_DISABLE`` and
+    applies the others. Changing a variable has no effect before the next call.
+
+    A second call with the same variables changes nothing, with one exception: if a program has
+    replaced a patched attribute with one that does not do the job, it is wrapped again, with a
+    warning.
 
     Returns:
-        What became of each patch.
+        The state of each patch.
 
     Raises:
         GLM5PatchError: a patch failed, under ``GLM5_PATCH_STRICT=1``.
-        ValueError: a switch is wrong, under ``GLM5_PATCH_STRICT=1``; else it is a warning.
+        ValueError: a switch is wrong, under ``GLM5_PATCH_STRICT=1``; otherwise it is a warning.
     """
     from .patches import MACHINE
 
@@ -120,9 +121,9 @@ def enable() -> Status:
 
 
 def disable() -> Status:
-    """Put every original object of every host back, and arm nothing until ``enable()``.
+    """Restore every original object of every host, and arm nothing until ``enable()``.
 
-    A wrapper that somebody put around a patched function stays, and the function beneath it does
+    Another program's wrapper around a patched function stays. The function inside it then does
     what the original does.
     """
     from .patches import MACHINE
@@ -132,9 +133,9 @@ def disable() -> Status:
 
 
 def status() -> Status:
-    """What became of each patch in this process, and why.
+    """The state of each patch in this process, with the reason.
 
-    A host module that was loaded past the import hook, or reloaded, is patched now.
+    The call also patches a host module that bypassed the import hook or was reloaded.
     """
     from .patches import MACHINE
 
@@ -142,22 +143,22 @@ def status() -> Status:
 
 
 def require(*ids: str, model: nn.Module | None = None) -> Status:
-    """Import the hosts that are installed, ``enable()``, and insist that they are patched.
+    """Import the installed hosts, call ``enable()``, and check that every patch is in place.
 
-    Without a model this says that the patches are in place, and nothing of a model: one that is
-    built from a spec of your own may have other attention.
+    Without ``model`` this checks the patches only. A model that is built from another spec may
+    have other attention.
 
     Args:
-        ids: patches to insist on; all of them by default.
+        ids: the patches to check; all of them by default.
         model: a built model, or a pipeline chunk of one. Every sparse layer of it must have the
-            plugin's attention, or megatron-core's where the plugin finds or makes that right.
+            plugin's attention, or megatron-core's if that is correct, by itself or with patches.
 
     Raises:
         GLM5PatchError: a patch that this host needs is not in place; the message names the
             patch, its seam and the cause. A layer of the model has attention that the plugin does
-            not know; the message names its class. An uninstalled host is no error, unless none is
-            there. Also where an environment variable of this package is wrong.
-        ValueError: an id that no patch has.
+            not know; the message names its class. No host is installed. An environment variable
+            of this package is wrong.
+        ValueError: an id is unknown.
     """
     from .patches import MACHINE
 

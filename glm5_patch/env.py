@@ -6,13 +6,14 @@
 ``GLM5_PATCH_STRICT=1``       raise where a patch fails or a switch is wrong, instead of
                               warning and refusing later to build a GLM-5 model
 ``GLM5_PATCH_LOG=debug``      log what is armed and applied to stderr (any logging level)
-``GLM5_PATCH_ATTENTION=host`` whose attention modules a GLM-5 is built of: ``auto`` (the
-                              host's where they are right), ``plugin``, ``host``
-``GLM5_PATCH_KERNELS=torch``  what computes sparse attention: ``auto``, ``triton``, ``gluon``,
-                              ``cudnn``, ``flash_mla``, ``torch``
+``GLM5_PATCH_ATTENTION=host`` select the attention modules of a GLM-5: ``plugin``, ``host``, or
+                              ``auto`` (the plugin's; the host's if ``dsa_kernel_backend`` asks
+                              for its kernels)
+``GLM5_PATCH_KERNELS=torch``  select the backend of sparse attention: ``auto``, ``triton``,
+                              ``gluon``, ``cudnn``, ``flash_mla``, ``torch``
 ============================= =====================================================
 
-A wrong value counts as if the variable were not set, and ``problems`` names it.
+A wrong value has no effect, and ``problems`` names it.
 """
 
 from __future__ import annotations

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 
 class GLM5PatchError(RuntimeError):
-    """A GLM-5 model can't be built or run rightly here; the message says what to change."""
+    """A GLM-5 model can't be built or run correctly here. The message says what to change."""
 
 
 class ScheduleError(GLM5PatchError, ValueError):
-    """An index schedule that no model can have: the field, its value and the fix are named."""
+    """An index schedule is invalid. The message names the field, its value and the fix."""
 
 
 class PipelineSplitError(GLM5PatchError, ValueError):
-    """A pipeline stage whose first layers would need a top-k from another stage."""
+    """The first layers of a pipeline stage need a top-k from another stage."""
 
 
 class MissingTopkError(GLM5PatchError, LookupError):
@@ -23,7 +23,7 @@ class MissingTopkError(GLM5PatchError, LookupError):
 
 
 class CheckpointError(GLM5PatchError, ValueError):
-    """A checkpoint that is absent, damaged or of another model; file and cause are named."""
+    """A checkpoint is missing, damaged or of another model. The message names file and cause."""
 
     def __init__(self, message: str):
         # File and tensor names may hold newlines and control characters; the message is one line.

@@ -45,7 +45,7 @@ def gpt_model(hf: HFConfig, config, *, pre_process: bool = True, post_process: b
 
     Args:
         hf: the published configuration.
-        config: by ``transformer_config``.
+        config: made by ``transformer_config``.
         pre_process: whether this pipeline stage has the embedding.
         post_process: whether this pipeline stage has the output layer.
 
@@ -137,11 +137,11 @@ HF_LATENT_NORM_EPSILON = 1e-6
 
 
 def set_latent_norm_epsilon(model: torch.nn.Module, epsilon: float) -> None:
-    """Give the norms of the query and key-value latents an epsilon of their own.
+    """Set the epsilon of the norms of the query and key-value latents.
 
-    By default they have ``layernorm_epsilon``, the config.json's ``rms_norm_eps``, as every trainer
-    and serving engine has it. Hugging Face alone has 1e-6 there. The difference is nothing for
-    latents of variance 1 and large for small ones.
+    The default is ``layernorm_epsilon``, which is ``rms_norm_eps`` in config.json, as in trainers
+    and serving engines. Hugging Face uses 1e-6. The difference is negligible for latents of
+    variance 1 and large for small ones.
 
     Raises:
         ValueError: the model has no latent norms.

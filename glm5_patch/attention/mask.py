@@ -15,10 +15,10 @@ _checked: tuple[weakref.ref, int] | None = None
 
 
 def require_causal(attention_mask: Tensor | None, queries: QueryPositions) -> None:
-    """Refuse a mask that says something else than what is computed.
+    """Refuse a mask that differs from what is computed.
 
-    Accepted are a causal mask, and one that besides hides padding after the real tokens: no real
-    token sees that padding anyway, and what padding itself sees does not matter.
+    A causal mask is accepted. It may also hide padding on the right: no real token sees that
+    padding, and the output of padding does not matter.
 
     Reading a mask makes the host wait for the device. So each mask is read once, none is in a
     recompute, whose forward pass has read it, and none while a CUDA graph is captured.
@@ -54,7 +54,9 @@ def _check(mask: Tensor, queries: QueryPositions) -> None:
     if mask.dim() == 2:
         mask = ~mask[:, None, None, :]
     if mask.dim() != 4 or mask.shape[1] != 1:
-        raise _refused(mask, "is none of [b, 1, queries, keys], [b, 1, 1, keys] and [b, keys]", "")
+        raise _refused(
+            mask, "must be one of [b, 1, queries, keys], [b, 1, 1, keys] or [b, keys]", ""
+        )
     if mask.shape[2] == 1:
         if (mask[..., :-1] & ~mask[..., 1:]).any():
             raise _refused(mask, "hides keys before others that it shows: padding on the left")

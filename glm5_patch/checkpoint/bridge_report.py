@@ -19,7 +19,7 @@ from .survey import Survey, missing_hint
 
 
 def report(bridge: Any, model: Any) -> Survey:
-    """The tensors of ``AutoBridge``'s checkpoint, beside those that a model needs.
+    """Compare the tensors of an ``AutoBridge``'s checkpoint with those that a model needs.
 
     Args:
         bridge: an ``AutoBridge`` of a Hugging Face directory.
@@ -47,7 +47,7 @@ def check_before_loading(hf_pretrained: Any, model: Any) -> Survey | None:
             Bridge would leave what it makes as it was drawn.
 
     Warns:
-        RuntimeWarning: a tensor is none of this model's.
+        RuntimeWarning: a tensor does not belong to this model.
     """
     if not _has_tensors(hf_pretrained):
         return None
@@ -135,7 +135,7 @@ def refuse_saving_beside_float8(hf_pretrained: Any) -> None:
 def describe_loading(survey: Survey, float8: int = 0) -> str:
     parts = [
         f"{len(survey.read)} tensors read",
-        f"{len(survey.expected_absent)} indexer tensors of skip layers rightly not there",
+        f"{len(survey.expected_absent)} indexer tensors of skip layers absent as expected",
     ]
     if float8:
         parts.append(f"{float8} of them float8, which became bf16")

@@ -1,4 +1,4 @@
-"""The files of a checkpoint, by their headers alone: needs no torch, and takes seconds."""
+"""The files of a checkpoint, checked by their headers. Needs no torch and takes seconds."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class CheckpointFiles:
 
 
 def _directory(path: Path) -> Path:
-    """The directory that is meant by it, by one of its files, or by a Hub id."""
+    """The directory of a checkpoint, from its path, one of its files or a Hub id."""
     try:
         if path.name in ("config.json", INDEX, SINGLE) and path.is_file():
             path = path.parent
@@ -216,7 +216,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
 
 
 def _check_file_name(index: Path, name: str, file: object) -> None:
-    """Raise CheckpointError for a path that leaves the directory, or is none."""
+    """Raise CheckpointError for a path that leaves the directory or is no file name."""
     path = PurePosixPath(file) if isinstance(file, str) else None
     if path is None or not file.endswith(".safetensors") or "\0" in file:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""What safetensors files say about their tensors, without torch and without reading any tensor."""
+"""The headers of safetensors files. Needs no torch and reads no tensor."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ _BITS = {
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies."""
+    """The place of a tensor."""
 
     path: Path
     name: str
-    """In the file."""
+    """The tensor's name in the file."""
     dtype: str
-    """As safetensors calls it."""
+    """The name that safetensors uses."""
     shape: tuple[int, ...]
     begin: int
     """Its first byte in the file."""
     expert: int | None = None
-    """Of a tensor that is part of stacked experts, [experts, rows, columns]: which one it is."""
+    """The expert, if the tensor is a part of stacked experts, [experts, rows, columns]."""
     first_row: int = 0
-    """And the row of the stacked tensor where it starts."""
+    """The row of the stacked tensor where this part starts."""
 
     @property
     def nbytes(self) -> int:
@@ -61,7 +61,7 @@ class Stored(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What a safetensors file says about itself."""
+    """The header of one safetensors file."""
 
     tensors: dict[str, Stored]
     metadata: dict[str, str]

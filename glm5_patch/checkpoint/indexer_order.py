@@ -33,7 +33,7 @@ _NORMS = ("k_norm.weight", "k_norm.bias")
 _RECORD = "glm5_patch_indexer_order"
 """Key in the metadata of each file that a conversion wrote."""
 _ALIKE, _BY = 0.5, 0.1
-"""The cosine that related tensors reach at least, and by how much it exceeds the other order's."""
+"""The least cosine of related tensors, and the least distance from that of the other order."""
 
 
 class Found(NamedTuple):
@@ -42,7 +42,7 @@ class Found(NamedTuple):
     orders: dict[int, str]
     """Layer number -> ROPE_FIRST or ROPE_LAST; the MTP layer follows the last decoder layer."""
     how: str
-    """How it is known: "measured beside DIRECTORY", "given", "recorded by a conversion"."""
+    """The source: "measured beside DIRECTORY", "given", "recorded by a conversion"."""
 
     @property
     def order(self) -> str:
@@ -72,7 +72,7 @@ class Conversion(NamedTuple):
 def find_orders(
     checkpoint: CheckpointFiles, relative: HFCheckpoint | None = None, given: str | None = None
 ) -> Found | None:
-    """The order of every indexer of a checkpoint; None if nothing tells it.
+    """The order of every indexer of a checkpoint; None if it is unknown.
 
     Args:
         checkpoint: the checkpoint in question; an ``HFCheckpoint`` if there is a relative.
@@ -201,7 +201,7 @@ def _is_ordered(name: str) -> bool:
 
 
 def reordered(tensor: Tensor, rope: int, width: int, to: str) -> Tensor:
-    """A tensor of an indexer with its rotary dimensions moved to the other end.
+    """Move the rotary dimensions of an indexer's tensor to the other end.
 
     Args:
         tensor: [heads * width, columns] or [heads * width], in the order that ``to`` is not.
@@ -223,7 +223,7 @@ def convert(
     found: Found,
     advance: Callable[[str], None] = lambda file: None,
 ) -> Conversion:
-    """Write a checkpoint whose indexers all have one order; one file in memory at a time.
+    """Write a checkpoint with all indexers in one order. One file at a time is in memory.
 
     Nothing is written if they have it already. The output appears under its name when it is
     complete. An interrupted conversion is continued by the same call.

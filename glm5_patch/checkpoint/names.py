@@ -1,4 +1,4 @@
-"""The tensors of a GLM-5 checkpoint: names, shapes, and the Megatron parameter that each makes."""
+"""The tensors of a GLM-5 checkpoint: names, shapes, and the Megatron parameters they fill."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ _EXPERT = re.compile(
 
 
 def _first_expert(config) -> int:
-    """The number of this rank's first expert; expert parallelism deals them out in order."""
+    """The number of this rank's first expert. Expert parallelism assigns experts in order."""
     ranks = config.expert_model_parallel_size
     if ranks == 1:
         return 0
@@ -174,7 +174,7 @@ def _layer_sources(name: str, first_expert: int) -> tuple[str, ...] | None:
 
 
 PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
-"""Their rows are tokens, which megatron-core pads to a multiple of the ranks that share them."""
+"""Their rows are tokens. megatron-core pads them to a multiple of the tensor-parallel ranks."""
 
 
 def own_slices(name: str, whole: Sequence[int], own: Sequence[int]) -> tuple[slice, ...]:
@@ -214,7 +214,7 @@ def own_slices(name: str, whole: Sequence[int], own: Sequence[int]) -> tuple[sli
 
 
 def own_part(name: str, whole: Sequence[Tensor], like: Tensor) -> Tensor:
-    """What this tensor-parallel rank holds of a parameter.
+    """The part of a parameter on this tensor-parallel rank.
 
     Args:
         name: of the parameter.

@@ -24,7 +24,7 @@ from .survey import CheckpointReport
 
 _THREADS = 4
 _MAPPED_BYTES = 128 << 20
-"""A file is opened anew after this much: pages of a mapping count as the process's memory."""
+"""Bytes after which a file is reopened: its mapped pages count as memory of the process."""
 
 
 class _Read(NamedTuple):
@@ -36,10 +36,10 @@ class _Read(NamedTuple):
 
 
 class HFCheckpoint(CheckpointFiles):
-    """A checkpoint whose tensors can be read. Only headers are read until one is asked for."""
+    """A checkpoint with readable tensors. Only headers are read before the first tensor."""
 
     def read(self, name: str, slices: tuple[slice, ...] = ()) -> Tensor:
-        """One tensor, or a part of it, on the CPU; in the dtype of the file, but float8 as bf16.
+        """One tensor, or a part of it, on the CPU in the dtype of the file. float8 becomes bf16.
 
         Args:
             name: Hugging Face's.
@@ -67,7 +67,7 @@ class HFCheckpoint(CheckpointFiles):
         model: torch.nn.Module | Sequence[torch.nn.Module],
         advance: Callable[[str], None] = lambda file: None,
     ) -> CheckpointReport:
-        """Copy into every parameter and buffer of this rank its part of the tensors.
+        """Load this rank's part of the tensors into every parameter and buffer.
 
         Each rank reads for itself: its pipeline stage, its experts, its slice of what tensor
         parallelism splits.
@@ -78,7 +78,7 @@ class HFCheckpoint(CheckpointFiles):
             advance: called with the name of each file when its tensors have been read.
 
         Raises:
-            CheckpointError: a parameter of the model has no tensor, or none of its shape.
+            CheckpointError: a parameter of the model has no tensor, or one of another shape.
         """
         chunks = [unwrapped(chunk) for chunk in (model if _is_list(model) else [model])]
         report = self.report_for(max(chunk.config.mtp_num_layers or 0 for chunk in chunks))
@@ -152,7 +152,7 @@ class HFCheckpoint(CheckpointFiles):
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The GPTModel inside ``DistributedDataParallel``, ``Float16Module`` and their like."""
+    """The GPTModel inside wrappers such as ``DistributedDataParallel`` and ``Float16Module``."""
     while not hasattr(model, "decoder") and isinstance(
         getattr(model, "module", None), torch.nn.Module
     ):

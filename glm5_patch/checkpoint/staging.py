@@ -1,4 +1,4 @@
-"""A directory that is written beside its place and gets its name when it is complete."""
+"""An output directory that is written under a hidden name and renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def free_directory(output: str | Path, needed: int = 0) -> Path:
 
 
 def fingerprint(paths: Collection[Path]) -> dict[str, list[int]]:
-    """Size and time of files: whether a source is still what it was."""
+    """Size and time of files, to detect a changed source."""
     statuses = {str(path): path.stat() for path in paths}
     return {path: [status.st_size, status.st_mtime_ns] for path, status in statuses.items()}
 
@@ -108,7 +108,7 @@ class Staging:
             self.partial.mkdir(exist_ok=True)
 
     def has(self, name: str) -> bool:
-        """Whether a file has been written, whole."""
+        """Whether a file has been written completely."""
         return (self.partial / name).exists()
 
     @contextmanager
@@ -128,7 +128,7 @@ class Staging:
             shutil.copy2(path, target)
 
     def publish(self, names: Collection[str]) -> None:
-        """Give the output its name. Of the hidden directory only ``names`` are kept."""
+        """Give the output its name. Only ``names`` of the hidden directory are kept."""
         with _named_errors(self.output):
             for path in sorted(self.partial.rglob("*"), reverse=True):
                 if not path.is_dir() and str(path.relative_to(self.partial)) not in names:

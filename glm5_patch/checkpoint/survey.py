@@ -17,7 +17,7 @@ class Survey(NamedTuple):
     """What the model takes."""
     missing: tuple[str, ...]
     expected_absent: tuple[str, ...]
-    """Indexer tensors of skip layers, as they would be called: rightly not there."""
+    """Indexer tensors of skip layers, by name: absent as expected."""
     dropped: tuple[str, ...]
     """Indexer tensors of skip layers, as some conversions write them; not read."""
     mtp: tuple[str, ...]

@@ -28,7 +28,7 @@ def save(
     output: str | Path,
     source: HFCheckpoint | None = None,
 ) -> None:
-    """Write a whole, unsplit model as a Hugging Face directory; it appears complete or not at all.
+    """Write a whole, unsplit model as a Hugging Face directory. No partial directory is left.
 
     Args:
         model: the Megatron model.
@@ -73,7 +73,7 @@ def save(
 
 
 _NOT_SAVED = ("torch_dtype", *SETTINGS)
-"""Fields of the source's config.json that are not true of what is written."""
+"""Fields of the source's config.json that do not hold for the output."""
 
 
 def _copy_of(name: str, tensors: dict[str, Tensor], source: HFCheckpoint) -> Tensor:
@@ -116,7 +116,7 @@ def write_index(weight_map: dict[str, str], total_size: int, staging: Staging) -
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write one safetensors file; an error of the disk is an OSError."""
+    """Write one safetensors file. A disk error raises OSError."""
     try:
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:

@@ -1,4 +1,4 @@
-"""Estimated forward time of the parts of a GLM-5, in FLOPs per token: for balancing, not MFU."""
+"""Estimated forward FLOPs per token of the parts of a GLM-5, to balance stages and not for MFU."""
 
 from __future__ import annotations
 

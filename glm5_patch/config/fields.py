@@ -1,4 +1,4 @@
-"""GLM-5's settings of a ``TransformerConfig``, by megatron-core 0.19's names where it has them."""
+"""GLM-5's settings in ``TransformerConfig``, with megatron-core 0.19's names."""
 
 # No `from __future__ import annotations`: argument builders read the types of the fields, which
 # must be types and not strings.
@@ -54,13 +54,13 @@ class GLM5Fields:
 
     dsa_is_glm5: bool | None = _switch(
         "dsa_is_glm5",
-        "Whether a DSA model is a GLM-5. By default its other settings tell; see is_glm5.",
+        "Whether a DSA model is a GLM-5. By default its other settings decide; see is_glm5.",
     )
     dsa_indexer_topk_freq: int = _setting(
         1, "Every freq-th layer computes its top-k, the others reuse it."
     )
     dsa_indexer_skip_topk_offset: int = _setting(
-        MEGATRON_DEFAULT_OFFSET, "The first layers, that many but at least one, all compute."
+        MEGATRON_DEFAULT_OFFSET, "The first layers, this many and at least one, all compute."
     )
     dsa_indexer_types: list[str] | None = _setting(
         None,
@@ -97,7 +97,7 @@ CONVENTIONS = {
     "dsa_indexer_k_norm_epsilon": 1e-6,
     "dsa_indexer_scoring_relu": True,
 }
-"""What every GLM-5 computes its index scores by. megatron-core's own defaults are others."""
+"""The conventions of every GLM-5's index scores. megatron-core's defaults differ."""
 
 # A value other than these is a setting of GLM-5's: by default no other model has it. k_norm's
 # epsilon is not among them, because DeepSeek-V3.2's is GLM-5's.
@@ -114,23 +114,23 @@ _OF_OTHER_MODELS = {
 
 
 def is_dsa(config: Any) -> bool:
-    """Whether a Megatron configuration is of a model with DeepSeek sparse attention."""
+    """Whether a Megatron configuration asks for DeepSeek sparse attention."""
     return getattr(config, "experimental_attention_variant", None) == "dsa"
 
 
 def is_glm5(config: Any) -> bool:
-    """Whether a Megatron configuration is of a GLM-5, and so for this package to build.
+    """Whether a Megatron configuration is a GLM-5, which this package builds.
 
-    ``experimental_attention_variant="dsa"`` is what DeepSeek-V3.2 says too. A DSA model is a GLM-5
+    DeepSeek-V3.2 also sets ``experimental_attention_variant="dsa"``. A DSA model is a GLM-5
 
-    - if ``dsa_is_glm5`` says so; if it is False, the model is another;
-    - else if it has a setting of GLM-5's: index sharing (``dsa_indexer_types``, or a
-      ``dsa_indexer_topk_freq`` above 1, or an offset), ``dsa_indexer_rope_interleaved=True``,
-      ``dsa_indexer_rotate_activation=False``, or an order of context parallelism that only this
-      package knows.
+    - if ``dsa_is_glm5`` is True; if it is False, the model is another one;
+    - if ``dsa_is_glm5`` is None and it has a setting of GLM-5's: index sharing
+      (``dsa_indexer_types``, or a ``dsa_indexer_topk_freq`` above 1, or an offset),
+      ``dsa_indexer_rope_interleaved=True``, ``dsa_indexer_rotate_activation=False``, or
+      ``dsa_context_parallel_order="contiguous"``.
 
     Where the host refuses every DSA model (megatron-core 0.16 and 0.17), the ``config_fields``
-    patch sets ``dsa_is_glm5`` where it is None, since no other model could be meant.
+    patch sets ``dsa_is_glm5`` if it is None, because no other DSA model can be built there.
     """
     if not is_dsa(config):
         return False
@@ -146,14 +146,14 @@ def has_glm5_settings(config: Any) -> bool:
 
 
 def set_conventions(config: Any) -> None:
-    """Give the configuration of a GLM-5 its value of each switch that nobody has set."""
+    """Set each unset switch of a GLM-5's configuration to GLM-5's value."""
     for name, value in CONVENTIONS.items():
         if isinstance(value, bool) and getattr(config, name, value) is None:
             setattr(config, name, value)
 
 
 def unlike_glm5(config: Any) -> dict[str, Any]:
-    """The conventions, by field, in which a configuration is not a GLM-5's."""
+    """The fields in which a configuration differs from GLM-5's conventions, with their values."""
     found = {name: getattr(config, name, value) for name, value in CONVENTIONS.items()}
     computed = {**found, "dsa_indexer_k_norm_epsilon": k_norm_epsilon(config)}
     return {name: found[name] for name, value in CONVENTIONS.items() if computed[name] != value}

@@ -1,4 +1,4 @@
-"""A ``glm_moe_dsa`` configuration as published, and the Megatron configuration it means."""
+"""A published ``glm_moe_dsa`` configuration, and the Megatron configuration that it describes."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ _MOST_EXPERTS = 1 << 20
 
 
 class HFConfig:
-    """Read access to the fields of a ``glm_moe_dsa`` config.json.
+    """The fields of a ``glm_moe_dsa`` config.json, read-only.
 
-    The raw file is the truth: several transformers releases change what they parse from it.
+    The values come from the file itself, because some transformers releases change them.
     """
 
     def __init__(self, raw: Mapping[str, Any]):
@@ -51,7 +51,7 @@ class HFConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> HFConfig:
-        """Read a configuration, whatever its file is called.
+        """Read a configuration from a file of any name.
 
         Raises:
             CheckpointError: the file can't be read, is not JSON, describes another model, or has a
@@ -97,7 +97,7 @@ class HFConfig:
         return float(theta)
 
     def agreeing_with(self, shapes: Mapping[str, tuple[int, ...]], source: Path) -> HFConfig:
-        """This configuration with the rotary width that the weights have.
+        """This configuration with the rotary width of the weights.
 
         transformers 5.8 overwrites ``qk_rope_head_dim`` with ``head_dim`` when it reads a
         config.json, and a file that it saved is read as wrong by every later release. The rows of
@@ -229,10 +229,10 @@ class HFConfig:
             )
 
     def megatron_kwargs(self) -> dict[str, Any]:
-        """Arguments of ``MLATransformerConfig`` that describe this model and nothing else.
+        """The arguments of ``MLATransformerConfig`` that describe this model.
 
-        Parallelism, precision, recompute and the like are the caller's. ``rope_type`` is "rope",
-        whatever Megatron's default says.
+        The caller adds parallelism, precision and recompute. ``rope_type`` is always "rope";
+        Megatron's default differs.
         """
         from torch.nn.functional import silu  # the rest of this module needs no torch
 

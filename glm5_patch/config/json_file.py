@@ -1,4 +1,4 @@
-"""Reading a small JSON file that may be anything."""
+"""Read a small JSON file that may hold anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pipeline splits: every stage must start on a computing layer. The one home of that rule."""
+"""Pipeline splits: every stage must start on a computing layer."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..errors import PipelineSplitError
 from .schedule import IndexSchedule
 
 MAX_CHUNKS = 128
-"""Pipeline size times virtual stages that the search for splits takes."""
+"""The largest pipeline size times virtual stages that the search accepts."""
 
 
 def check_split(
     schedule: IndexSchedule, chunks: Sequence[Sequence[int]], labels: Sequence[str]
 ) -> None:
-    """Insist that each layer finds its source in its own pipeline chunk.
+    """Check that each layer has its source in its own pipeline chunk.
 
     Args:
         schedule: the model's index schedule.
@@ -46,7 +46,7 @@ def check_split(
 
 
 def chunk_label(pp_rank: int, vp_stage: int | None = None) -> str:
-    """How messages and plans call a chunk; without virtual stages, ``vp_stage`` is None."""
+    """The name of a chunk in messages and plans. ``vp_stage`` is None without virtual stages."""
     suffix = "" if vp_stage is None else f", virtual stage {vp_stage}"
     return f"pipeline stage {pp_rank}{suffix}"
 

@@ -1,4 +1,4 @@
-"""Which layers run their indexer, and whose top-k the others reuse."""
+"""The layers that run their indexer, and the layer whose top-k each other layer reuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lines for people: above all the one, when a GLM-5 is built, that says with what."""
+"""The lines that rank 0 prints. The main one describes a GLM-5 when it is built."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _asked_for_untrained: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 def announce(stack: torch.nn.Module, config: Any) -> None:
-    """Say of a stack of layers that was just built whose sparse attention it has.
+    """Print whose sparse attention a newly built stack of layers has.
 
-    Models that are built alike, and the chunks of a pipeline, get one line together.
+    Models with the same settings, and the chunks of a pipeline, share one line.
 
     Args:
         stack: a ``TransformerBlock``, a ``HybridStack`` or a depth of multi-token prediction.
         config: its ``TransformerConfig``.
 
     Raises:
-        GLM5PatchError: it is a GLM-5 of megatron-core's attention, which is wrong for it here.
+        GLM5PatchError: the stack is a GLM-5 with megatron-core's attention, which is wrong here.
     """
     from ..config.fields import is_glm5
     from .built import Summary, attentions_of, raise_unless_right
@@ -40,7 +40,7 @@ def announce(stack: torch.nn.Module, config: Any) -> None:
     attentions = attentions_of(stack)
     if is_glm5(config):
         raise_unless_right(attentions, config)
-    if not attentions or _rank() != 0:  # describing it imports what computes
+    if not attentions or _rank() != 0:  # the description imports the backends
         return
     summary = Summary.of(attentions)
     if not is_glm5(config) and not summary.foreign:
@@ -53,7 +53,7 @@ def announce(stack: torch.nn.Module, config: Any) -> None:
 
 
 def built_models() -> dict[str, bool]:
-    """The lines of this process's models -> whether the plugin can vouch for the attention."""
+    """The line of each model of this process -> whether the plugin knows its attention."""
     return {line: all(owner.vouched for owner, _ in kinds) for (kinds, _), line in _said.items()}
 
 
@@ -72,22 +72,22 @@ def _foreign(summary: Summary) -> str:
 
 
 def announce_other_dsa(config: Any) -> None:
-    """Say once that a DSA model was left to the host, and how to say that it is a GLM-5."""
+    """Print once that a DSA model keeps the host's code, and how to mark it as a GLM-5."""
     global _other_dsa_announced
     if _other_dsa_announced or _rank() != 0:
         return
     _other_dsa_announced = True
-    why = "dsa_is_glm5=False" if config.dsa_is_glm5 is False else "it has no setting of GLM-5's"
+    why = "dsa_is_glm5=False" if config.dsa_is_glm5 is False else "it has no setting of a GLM-5"
     say(
-        f"glm5-patch {__version__}: this DSA model is left to megatron-core's own code ({why}). "
+        f"glm5-patch {__version__}: this DSA model keeps megatron-core's own code ({why}). "
         "If it is a GLM-5, set dsa_is_glm5=True (--dsa-is-glm5) and its settings"
     )
 
 
 def announce_untrained_indexers(stack: torch.nn.Module) -> None:
-    """Say once that parameters of indexers are trainable and get no gradient.
+    """Print once that parameters of indexers are trainable but get no gradient.
 
-    Adapters are there only after the model was built, so this is asked in its forward.
+    Adapters are added after the model is built, so the check runs in its forward.
 
     Args:
         stack: runs the layers of a GLM-5.
@@ -112,13 +112,13 @@ def announce_untrained_indexers(stack: torch.nn.Module) -> None:
     what = "adapters on indexers" if "adapters" in kinds else "the indexers"
     say(
         f"glm5-patch {__version__}: {what} are trainable but get no gradient, only weight decay: "
-        f"dsa_indexer_loss_coeff is {coefficient}. Set it (0.001, say), or "
+        f"dsa_indexer_loss_coeff is {coefficient}. Set it (to 0.001, for example), or "
         "freeze them before the optimizer is made: set_phase(model, 'frozen_indexer')"
     )
 
 
 def say(line: str) -> None:
-    """On rank 0 alone: logged at INFO where that is listened to, else on stderr."""
+    """Print a line on rank 0: to the log if INFO is enabled and has a handler, else to stderr."""
     if _rank() != 0:
         return
     if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
@@ -128,11 +128,11 @@ def say(line: str) -> None:
 
 
 def describe(config: Any, *, of_plugin: bool = True) -> str:
-    """Versions, patches, index schedule and kernels of a model.
+    """The versions, patches, index schedule and kernels of a model.
 
     Args:
         config: its ``TransformerConfig``.
-        of_plugin: whether it is built of the plugin's attention modules, not of the host's.
+        of_plugin: whether its attention modules are the plugin's, not the host's.
     """
     from ..config.fields import describe_conventions
     from ..config.schedule import IndexSchedule
@@ -154,12 +154,12 @@ def describe(config: Any, *, of_plugin: bool = True) -> str:
 
 
 def sparse_attention_by(dtype: torch.dtype, host_backend: str | None = None) -> str:
-    """What computes sparse attention here, and why nothing faster does.
+    """The backend that computes sparse attention here, and why no faster one does.
 
     Args:
-        dtype: of the model.
-        host_backend: ``dsa_kernel_backend`` of a model of the host's attention modules; None of
-            one of the plugin's.
+        dtype: the model's.
+        host_backend: ``dsa_kernel_backend`` of a model with the host's attention modules; None for
+            a model with the plugin's.
     """
     from ..ops.registry import computed_by, triton_and_libraries, why_torch
     from ..patching.ledger import State

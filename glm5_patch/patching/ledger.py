@@ -60,7 +60,7 @@ class Status:
 
     Attributes:
         rows: one for each patch, in the order of the table.
-        problems: what is wrong with the environment variables, a sentence each.
+        problems: the errors in the environment variables, one sentence each.
     """
 
     def __init__(self, rows: tuple[Row, ...], problems: tuple[str, ...] = ()):

@@ -45,7 +45,7 @@ def enable(device: str = "cpu") -> None:
 
 
 class _Stream:
-    """The CPU does everything in order, so there is nothing to wait for."""
+    """Does nothing: the CPU runs everything in order."""
 
     def wait_stream(self, stream) -> None: ...
 
@@ -55,7 +55,7 @@ class _Stream:
 
 
 def disable() -> None:
-    """Put torch and megatron-core back as they were."""
+    """Restore torch and megatron-core."""
     _adapted.close()
 
 
@@ -82,7 +82,7 @@ class CudaLiterals(TorchFunctionMode):
 
 @contextmanager
 def single_process(device: str, seed: int = 0):
-    """A world of one rank, initialised as ``megatron.training`` does it, and torn down at the end.
+    """A world of one rank, initialised as in ``megatron.training`` and torn down at the end.
 
     Args:
         device: "cuda", or "cpu" to run megatron-core without a GPU.

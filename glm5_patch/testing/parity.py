@@ -1,4 +1,4 @@
-"""Comparing a Megatron GLM-5 with Hugging Face's, layer by layer.
+"""Compare a Megatron GLM-5 with Hugging Face's, layer by layer.
 
 The oracle is ``GlmMoeDsaForCausalLM`` of transformers 5.13 or later; earlier ones compute another
 indexer. Sequences must be longer than ``index_topk``, or every selection is trivially equal.
@@ -22,10 +22,10 @@ layers: which of them is selected says nothing about an implementation."""
 
 @dataclass
 class Recording:
-    """The top-k that each layer attended to in one forward, and what it was made of."""
+    """The top-k of each layer in one forward, and the scores it comes from."""
 
     topk_indices: dict[int, Tensor] = field(default_factory=dict)
-    """Layer number -> int32 [b, s, k], -1 for an empty place."""
+    """Layer number -> int32 [b, s, k]; -1 is an empty place."""
     _scores: dict[int, Callable[[int], Tensor]] = field(default_factory=dict)
 
     def row_scores(self, layer_number: int, row: int) -> Tensor:
@@ -35,7 +35,7 @@ class Recording:
 
 @contextmanager
 def recorded(model: torch.nn.Module) -> Iterator[Recording]:
-    """Record the forwards of a Megatron model that run inside, on whichever host."""
+    """Record the forwards of a Megatron model inside the ``with`` block, on any host."""
     from ..attention.attention import CrossLayerDSAttention
 
     cores = [m for name, m in model.named_modules() if name.endswith("core_attention")]
@@ -175,12 +175,12 @@ def same_input_shares(
 
 @dataclass(frozen=True)
 class TopkComparison:
-    """How the selections of two models compare."""
+    """The differences between the selections of two models."""
 
     rows: int
     """Queries compared, over all layers."""
     differing: int
-    """Queries that select other keys, near ties not counted."""
+    """Queries that select other keys, without near ties."""
     near_ties: int
     """Queries whose selections differ by keys of the same score (``NEAR_TIE``)."""
     intact: Tensor
@@ -189,7 +189,7 @@ class TopkComparison:
 
 
 def compare_topk(ours: Recording, theirs: dict[int, Tensor]) -> TopkComparison:
-    """Compare every query of every layer; a layer that one side lacks counts as all different."""
+    """Compare every query of every layer. A layer missing on one side counts as different."""
     rows = differing = near_ties = 0
     shape = next(iter(theirs.values())).shape[:2]
     intact = torch.ones(shape, dtype=torch.bool)
@@ -241,14 +241,14 @@ def kept_share(ours: Tensor, theirs: Tensor) -> float:
 
 
 def topk_overlap(now: dict[int, Tensor], before: dict[int, Tensor]) -> dict[int, float]:
-    """Layer number -> the share of its earlier keys that it selects again; a figure for logs.
+    """Layer number -> the share of its earlier keys that it selects again, for logs.
 
     Args:
         now: ``Recording.topk_indices`` of a forward.
-        before: of an earlier forward of the same tokens, or of a reference's.
+        before: the same of an earlier forward, or of a reference model, on the same tokens.
 
     Raises:
-        ValueError: the two are of other layers or other tokens.
+        ValueError: the two have different layers or different tokens.
     """
     if now.keys() != before.keys():
         raise ValueError(f"layers {sorted(now)} and {sorted(before)} are not the same")

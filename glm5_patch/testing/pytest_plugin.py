@@ -20,7 +20,7 @@ MODES = ("auto", "off", "strict")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    says = "auto: as the environment has it; off: no patch is armed; strict: a failing patch raises"
+    says = "auto: by the environment; off: no patch is armed; strict: a failing patch raises"
     group = parser.getgroup("glm5-patch", "GLM-5 on megatron-core")
     group.addoption("--glm5-patch", choices=MODES, default=None, help=says)
     parser.addini("glm5_patch", f"default of --glm5-patch ({says})", default="auto")
@@ -53,13 +53,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture
 def glm5_status() -> glm5_patch.Status:
-    """What became of each patch so far."""
+    """The state of each patch."""
     return glm5_patch.status()
 
 
 @pytest.fixture
 def glm5_patched() -> Iterator[glm5_patch.Status]:
-    """All patches in place for this test, or it fails; afterwards as it was before."""
+    """Put every patch in place for this test, or fail it; restore the earlier state afterwards."""
     was_on = _is_on()
     glm5_patch.enable()
     try:
@@ -72,7 +72,7 @@ def glm5_patched() -> Iterator[glm5_patch.Status]:
 
 @pytest.fixture
 def glm5_unpatched() -> Iterator[None]:
-    """Every host as it was released for this test; afterwards as it was before."""
+    """Give this test every host as released. The earlier state is restored afterwards."""
     was_on = _is_on()
     glm5_patch.disable()
     try:
@@ -89,5 +89,5 @@ def _is_on() -> bool:
 def _mode(config: pytest.Config) -> str:
     mode = config.getoption("--glm5-patch") or config.getini("glm5_patch")
     if mode not in MODES:
-        raise pytest.UsageError(f"glm5_patch={mode!r} is none of {', '.join(MODES)}")
+        raise pytest.UsageError(f"glm5_patch={mode!r} must be one of {', '.join(MODES)}")
     return mode

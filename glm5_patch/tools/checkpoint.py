@@ -1,4 +1,4 @@
-"""``glm5-patch checkpoint``: is a checkpoint whole, and are its indexers in the right order?"""
+"""``glm5-patch checkpoint``: is a checkpoint complete, are its indexers in order?"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNKNOWN = (
 
 
 def check(directory: str, like: str | None) -> Result:
-    """Names, shapes and, beside a relative, the order of the indexers."""
+    """Check names and shapes and, with a related checkpoint, the order of the indexers."""
     if like:
         from ..checkpoint.reader import HFCheckpoint
 
@@ -51,7 +51,7 @@ def convert(directory: str, output: str, to: str, like: str | None, given: str |
     """Move the rotary dimensions of the indexers that are not in the order ``to``.
 
     Raises:
-        CheckpointError: the checkpoint is not whole, or its present order is unknown.
+        CheckpointError: the checkpoint is incomplete, or its present order is unknown.
     """
     from ..checkpoint.reader import HFCheckpoint
 
@@ -77,7 +77,7 @@ def convert(directory: str, output: str, to: str, like: str | None, given: str |
         print_text(f"found: {found}")
         if done.layers:
             layers = ", ".join(map(str, done.layers))
-            print_text(f"{output}: {done.tensors} tensors of layers {layers} are {to} now")
+            print_text(f"{output}: {done.tensors} tensors of layers {layers} are {to}")
         else:
             print_text(f"nothing was written: every indexer is {to} already")
 
@@ -88,7 +88,7 @@ def dequantize(directory: str, output: str) -> Result:
     """Write a block FP8 checkpoint in bf16.
 
     Raises:
-        CheckpointError: the checkpoint is not whole, or has no float8.
+        CheckpointError: the checkpoint is incomplete, or has no float8 tensor.
     """
     from ..checkpoint.dequantize import write_dequantized
     from ..checkpoint.reader import HFCheckpoint
@@ -100,7 +100,7 @@ def dequantize(directory: str, output: str) -> Result:
 
     def show() -> None:
         print_text(f"{directory}: {report}")
-        print_text(f"{output}: {tensors} tensors are bf16 now")
+        print_text(f"{output}: {tensors} tensors are bf16")
 
     return Result(0, {"output": output, "tensors": tensors}, show)
 

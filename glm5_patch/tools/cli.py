@@ -1,6 +1,6 @@
 """The ``glm5-patch`` command: its options, and how every command ends.
 
-Exit codes: 0 all is well; 1 a check failed; 2 the input or the installation is unusable;
+Exit codes: 0 all checks pass; 1 a check failed; 2 the input or the installation is unusable;
 130 interrupted; 141 the reader of its output has gone. With ``--json`` stdout carries one JSON
 value in the first three cases; for 2 it is ``{"error": message}``.
 """
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
     status = commands.add_parser(
-        "status", help="what is installed, switched on and patched (imports no host)"
+        "status", help="show what is installed, switched on and patched (imports no host)"
     )
     status.add_argument(
         "--import",
@@ -100,15 +100,15 @@ def _parser() -> argparse.ArgumentParser:
     status.set_defaults(run=_status)
 
     doctor = commands.add_parser(
-        "doctor", help="find what keeps the plugin from working here, and the remedy"
+        "doctor", help="find problems of this installation, each with its remedy"
     )
     doctor.set_defaults(run=_doctor)
 
-    explain = commands.add_parser("explain", help="what a patch is for")
+    explain = commands.add_parser("explain", help="show what a patch is for")
     explain.add_argument("id", nargs="?", metavar="ID", help="a patch (default: all)")
     explain.set_defaults(run=_explain)
 
-    env = commands.add_parser("env", help="versions and switches, to paste into a report")
+    env = commands.add_parser("env", help="print versions and switches, to paste into a report")
     env.set_defaults(run=_env)
 
     verify = commands.add_parser(
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", metavar="DIR", help="keep the trained checkpoint here")
     demo.set_defaults(run=_demo)
 
-    plan = commands.add_parser("plan", help="valid pipeline splits of a model, best first")
+    plan = commands.add_parser("plan", help="list the valid pipeline splits of a model, best first")
     plan.add_argument(
         "--config",
         required=True,

@@ -1,7 +1,7 @@
-"""``glm5-patch demo``: the whole job on a model small enough for a laptop.
+"""``glm5-patch demo``: verify, train and save a model that is small enough for a laptop.
 
-What ``verify`` does, then training under full recompute with two microbatches in flight, and a
-checkpoint that transformers reads back.
+After the checks of ``verify`` it trains under full recompute with two microbatches in flight, and
+writes a checkpoint that transformers reads back.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> Result:
 
 
 def _check_writable(output: Path) -> None:
-    """Raises OSError now and not after training."""
+    """Raise OSError before training and not after it."""
     folder = next(parent for parent in output.absolute().parents if parent.exists())
     with tempfile.TemporaryDirectory(prefix=".glm5-patch-", dir=folder):
         pass

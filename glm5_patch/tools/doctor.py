@@ -27,7 +27,7 @@ _TIMEOUT_S = 300
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """The result of one check."""
 
     what: str
     ok: bool
@@ -36,10 +36,10 @@ class Finding(NamedTuple):
 
 
 def run() -> Result:
-    """Look at the whole installation.
+    """Check the whole installation.
 
     Raises:
-        GLM5PatchError: torch does not import here, so nothing can be said.
+        GLM5PatchError: torch does not import here, so the checks can't run.
     """
     say(
         "glm5-patch doctor: reading the installation, then importing torch and the hosts in a "
@@ -51,7 +51,7 @@ def run() -> Result:
 
     def show() -> None:
         print_findings(findings)
-        print("all is well" if healthy else "something is wrong, see PROBLEM above")
+        print("all checks pass" if healthy else "a check failed, see PROBLEM above")
 
     data = {"healthy": healthy, "findings": [finding._asdict() for finding in findings]}
     return Result(int(not healthy), data, show)
@@ -67,7 +67,7 @@ def print_findings(findings: list[Finding]) -> None:
 
 
 def installation() -> Iterator[Finding]:
-    """What can be seen without importing torch or a host."""
+    """Findings that need no import of torch or a host."""
     copies = list(importlib.metadata.distributions(name=DISTRIBUTION))
     versions = ", ".join(copy.version for copy in copies)
     yield Finding(
@@ -105,7 +105,7 @@ def installation() -> Iterator[Finding]:
         "megatron-core on the path",
         len(cores) <= 1,
         ", ".join(cores) or "none",
-        "the first one is imported; take the other off PYTHONPATH or uninstall it",
+        "Python imports the first one; remove the other from PYTHONPATH or uninstall it",
     )
 
 
@@ -119,7 +119,7 @@ def switches() -> Finding:
         "switches",
         read.enabled and not read.disabled_ids and not found,
         "; ".join(found) or " ".join(f"{k}={os.environ[k]!r}" for k in is_set) or "none is set",
-        f"unset {' or '.join(is_set)}, unless you mean it",
+        f"unset {' or '.join(is_set)}, unless it is intended",
     )
 
 
@@ -209,7 +209,10 @@ def probe() -> Iterator[Finding]:
         absent = next((p.module for p in own if p not in found and not p.on_request), None)
         if found and absent:
             yield Finding(
-                f"host {host}", False, f"lacks {absent}", "use megatron-core 0.16.0 or later"
+                f"host {host}",
+                False,
+                f"module {absent} is missing",
+                "use megatron-core 0.16.0 or later",
             )
         else:
             yield Finding(f"host {host}", True, _version(own[0].distribution, bool(found)))
@@ -225,7 +228,7 @@ def probe() -> Iterator[Finding]:
             "command line of Megatron-LM",
             cause is None,
             cause or "every dsa_ field is an argument",
-            "no model can be launched by it; report it, and set GLM5_PATCH=0 until then",
+            "Megatron-LM can launch no model; report it, and set GLM5_PATCH=0 until it is fixed",
         )
     for patch in present:
         cause = MACHINE.why_not_in_place(patch)

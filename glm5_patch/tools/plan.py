@@ -1,4 +1,4 @@
-"""``glm5-patch plan``: which pipeline splits of a checkpoint are valid, best first."""
+"""``glm5-patch plan``: the valid pipeline splits of a checkpoint, best first."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def layout(split: Split, mtp: bool = False) -> str:
 
 
 def describe(split: Split, pp: int, vpp: int, mtp: bool) -> dict:
-    """One plan: sizes, estimated balance, and how Megatron and Bridge are told."""
+    """One plan: sizes, estimated balance, and the settings for Megatron and Bridge."""
     mean = sum(split.times) / len(split.times)
     flags = {
         "--pipeline-model-parallel-size": pp,
@@ -88,7 +88,7 @@ def describe(split: Split, pp: int, vpp: int, mtp: bool) -> dict:
 
 
 def first_and_last(schedule: IndexSchedule, pp: int) -> dict | None:
-    """The most even split that two numbers can say, where no layout is wanted."""
+    """The most even split that a first and a last count describe, without a layout."""
     sizes = equal_middle_split(schedule, pp)
     return sizes and {
         "layers": sizes,

@@ -23,7 +23,7 @@ _COLOURS = {
     "FAILED": "red",
 }
 _NARROWEST = 8
-"""A column is never folded to less."""
+"""The least width of a folded column."""
 
 
 class Result(NamedTuple):
@@ -38,7 +38,7 @@ class Result(NamedTuple):
 
 
 def say(line: str) -> None:
-    """Tell a person on stderr what is being done, at once."""
+    """Print a line of progress on stderr, unbuffered."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -87,7 +87,7 @@ def _width() -> int:
 
 
 def _widths(rows: Sequence[Sequence[str]], total: int) -> list[int]:
-    """The columns' own widths if they fit, else the widest ones cut to one width."""
+    """The natural widths of the columns if they fit; else the widest ones get one smaller width."""
     natural = [max(1, *map(len, column)) for column in zip(*rows)]
     total -= 2 * (len(natural) - 1)
     cap = max(natural, default=0)

@@ -1,4 +1,4 @@
-"""``glm5-patch status``, ``explain`` and ``env``: what is here, and what each patch is for."""
+"""``glm5-patch status``, ``explain`` and ``env``: the installation, and what each patch is for."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _VARIABLES = ("GLM5_PATCH", "TORCH_DEVICE_BACKEND_AUTOLOAD", "CUDA_VISIBLE_DEVIC
 
 
 def of_installation() -> Result:
-    """What can be seen without importing torch or a host."""
+    """Findings that need no import of torch or a host."""
     from ..patches.table import PATCHES
     from ..patching.imports import is_there
     from .doctor import installation, print_findings
@@ -69,7 +69,7 @@ def of_hosts() -> Result:
     import glm5_patch
 
     try:
-        import torch  # the way in for every real process
+        import torch  # every real process activates the plugin this way
     except ImportError:
         raise GLM5PatchError("torch is not installed here, so nothing loads the plugin") from None
     from ..ops.registry import table
@@ -132,7 +132,7 @@ def explain(patch_id: str | None) -> Result:
             "seam": patch.seam,
             "without it": patch.why,
             "upstream": patch.upstream,
-            "goes when": patch.remove_when,
+            "remove when": patch.remove_when,
             "hosts": _hosts(patch, recorded.get(patch.id, {})),
         }
         for patch in chosen
@@ -149,17 +149,17 @@ def explain(patch_id: str | None) -> Result:
 
 
 def _hosts(patch, releases: dict[str, str]) -> str:
-    """ "megatron-core: patched on 0.16.0, ...; right by itself on 0.19.0", as it was recorded."""
+    """ "megatron-core: patched on 0.16.0, ...; correct without it on 0.19.0", from the record."""
     by_word: dict[str, list[str]] = {}
     for release, word in releases.items():
         by_word.setdefault(word, []).append(release)
     words = {
         "patched": "patched on",
-        "native": "right by itself on",
+        "native": "correct without it on",
         "absent": "without this module on",
     }
     parts = (f"{words[word]} {', '.join(found)}" for word, found in by_word.items())
-    return f"{patch.distribution}: {'; '.join(parts) or 'not recorded yet'}"
+    return f"{patch.distribution}: {'; '.join(parts) or 'not recorded'}"
 
 
 def environment() -> Result:

@@ -19,14 +19,14 @@ class Share(NamedTuple):
     kind: str
     trainable: int
     frozen: int
-    """Numbers, not tensors."""
+    """How many numbers, not tensors."""
 
 
 def kind_of(name: str) -> str:
     """One of KINDS, by a parameter's name.
 
-    ``latent`` is multi-latent attention: its projections and latent norms. An adapter is an adapter
-    wherever it sits, on an indexer too.
+    ``latent`` is multi-latent attention: its projections and latent norms. An adapter on an indexer
+    is of kind ``adapters`` too.
     """
     if ".adapter." in name or ".adapters." in name or ".lora_" in name:
         return "adapters"
@@ -38,7 +38,7 @@ def kind_of(name: str) -> str:
 
 
 def audit(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[Share]:
-    """How many numbers of each kind train and are frozen, kinds without parameters left out.
+    """Count the trainable and frozen numbers of each kind that has parameters.
 
     Args:
         model: a Megatron model, or its chunks.
@@ -53,24 +53,26 @@ def set_phase(model: torch.nn.Module | Sequence[torch.nn.Module], phase: str) ->
     """Set ``requires_grad`` of every parameter; make the optimizer afterwards.
 
     Args:
-        model: a Megatron model, or its chunks. Where it has adapters, the rest of it stays frozen.
-        phase: ``indexer_warmup`` trains the indexers alone, by their loss (DeepSeek-V3.2-Exp,
-            section 2.1); ``joint`` everything; ``frozen_indexer`` everything but the indexers.
+        model: a Megatron model, or its chunks. If it has adapters, all else stays frozen.
+        phase: ``indexer_warmup`` trains only the indexers, by their loss (DeepSeek-V3.2-Exp,
+            section 2.1). ``joint`` trains everything. ``frozen_indexer`` trains everything except
+            the indexers.
 
     Returns:
         The audit.
 
     Raises:
-        GLM5PatchError: there is no such phase, or indexers are to train and have no loss.
+        GLM5PatchError: the phase is unknown, or it trains indexers and they have no loss.
     """
     if phase not in PHASES:
-        raise GLM5PatchError(f"phase {phase!r} is none of {', '.join(PHASES)}")
+        raise GLM5PatchError(f"phase={phase!r} must be one of {', '.join(PHASES)}")
     chunks = model if isinstance(model, Sequence) else [model]
     coefficient = chunks[0].config.dsa_indexer_loss_coeff
     if phase != "frozen_indexer" and not coefficient:
         raise GLM5PatchError(
-            f"phase {phase!r} trains the indexers, whose only gradient comes from their loss, but "
-            f"dsa_indexer_loss_coeff is {coefficient}; set it (0.001, say), or take frozen_indexer"
+            f"phase={phase!r} trains the indexers, which get a gradient only from their loss, but "
+            f"dsa_indexer_loss_coeff is {coefficient}; set it (to 0.001, for example), or use "
+            "phase='frozen_indexer'"
         )
     adapted = any(kind_of(name) == "adapters" for name, _ in _parameters(model))
     for name, parameter in _parameters(model):

@@ -35,7 +35,7 @@ def test_another_dsa_model_is_the_same_and_a_line_says_so(runs):
     found, printed = runs
     assert found["with"]["deepseek"] == found["off"]["deepseek"] == found["without"]["deepseek"]
     assert len(found["without"]["deepseek"]) == 3
-    assert printed.count("this DSA model is left to megatron-core's own code") == 1
+    assert printed.count("this DSA model keeps megatron-core's own code") == 1
     assert "dsa_is_glm5=True" in printed
 
 

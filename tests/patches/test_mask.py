@@ -62,7 +62,7 @@ def test_causal_masks_and_padding_on_the_right_are_taken(model, mask):
         (torch.zeros(1, 1, S, S, dtype=torch.bool), "shows keys after the query"),
         ((CAUSAL | ~DOCUMENTS)[None, None], "several documents"),
         (CAUSAL[None, None].float() * -1e9, "must be bool"),
-        (CAUSAL[None], "is none of"),
+        (CAUSAL[None], "must be one of"),
         (CAUSAL[None, None, :20], "does not fit 24 queries and 24 keys"),
     ],
     ids=["left", "left rows", "keys", "hugging face", "full", "documents", "numbers", "3d", "size"],

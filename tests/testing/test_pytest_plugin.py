@@ -118,7 +118,7 @@ def test_the_ini_file_sets_the_default_and_the_option_beats_it(run, pytester):
     run(tests, "--glm5-patch=auto", prelude=TORCH).assert_outcomes(passed=1)
     pytester.makeini("[pytest]\nglm5_patch = loud\n")
     result = run(tests, prelude=TORCH)
-    result.stderr.fnmatch_lines(["*glm5_patch='loud' is none of auto, off, strict*"])
+    result.stderr.fnmatch_lines(["*glm5_patch='loud' must be one of auto, off, strict*"])
 
 
 def test_strict_sets_the_switch_for_the_run_and_what_it_starts(run):

@@ -88,7 +88,9 @@ def test_under_adapters_the_base_stays_frozen(phase, trains):
 
 def test_bad_phases_are_named(world, checkpoint):
     model = megatron_model(checkpoint)
-    with pytest.raises(GLM5PatchError, match="'warmup' is none of indexer_warmup, joint, frozen"):
+    with pytest.raises(
+        GLM5PatchError, match="'warmup' must be one of indexer_warmup, joint, frozen"
+    ):
         set_phase(model, "warmup")
     with pytest.raises(GLM5PatchError, match="dsa_indexer_loss_coeff is None; set it"):
         set_phase(model, "joint")

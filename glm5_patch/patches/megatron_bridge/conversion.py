@@ -12,7 +12,7 @@ class Conversion(Patch):
     attribute = "GLM5Bridge.load_weights_hf_to_megatron"
     why = "A missing tensor is a warning, and its parameter stays random; float8 loses its scales."
     upstream = "none"
-    remove_when = "Bridge reads float8, and refuses a checkpoint that lacks a tensor"
+    remove_when = "Bridge reads float8 and refuses a checkpoint with a missing tensor"
     on_request = True
 
     def needed(self, module) -> Finding:

@@ -10,7 +10,7 @@ class GLM5Mappings(Patch):
     id = "bridge_mappings"
     module = "megatron.bridge.models.glm_moe_dsa.glm5_bridge"
     attribute = "GLM5Bridge.mapping_registry"
-    why = "Experts outside a grouped GEMM, or the MTP layer, are not converted."
+    why = "Experts outside a grouped GEMM and the MTP layer are not converted."
     upstream = "Megatron-Bridge 0.6.0"
     remove_when = "no supported Bridge is older than 0.6"
     on_request = True

@@ -24,9 +24,9 @@ class GLM5Provider(Patch):
     id = "bridge_provider"
     module = "megatron.bridge.models.glm_moe_dsa.glm5_bridge"
     attribute = "GLM5Bridge.provider_bridge"
-    why = "The provider ignores the index schedule, or can't be made of this config.json."
+    why = "The provider ignores the index schedule, or can't be made from this config.json."
     upstream = "Megatron-Bridge 0.6.0 knows freq and offset, and needs indexer_rope_interleave"
-    remove_when = "Bridge reads a per-layer list of indexer types, and has defaults"
+    remove_when = "Bridge reads a per-layer list of indexer types and has defaults"
     on_request = True
 
     def needed(self, module) -> Finding:

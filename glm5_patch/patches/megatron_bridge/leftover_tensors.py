@@ -11,9 +11,9 @@ class LeftoverTensors(Patch):
     id = "bridge_leftovers"
     module = "megatron.bridge.models.conversion.auto_bridge"
     attribute = "AutoBridge.save_hf_weights"
-    why = "A file with a tensor that the model lacks (MTP, a skip layer's indexer) is not written."
-    upstream = "Megatron-Bridge 0.6.0 leaves the MTP layer out"
-    remove_when = "Bridge writes what the model has, whatever else the source had"
+    why = "A file is not written if the model lacks one of its tensors (MTP, a skip layer's wq_b)."
+    upstream = "Megatron-Bridge 0.6.0 leaves out the MTP layer"
+    remove_when = "Bridge writes every tensor of the model, also if the source has more"
     on_request = True
 
     def needed(self, module) -> Finding:

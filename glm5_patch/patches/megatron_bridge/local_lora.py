@@ -12,7 +12,7 @@ class LocalLoRA(Patch):
     attribute = "get_adapter_attributes_from_linear"
     why = "LoRA on the down projections of transformer_impl='local' raises NotImplementedError."
     upstream = "none"
-    remove_when = "Bridge takes any linear layer that says that it is not parallel"
+    remove_when = "Bridge accepts any linear layer that is marked as not parallel"
     on_request = True
 
     def needed(self, module) -> Finding:

@@ -11,9 +11,9 @@ class GlmMoeDsaConfigWeights(Patch):
     id = "hf_config_weights"
     module = "transformers.models.glm_moe_dsa.configuration_glm_moe_dsa"
     attribute = "GlmMoeDsaConfig.from_dict"
-    why = "A config.json that transformers 5.8 saved says 192 for the rope width, for ever."
+    why = "A config.json saved by transformers 5.8 says that the rope width is 192, which is wrong."
     upstream = "none: the file is wrong, not its reader"
-    remove_when = "nobody has such a file any more"
+    remove_when = "no such file is in use"
 
     def needed(self, module) -> Finding:
         return Finding(True, "no release looks at the weights")

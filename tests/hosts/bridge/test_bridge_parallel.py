@@ -24,5 +24,5 @@ def test_every_split_gives_back_the_whole_checkpoint(tmp_path):
         after = tensors_in(tmp_path / split)
         assert before.keys() == after.keys(), split
         assert all(torch.equal(before[name], after[name]) for name in before), split
-        says = f"{len(before)} tensors read; 20 indexer tensors of skip layers rightly not there"
+        says = f"{len(before)} tensors read; 20 indexer tensors of skip layers absent as expected"
         assert sum(says in line for line in ranks[0][split]["says"]) == 1

@@ -23,9 +23,9 @@ class DSASpec(Patch):
     id = "dsa_spec"
     module = "megatron.core.models.gpt.experimental_attention_variant_module_specs"
     attribute = "get_experimental_attention_variant_module_spec"
-    why = "A 'dsa' layer is refused, or selects other keys than GLM-5 (57 % right at best)."
-    upstream = "megatron-core 0.18.0 knows 'dsa'; 0.19.0 has the right spec and index sharing"
-    remove_when = "the host's own modules are right, under recompute too"
+    why = "A 'dsa' layer is refused, selects other keys than GLM-5, or shares them wrongly."
+    upstream = "0.18.0 builds 'dsa'; 0.19.0 has GLM-5's spec, but its recompute is wrong (#6793)"
+    remove_when = "the host's own modules are correct, also under recompute"
 
     def needed(self, module) -> Finding:
         wrong = why_dsa_spec_is_wrong(module)

@@ -13,8 +13,8 @@ class Gate(Patch):
     id = "gate"
     module = "megatron.core.transformer.transformer_block"
     attribute = "TransformerBlock.__init__"
-    why = "A patch that silently did not apply would train a wrong model."
-    upstream = "none: it guards this package"
+    why = "A model is built and trained wrongly when a needed patch is missing."
+    upstream = "none: it checks this package's own patches"
     remove_when = "no other patch is left"
 
     def needed(self, module) -> Finding:

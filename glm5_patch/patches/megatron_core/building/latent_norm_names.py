@@ -13,7 +13,7 @@ class LatentNormNames(Patch):
     id = "latent_norm_names"
     module = "megatron.core.transformer.attention"
     attribute = "Attention.__init__"
-    why = "A checkpoint whose latent norms are fused into the up projections does not load."
+    why = "A checkpoint with the latent norms fused into the up projections does not load."
     upstream = "none: megatron-core 0.19.0 changed the names"
     remove_when = "no checkpoint written by megatron-core 0.18 or older is in use"
 

@@ -11,7 +11,7 @@ class LocalBackend(Patch):
     id = "local_backend"
     module = "megatron.core.models.gpt.experimental_attention_variant_module_specs"
     attribute = "_get_backend_spec_provider"
-    why = "transformer_impl='local' can't build a DSA model: no CPU, no CI, no other vendor's GPU."
+    why = "transformer_impl='local' can't build a DSA model: it needs Transformer Engine and a GPU."
     upstream = "none"
     remove_when = "the experimental block spec accepts transformer_impl='local'"
 
@@ -30,9 +30,9 @@ class LocalLinear(Patch):
     id = "local_linear"
     module = "megatron.core.transformer.multi_latent_attention"
     attribute = "TELinear"
-    why = "Without Transformer Engine, MLA has no linear layer with a whole weight on every rank."
+    why = "Without Transformer Engine, MLA has no linear layer with its whole weight on each rank."
     upstream = "none"
-    remove_when = "MLA takes the linear layer of any backend as a down projection"
+    remove_when = "MLA accepts any backend's linear layer as a down projection"
 
     def needed(self, module) -> Finding:
         return _needs_linear(module)
@@ -49,9 +49,9 @@ class LocalAbsorbedLinear(Patch):
     module = "megatron.core.transformer.experimental_attention_variant.absorbed_mla"
     attribute = "TELinear"
     on_request = True  # megatron-core 0.16 has no such module, and needs none
-    why = "As local_linear, where the host's own absorbed attention is built (megatron-core 0.19)."
+    why = "The same as local_linear, for the host's own absorbed attention (megatron-core 0.19)."
     upstream = "none"
-    remove_when = "MLA takes the linear layer of any backend as a down projection"
+    remove_when = "MLA accepts any backend's linear layer as a down projection"
 
     def needed(self, module) -> Finding:
         return _needs_linear(module)

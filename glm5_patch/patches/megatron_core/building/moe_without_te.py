@@ -10,7 +10,7 @@ class MoEWithoutTE(Patch):
     id = "moe_without_te"
     module = "megatron.core.transformer.moe.moe_utils"
     attribute = "te_general_gemm"
-    why = "Without Transformer Engine the router reads a name that was never bound."
+    why = "Without Transformer Engine, the router raises NameError."
     upstream = "megatron-core 0.17.0 binds it to None"
     remove_when = "no supported megatron-core leaves te_general_gemm unbound"
 

@@ -12,8 +12,8 @@ class BlockSpec(Patch):
     module = "megatron.core.models.gpt.experimental_attention_variant_module_specs"
     attribute = "get_transformer_block_with_experimental_attention_variant_spec"
     why = "A pipeline stage that starts on a skip layer has no top-k to reuse."
-    upstream = "megatron-core 0.19.0 checks freq and offset, not a list of types"
-    remove_when = "the host checks every schedule, and its message names a valid split"
+    upstream = "megatron-core 0.19.0 checks freq and offset, but no list of types"
+    remove_when = "the host checks every schedule and its message has a valid split"
 
     def needed(self, module) -> Finding:
         return Finding(True, "the host does not check every schedule")

@@ -12,8 +12,8 @@ class RouterBias(Patch):
     id = "router_bias"
     module = "megatron.core.transformer.moe.router"
     attribute = "TopKRouter._apply"
-    why = "Float16Module rounds a loaded e_score_correction_bias, and tokens go to other experts."
-    upstream = "none: the bias becomes fp32 again at the next forward, already rounded"
+    why = "Float16Module rounds e_score_correction_bias, so tokens go to other experts."
+    upstream = "none: the next forward makes the bias fp32 again, after it was rounded"
     remove_when = "Float16Module leaves the expert bias in fp32"
 
     def needed(self, module) -> Finding:

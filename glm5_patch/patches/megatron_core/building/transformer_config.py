@@ -31,8 +31,8 @@ class ConfigFields(Patch):
     id = "config_fields"
     module = "megatron.core.transformer.transformer_config"
     attribute = "TransformerConfig"
-    why = "GLM-5's index schedule and indexer settings are unknown to the configuration."
-    upstream = "megatron-core 0.19.0 has all fields but dsa_indexer_types"
+    why = "TransformerConfig has no fields for GLM-5's index schedule and indexer settings."
+    upstream = "megatron-core 0.19.0 has the indexer's fields, but no dsa_indexer_types"
     remove_when = "TransformerConfig has a per-layer list of indexer types"
 
     def needed(self, module) -> Finding:

@@ -16,8 +16,8 @@ class AttentionInputs(Patch):
     id = "attention_inputs"
     module = "megatron.core.transformer.experimental_attention_variant.dsa"
     attribute = "DSAttention.forward"
-    why = "A mask that is not causal is ignored, and padding inside a pack teaches the indexer."
-    upstream = "none: megatron-core 0.19 reads real_token_mask_q, which nothing sets"
+    why = "A mask that is not causal is ignored, and padding inside a pack trains the indexer."
+    upstream = "none: megatron-core 0.19 reads real_token_mask_q, but nothing sets it"
     remove_when = "the host refuses such a mask and reads cu_seqlens_q_padded for its indexer loss"
 
     def needed(self, module) -> Finding:

@@ -9,7 +9,7 @@ class CheckpointRecompute(Patch):
     id = "checkpoint_recompute"
     module = "megatron.core.tensor_parallel.random"
     attribute = "CheckpointFunction.forward"
-    why = "A recompute runs outside the forward and would find no top-k, or another microbatch's."
+    why = "A recompute runs outside the forward and finds no top-k, or another microbatch's."
     upstream = "Megatron-LM #6793 (open)"
     remove_when = "the host carries the top-k through recompute"
 

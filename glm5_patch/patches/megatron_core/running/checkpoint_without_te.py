@@ -10,7 +10,7 @@ class CheckpointWithoutTE(Patch):
     id = "checkpoint_without_te"
     module = "megatron.core.tensor_parallel.random"
     attribute = "CheckpointWithoutOutput.__init__"
-    why = "Without Transformer Engine, layernorm recompute reads a name that was never bound."
+    why = "Without Transformer Engine, layernorm recompute raises NameError."
     upstream = "none"
     remove_when = "CheckpointWithoutOutput(fp8=False).fp8 is False"
 

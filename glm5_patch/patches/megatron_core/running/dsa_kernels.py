@@ -11,9 +11,9 @@ class DSAKernels(Patch):
     id = "dsa_kernels"
     module = "megatron.core.transformer.experimental_attention_variant.dsa"
     attribute = "dsa_kernels.use_fused_dsa_kernels"
-    why = "Without TileLang or cuDNN attention takes memory quadratic in the sequence length."
-    upstream = "megatron-core 0.19 has hooks, and kernels for them that need other packages"
-    remove_when = "the host has fused kernels that need nothing beside torch"
+    why = "Without TileLang or cuDNN, attention takes memory quadratic in the sequence length."
+    upstream = "megatron-core 0.19 has hooks; its kernels for them need other packages"
+    remove_when = "the host has fused kernels that need only torch"
 
     def needed(self, module) -> Finding:
         if has_dsa_kernel_hooks(module):

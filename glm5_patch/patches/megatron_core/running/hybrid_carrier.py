@@ -14,8 +14,8 @@ class HybridCarrier(Patch):
     id = "hybrid_carrier"
     module = "megatron.core.models.hybrid.hybrid_block"
     attribute = "HybridStack.__call__"
-    why = "Skip layers of a HybridModel can't tell which forward's top-k is theirs."
-    upstream = "Megatron-LM #6793: the host's own holder lives on the mask or the config"
+    why = "A skip layer of a HybridModel can't tell which top-k belongs to its own forward."
+    upstream = "Megatron-LM #6793: the host stores the top-k on the mask or the config"
     remove_when = "the host carries the top-k per forward and through recompute"
     on_request = True
 
@@ -34,7 +34,7 @@ class MambaCarrier(Patch):
     id = "mamba_carrier"
     module = "megatron.core.ssm.mamba_block"
     attribute = "MambaStack.__call__"
-    why = "Skip layers in a MambaStack can't tell which forward's top-k is theirs."
+    why = "A skip layer of a MambaStack can't tell which top-k belongs to its own forward."
     upstream = "megatron-core 0.18 calls it HybridStack; see hybrid_carrier"
     remove_when = "no supported megatron-core is older than 0.18"
     on_request = True

@@ -12,8 +12,8 @@ class IndexShareSchedule(Patch):
     id = "index_share_schedule"
     module = "megatron.core.transformer.experimental_attention_variant.dsa"
     attribute = "DSAttention.__init__"
-    why = "A per-layer list of indexer types is not obeyed: every layer would compute."
-    upstream = "none: megatron-core 0.19 knows freq and offset"
+    why = "A per-layer list of indexer types has no effect: every layer computes its top-k."
+    upstream = "none: megatron-core 0.19 has freq and offset only"
     remove_when = "the host reads a per-layer list of indexer types"
 
     def needed(self, module) -> Finding:

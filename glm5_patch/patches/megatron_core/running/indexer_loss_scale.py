@@ -11,8 +11,8 @@ class IndexerLossScale(Patch):
     id = "indexer_loss_scale"
     module = "megatron.core.pipeline_parallel.schedules"
     attribute = "forward_step_calc_loss"
-    why = "The indexer's gradients are not those of a mean over microbatches and ranks."
-    upstream = "megatron-core 0.19.0, but for context parallelism"
+    why = "The indexer loss is not averaged over microbatches and ranks as the main loss is."
+    upstream = "megatron-core 0.19.0, except under context parallelism"
     remove_when = "the host's scale does not grow with the context-parallel size"
 
     def needed(self, module) -> Finding:

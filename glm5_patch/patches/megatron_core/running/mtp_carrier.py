@@ -11,9 +11,9 @@ class MTPCarrier(Patch):
     id = "mtp_carrier"
     module = "megatron.core.transformer.multi_token_prediction"
     attribute = "MultiTokenPredictionLayer.__call__"
-    why = "A multi-token-prediction layer overwrites the top-k of a decoder layer, or reads it."
-    upstream = "Megatron-LM #6472 (open) gives these layers sharing of their own"
-    remove_when = "the host keeps the top-k of multi-token prediction apart"
+    why = "A multi-token-prediction layer overwrites or reads the top-k of a decoder layer."
+    upstream = "Megatron-LM #6472 (open) gives these layers their own index sharing"
+    remove_when = "the host has a separate top-k for multi-token prediction"
 
     def needed(self, module) -> Finding:
         return Finding(True, "these layers are numbered, and keep their top-k, as the decoder's")

@@ -10,7 +10,7 @@ class TECheckpoint(Patch):
     id = "te_checkpoint"
     module = "megatron.core.extensions.transformer_engine"
     attribute = "te_checkpoint"
-    why = "Under fp8 or fp4 a recompute runs outside the forward and would find no top-k."
+    why = "Under fp8 or fp4, a recompute runs outside the forward and finds no top-k."
     upstream = "Megatron-LM #6793 (open)"
     remove_when = "the host carries the top-k through recompute"
 

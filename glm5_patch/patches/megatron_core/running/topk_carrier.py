@@ -13,8 +13,8 @@ class BlockCarrier(Patch):
     id = "topk_carrier"
     module = "megatron.core.transformer.transformer_block"
     attribute = "TransformerBlock.__call__"
-    why = "Skip layers can't tell which forward's top-k is theirs."
-    upstream = "Megatron-LM #6793: the host's own holder lives on the mask or the config"
+    why = "A skip layer can't tell which top-k belongs to its own forward."
+    upstream = "Megatron-LM #6793: the host stores the top-k on the mask or the config"
     remove_when = "the host carries the top-k per forward and through recompute"
 
     def needed(self, module) -> Finding:
