@@ -48,7 +48,7 @@ class LocalAbsorbedLinear(Patch):
     id = "local_absorbed_linear"
     module = "megatron.core.transformer.experimental_attention_variant.absorbed_mla"
     attribute = "TELinear"
-    on_request = True  # megatron-core 0.16 has no such module, and needs none
+    may_be_absent = True
     why = "As local_linear, where the host's own absorbed attention is built (megatron-core 0.19)."
     upstream = "none"
     remove_when = "MLA takes the linear layer of any backend as a down projection"
