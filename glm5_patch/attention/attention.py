@@ -22,7 +22,7 @@ from ..ops.query_positions import visible_topk
 from ..ops.sparse_attention.inputs import AttentionInputs, MLADims
 from ..ops.sparse_attention.operation import sparse_attention
 from ..topk.carrier import current_carrier, require_carrier
-from ..topk.mtp import is_mtp_layer
+from ..topk.mtp import mtp_depth
 from ..topk.tokens import Layout
 from .mask import require_causal
 
@@ -61,7 +61,7 @@ class CrossLayerDSAttention(MegatronModule):
             raise GLM5PatchError(f"attn_mask_type={attn_mask_type}: only a causal mask is possible")
         self.layer_number = layer_number
         self.schedule = IndexSchedule.from_megatron(config)
-        self.is_mtp = is_mtp_layer(layer_number, self.schedule.num_layers)
+        self.mtp_depth = mtp_depth(layer_number, self.schedule.num_layers)
         self.source = layer_number if self.is_mtp else self.schedule.source(layer_number)
         self.softmax_scale = (k_channels or config.kv_channels) ** -0.5
         if softmax_scale is not None:
@@ -139,6 +139,11 @@ class CrossLayerDSAttention(MegatronModule):
         return output
 
     @property
+    def is_mtp(self) -> bool:
+        """Whether the layer belongs to multi-token prediction."""
+        return self.mtp_depth is not None
+
+    @property
     def _loss_coefficient(self) -> float:
         return self.config.dsa_indexer_loss_coeff or 0.0
 
@@ -187,7 +192,22 @@ class CrossLayerDSAttention(MegatronModule):
             per_token=self.config.calculate_per_token_loss,
             tp_group=self.indexer.pg_collection.tp,
         )
-        DSAIndexerLossLoggingHelper.save_loss_to_tracker(
-            loss=loss, layer_number=self.layer_number, num_layers=self.config.num_layers
-        )
+        self._log(loss)
         return DSAIndexerLossAutoScaler.apply(output, loss)
+
+    def _log(self, loss: Tensor) -> None:
+        """Add to the host's tracker: one slot a decoder layer, then one a depth of MTP.
+
+        The tracker is summed over the pipeline's ranks, so its size follows from the configuration
+        alone. A model that came before, or the host's own attention, may have made it smaller.
+        """
+        decoder_layers = self.config.num_layers
+        slots = decoder_layers + (self.config.mtp_num_layers or 0)
+        number = decoder_layers + self.mtp_depth if self.is_mtp else self.layer_number
+        tracker = DSAIndexerLossLoggingHelper.tracker
+        values = tracker.get("values")
+        if values is not None and len(values) < slots:
+            tracker["values"] = torch.cat([values, values.new_zeros(slots - len(values))])
+        DSAIndexerLossLoggingHelper.save_loss_to_tracker(
+            loss=loss, layer_number=number, num_layers=slots
+        )

@@ -9,7 +9,6 @@ import textwrap
 from glm5_patch.patches import table
 
 
-
 def of_this_host(patch):
     """Whether this release has the module. Those that ``require`` does not import by itself, of
     Megatron-Bridge, have their own tests."""

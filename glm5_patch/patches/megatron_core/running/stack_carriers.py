@@ -96,5 +96,5 @@ class MTPCarrier(Patch):
 def _init(wrapped, instance, args, kwargs):
     from ....topk.mtp import building_mtp
 
-    with building_mtp():
+    with building_mtp(instance):
         return gated(wrapped, instance, args, kwargs)
