@@ -37,29 +37,34 @@ def finds_carriers_again(module) -> Finding:
 
     ``needed`` of the answer is False where it does, whoever wrote what is called.
     """
+    for checkpoint in (_run_checkpoint, _run_checkpoint_without_output):
+        name = checkpoint.__name__.removeprefix("_run_")
+        try:
+            right = _sees_its_carrier(checkpoint, module)
+        except Exception as error:
+            return Finding(True, f"{name} could not be tried ({type(error).__name__}: {error})")
+        if not right:
+            return Finding(True, f"a recompute by {name} does not see its own forward's top-k")
+    return Finding(False, "a recompute sees the top-k of its own forward")
+
+
+def _sees_its_carrier(checkpoint, module) -> bool:
     import torch
 
     from ....topk.carrier import current_carrier, open_carrier
 
-    for checkpoint in (_run_checkpoint, _run_checkpoint_without_output):
-        seen = []
+    seen = []
 
-        def function(x):
-            seen.append(current_carrier())
-            return x * 2
+    def function(x):
+        seen.append(current_carrier())
+        return x * 2
 
-        name = checkpoint.__name__.removeprefix("_run_")
-        try:
-            with torch.enable_grad():
-                with open_carrier() as carrier:
-                    output = checkpoint(module, function, torch.ones((), requires_grad=True))
-                with open_carrier():  # another forward, while the first goes backward
-                    output.backward()
-        except Exception as error:
-            return Finding(True, f"{name} could not be tried ({type(error).__name__}: {error})")
-        if len(seen) != 2 or any(one is not carrier for one in seen):
-            return Finding(True, f"a recompute by {name} does not see its own forward's top-k")
-    return Finding(False, "a recompute sees the top-k of its own forward")
+    with torch.enable_grad():
+        with open_carrier() as carrier:
+            output = checkpoint(module, function, torch.ones((), requires_grad=True))
+        with open_carrier():  # another forward, while the first goes backward
+            output.backward()
+    return len(seen) == 2 and all(one is carrier for one in seen)
 
 
 def _run_checkpoint(module, function, x):
