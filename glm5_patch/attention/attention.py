@@ -195,7 +195,23 @@ class CrossLayerDSAttention(MegatronModule):
             per_token=self.config.calculate_per_token_loss,
             tp_group=self.indexer.pg_collection.tp,
         )
-        DSAIndexerLossLoggingHelper.save_loss_to_tracker(
-            loss=loss, layer_number=self.layer_number, num_layers=self.config.num_layers
-        )
+        self._log(loss)
         return DSAIndexerLossAutoScaler.apply(output, loss)
+
+    def _log(self, loss: Tensor) -> None:
+        """Add to the host's tracker: one slot a decoder layer, then one a depth of MTP.
+
+        The tracker is summed over the pipeline's ranks, so its size follows from the configuration
+        alone. A model that came before, or the host's own attention, may have made it smaller.
+        """
+        decoder_layers = self.config.num_layers
+        slots = decoder_layers + (self.config.mtp_num_layers or 0)
+        depth = self.topk_source.mtp_depth
+        number = self.layer_number if depth is None else decoder_layers + depth
+        tracker = DSAIndexerLossLoggingHelper.tracker
+        values = tracker.get("values")
+        if values is not None and len(values) < slots:
+            tracker["values"] = torch.cat([values, values.new_zeros(slots - len(values))])
+        DSAIndexerLossLoggingHelper.save_loss_to_tracker(
+            loss=loss, layer_number=number, num_layers=slots
+        )

@@ -77,7 +77,9 @@ def announce_other_dsa(config: Any) -> None:
     if _other_dsa_announced or _rank() != 0:
         return
     _other_dsa_announced = True
-    why = "dsa_is_glm5=False" if config.dsa_is_glm5 is False else "it has no setting of a GLM-5"
+    why = "it has no setting of a GLM-5"
+    if getattr(config, "dsa_is_glm5", None) is False:
+        why = "dsa_is_glm5=False"
     say(
         f"glm5-patch {__version__}: this DSA model keeps megatron-core's own code ({why}). "
         "If it is a GLM-5, set dsa_is_glm5=True (--dsa-is-glm5) and its settings"

@@ -44,6 +44,8 @@ class Attention(NamedTuple):
     core: nn.Module
     """What selects keys and attends to them; of a client, the whole attention of the layer."""
     layer_number: int
+    layer_attention: nn.Module
+    """The whole attention of the layer, with its projections and norms."""
 
 
 class Summary(NamedTuple):
@@ -100,18 +102,28 @@ def attentions_of(model: nn.Module) -> list[Attention]:
             if type(attention) not in foreign or _is_known(type(attention)):
                 continue
             owner, core = Owner.CLIENT, attention
-        found.append(Attention(owner, _name(type(core)), core, layer.layer_number))
+        found.append(Attention(owner, _name(type(core)), core, layer.layer_number, attention))
     return found
 
 
 def raise_unless_right(attentions: list[Attention], config) -> None:
-    """Raise GLM5PatchError for attention of megatron-core's that is not GLM-5's here.
+    """Raise GLM5PatchError for attention of megatron-core's that is not GLM-5's here, and for
+    latents that nothing normalises.
 
     Args:
         attentions: of a model that is a GLM-5.
         config: its ``TransformerConfig``.
     """
     for attention in attentions:
+        absent = absent_latent_norms(attention, config)
+        if absent:
+            raise GLM5PatchError(
+                f"layer {attention.layer_number} of this GLM-5 has qk_layernorm=True, but "
+                f"{' and '.join(absent)} of its spec is IdentityOp and no norm is fused into the "
+                "up projection, so the latents are not normalised. Give the layer (dsa_layer of "
+                "a HybridStack) as self_attention what "
+                "get_experimental_attention_variant_module_spec(config) returns"
+            )
         if attention.owner not in (Owner.HOST, Owner.CLIENT_ON_HOST):
             continue
         reason = why_host_attention_is_wrong(attention, config)
@@ -121,6 +133,23 @@ def raise_unless_right(attentions: list[Attention], config) -> None:
                 f"{reason}. Build it from the spec of "
                 "get_transformer_block_with_experimental_attention_variant_spec(config)"
             )
+
+
+def absent_latent_norms(attention: Attention, config) -> list[str]:
+    """The norms of latents that the configuration asks for and this layer does without."""
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    from .megatron_core.building.latent_norm_names import FUSED_INTO
+
+    if not getattr(config, "qk_layernorm", False) or not attention.owner.vouched:
+        return []
+    layer = attention.layer_attention
+    return [
+        norm
+        for norm, linear in FUSED_INTO.items()
+        if isinstance(getattr(layer, norm, None), IdentityOp)
+        and not hasattr(getattr(layer, linear, None), "layer_norm_weight")
+    ]
 
 
 def why_host_attention_is_wrong(attention: Attention, config) -> str | None:

@@ -17,14 +17,17 @@ from .megatron_core.running.attention_inputs import AttentionInputs
 from .megatron_core.running.checkpoint_recompute import CheckpointRecompute
 from .megatron_core.running.checkpoint_without_te import CheckpointWithoutTE
 from .megatron_core.running.dsa_kernels import DSAKernels
-from .megatron_core.running.hybrid_carrier import HybridCarrier, MambaCarrier
 from .megatron_core.running.index_schedule import IndexShareSchedule
 from .megatron_core.running.index_share_carrier import IndexShareCarrier
 from .megatron_core.running.indexer_loss_scale import IndexerLossScale
-from .megatron_core.running.mtp_carrier import MTPCarrier
 from .megatron_core.running.router_padding import RouterPadding
+from .megatron_core.running.stack_carriers import (
+    BlockCarrier,
+    HybridCarrier,
+    MambaCarrier,
+    MTPCarrier,
+)
 from .megatron_core.running.te_checkpoint import TECheckpoint
-from .megatron_core.running.topk_carrier import BlockCarrier
 from .transformers.glm_moe_dsa_config import GlmMoeDsaConfigValues
 from .transformers.glm_moe_dsa_weights import GlmMoeDsaConfigWeights
 

@@ -117,7 +117,7 @@ class Machine:
             raise GLM5PatchError(
                 "no host of glm5-patch is installed here: install megatron-core or transformers"
             )
-        _refuse_half_a_host(wanted, present)
+        _refuse_half_a_host([p for p in wanted if not p.may_be_absent], present)
         self.raise_unless_in_place(present)
 
     def raise_unless_in_place(

@@ -44,8 +44,10 @@ class Patch:
     remove_when: ClassVar[str]
     """The condition under which this file can be deleted."""
     on_request: ClassVar[bool] = False
-    """``require`` imports its module only where the patch is named: the host takes long to import,
-    or some releases have no such module and need no patch."""
+    """``require`` imports its module only where the patch is named: the host takes long to
+    import."""
+    may_be_absent: ClassVar[bool] = False
+    """Some supported releases have no such module, and need no patch of it."""
 
     @property
     def host(self) -> str:

@@ -206,7 +206,8 @@ def probe() -> Iterator[Finding]:
             )
             continue
         present += found
-        absent = next((p.module for p in own if p not in found and not p.on_request), None)
+        needed = (p for p in own if not p.on_request and not p.may_be_absent)
+        absent = next((p.module for p in needed if p not in found), None)
         if found and absent:
             yield Finding(
                 f"host {host}",

@@ -9,25 +9,34 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
-_building: ContextVar[bool] = ContextVar("glm5_patch_building_mtp", default=False)
+_building: ContextVar[Any] = ContextVar("glm5_patch_building_mtp", default=None)
 
 
 @contextmanager
-def building_mtp() -> Iterator[None]:
-    """While a depth of multi-token prediction builds its layers."""
-    token = _building.set(True)
+def building_mtp(depth: Any) -> Iterator[None]:
+    """While a depth of multi-token prediction builds its layers.
+
+    Args:
+        depth: the host's ``MultiTokenPredictionLayer``. Its ``layer_number`` is the depth, from 1,
+            which it has before it builds what is inside.
+    """
+    token = _building.set(depth)
     try:
         yield
     finally:
         _building.reset(token)
 
 
-def is_mtp_layer(layer_number: int, num_layers: int) -> bool:
-    """Whether the layer that is being built belongs to multi-token prediction.
+def mtp_depth(layer_number: int, num_layers: int) -> int | None:
+    """The depth, from 1, that the layer being built belongs to; None of a decoder layer.
 
     Args:
         layer_number: the number that the host gives it.
         num_layers: of the decoder; no layer of it has a higher number.
     """
-    return _building.get() or layer_number > num_layers
+    depth = _building.get()
+    if depth is not None:
+        return depth.layer_number
+    return layer_number - num_layers if layer_number > num_layers else None

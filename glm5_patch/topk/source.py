@@ -10,7 +10,7 @@ from ..config.schedule import IndexSchedule
 from ..ops.index_topk.reference import IndexerInputs
 from ..ops.query_positions import QueryPositions
 from .carrier import current_carrier, require_carrier
-from .mtp import is_mtp_layer
+from .mtp import mtp_depth
 from .tokens import Layout
 
 
@@ -40,7 +40,7 @@ class TopkSource:
     """
 
     def __init__(self, config, layer_number: int) -> None:
-        """Must be called while the layer is built, see ``is_mtp_layer``.
+        """Must be called while the layer is built, see ``mtp_depth``.
 
         Raises:
             ScheduleError: the decoder's schedule is wrong.
@@ -48,9 +48,15 @@ class TopkSource:
         self.layer_number = layer_number
         self.index_topk = config.dsa_indexer_topk
         self.schedule = IndexSchedule.from_megatron(config)
-        self.is_mtp = is_mtp_layer(layer_number, self.schedule.num_layers)
+        self.mtp_depth = mtp_depth(layer_number, self.schedule.num_layers)
+        """The depth of multi-token prediction, from 1; None of a decoder layer."""
         self.source = layer_number if self.is_mtp else self.schedule.source(layer_number)
         """The number of the layer that computes the top-k."""
+
+    @property
+    def is_mtp(self) -> bool:
+        """Whether the layer belongs to multi-token prediction."""
+        return self.mtp_depth is not None
 
     @property
     def computes(self) -> bool:

@@ -56,6 +56,7 @@ def signature_changed(patch):
 
     signature = inspect.signature(function)
     renamed = [p.replace(name=f"new_{p.name}") for p in signature.parameters.values()]
+    changed.__wrapped__ = function  # probes read its code
     changed.__signature__ = signature.replace(parameters=renamed)
     setattr(owner, name, staticmethod(changed) if isinstance(value, staticmethod) else changed)
 
@@ -116,6 +117,9 @@ def builds():
                 rope_type="rope",
                 add_bias_linear=False,
                 num_moe_experts=2,
+                moe_router_enable_expert_bias=True,
+                moe_router_score_function="sigmoid",
+                mtp_num_layers=1,
                 recompute_granularity="selective",
                 recompute_modules=["layernorm"],
                 dsa_indexer_n_heads=2,
@@ -123,7 +127,7 @@ def builds():
                 dsa_indexer_topk=4,
                 qk_layernorm=True,
                 dsa_indexer_loss_coeff=0.1,
-                **({"dsa_indexer_types": "FS"} if _takes_types() else {}),
+                **_index_sharing(),
             )
             build_spec = getattr(specs, BLOCK_SPEC, lambda config: None)
             TransformerBlock(config, build_spec(config))
@@ -134,8 +138,13 @@ def builds():
     return result
 
 
-def _takes_types():
-    return "dsa_indexer_types" in MLA_CONFIG.__dataclass_fields__
+def _index_sharing():
+    """By a field of ours or of the host's; a host without either builds no other DSA model."""
+    takes = MLA_CONFIG.__dataclass_fields__
+    for name, value in (("dsa_indexer_types", "FS"), ("dsa_indexer_topk_freq", 2)):
+        if name in takes:
+            return {name: value}
+    return {}
 
 
 def main():

@@ -1,5 +1,6 @@
 """Scripts in processes of their own, where nothing was imported before."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -7,14 +8,25 @@ import textwrap
 
 from glm5_patch.patches import table
 
-PATCHES = [patch for patch in table.PATCHES if not patch.on_request]
-"""Those of Megatron-Bridge, which takes long to import, have their own tests."""
+
+def of_this_host(patch):
+    """Whether this release has the module. Those that ``require`` does not import by itself, of
+    Megatron-Bridge, have their own tests."""
+    if patch.on_request:
+        return False
+    try:
+        return not patch.may_be_absent or importlib.util.find_spec(patch.module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+PATCHES = [patch for patch in table.PATCHES if of_this_host(patch)]
 
 REPORT = """
 import importlib, inspect, json, sys
 import glm5_patch
 from glm5_patch.patches import table
-PATCHES = [patch for patch in table.PATCHES if not patch.on_request]
+PATCHES = [patch for patch in table.PATCHES if patch.id in OF_THIS_HOST]
 
 def in_place(patch):
     # Looks at the host itself, not at the ledger; None where that can't tell (a flag).
@@ -25,7 +37,9 @@ def in_place(patch):
     value = vars(owner).get(name) if owner else None
     value = getattr(value, "__func__", value)
     if inspect.isclass(value):
-        return "dsa_indexer_types" in value.__dataclass_fields__
+        if patch.id == "config_fields":
+            return "dsa_indexer_types" in value.__dataclass_fields__
+        return value.__module__.startswith("glm5_patch.")
     if inspect.isfunction(value):
         return value.__globals__["__name__"].startswith("glm5_patch.")
     return None
@@ -35,7 +49,7 @@ def report():
         importlib.import_module(patch.module)
     rows = glm5_patch.status()
     return {p.id: [rows[p.id].state.value, in_place(p)] for p in PATCHES}
-"""
+""".replace("OF_THIS_HOST", repr([patch.id for patch in PATCHES]))
 
 
 def environment(**env):

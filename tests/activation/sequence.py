@@ -55,9 +55,10 @@ class Real:
 
     def __init__(self):
         from glm5_patch.patches import MACHINE
+        from tests.activation.fresh import of_this_host
 
         self.machine = MACHINE
-        patches = [patch for patch in MACHINE.patches if not patch.on_request]
+        patches = [patch for patch in MACHINE.patches if of_this_host(patch)]
         self.hosts = sorted({patch.module for patch in patches})
         self.ids = {patch.id: patch.module for patch in patches}
         for host in self.hosts:

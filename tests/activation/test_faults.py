@@ -106,7 +106,8 @@ def test_a_needed_patch_that_was_switched_off_is_named(patch_id):
     from megatron.core.transformer.transformer_config import MLATransformerConfig
     config = MLATransformerConfig(
         num_layers=2, hidden_size=64, num_attention_heads=4, transformer_impl="local",
-        experimental_attention_variant="dsa", rope_type="rope", add_bias_linear=False)
+        experimental_attention_variant="dsa", rope_type="rope", add_bias_linear=False,
+        dsa_is_glm5=True)
     for build in (
         lambda: specs.get_transformer_block_with_experimental_attention_variant_spec(config),
         lambda: TransformerBlock(config, None),

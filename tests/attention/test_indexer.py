@@ -5,10 +5,20 @@ import torch
 from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossLoggingHelper
 from torch.nn.functional import layer_norm, rms_norm
 
+from glm5_patch.attention.build import gpt_model
 from glm5_patch.checkpoint.reader import HFCheckpoint
+from glm5_patch.config.huggingface import HFConfig
 from glm5_patch.testing.parity import recorded, recorded_hf
-from glm5_patch.tools.verify import forward
-from tests.tiny import RMS_NORM_EPS, hf_config, hf_model, megatron_model, saved, tokens
+from glm5_patch.tools.verify import forward, randomize
+from tests.tiny import (
+    RMS_NORM_EPS,
+    hf_config,
+    hf_model,
+    megatron_config,
+    megatron_model,
+    saved,
+    tokens,
+)
 
 LENGTH, BATCH, COEFFICIENT = 40, 2, 0.3
 ONE_LAYER = dict(num_hidden_layers=1, index_topk_freq=1)
@@ -145,3 +155,31 @@ def test_equal_scores_fall_as_in_hugging_face(our_core, tmp_path):
     finally:
         torch.use_deterministic_algorithms(False)
     assert (found.topk_indices[1].sort(-1)[0][:, index_topk:] == first).all()
+
+
+def logged(*, layers: int, depths: int, mtp_trains: bool = True) -> torch.Tensor:
+    """What the host's tracker holds after one step."""
+    hf = HFConfig(hf_config(num_hidden_layers=layers, index_topk_freq=1).to_dict())
+    config = megatron_config(hf, mtp_num_layers=depths or None, dsa_indexer_loss_coeff=COEFFICIENT)
+    model = gpt_model(hf, config).train()
+    torch.manual_seed(0)
+    randomize(model)
+    if depths:
+        model.mtp.train(mtp_trains)
+    ids = tokens(0, BATCH, LENGTH)
+    positions = torch.arange(LENGTH).expand(BATCH, LENGTH)
+    DSAIndexerLossLoggingHelper.clean_loss_in_tracker()
+    model(ids, positions, None, labels=ids)
+    return DSAIndexerLossLoggingHelper.tracker["values"].clone()
+
+
+def test_each_depth_of_mtp_logs_in_a_slot_of_its_own(world):
+    """Also in a tracker that a smaller model has left."""
+    DSAIndexerLossLoggingHelper.tracker.clear()
+    assert logged(layers=1, depths=0).shape == (1,)
+    values = logged(layers=2, depths=2)
+    assert values.shape == (4,) and (values > 0).all()
+    decoder_alone = logged(layers=2, depths=2, mtp_trains=False)
+    torch.testing.assert_close(values[:2], decoder_alone[:2])
+    assert decoder_alone[2:].tolist() == [0, 0]
+    DSAIndexerLossLoggingHelper.tracker.clear()

@@ -28,12 +28,13 @@ def config(**overrides):
     return megatron_config(HFConfig(hf_config().to_dict()), **overrides)
 
 
-def layer_spec(config, core_attention=None):
+def layer_spec(config, core_attention=None, without_norm=None):
     """A layer of attention alone.
 
     Args:
         config: of the model.
         core_attention: a class in the place of that of the spec.
+        without_norm: which norm of a latent is left out.
     """
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
@@ -48,6 +49,10 @@ def layer_spec(config, core_attention=None):
     )
     if core_attention is not None:
         attention.submodules.core_attention.module = core_attention
+    if without_norm is not None:
+        from megatron.core.transformer.identity_op import IdentityOp
+
+        setattr(attention.submodules, without_norm, IdentityOp)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -77,7 +82,7 @@ def block(config, block_class=None, **spec):
     return randomized(built)
 
 
-def hybrid_stack(config):
+def hybrid_stack(config, **spec):
     """``HybridStack``, or what it was called before megatron-core 0.18."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -87,11 +92,11 @@ def hybrid_stack(config):
     if is_there("megatron.core.models.hybrid.hybrid_block"):
         from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 
-        submodules = HybridStackSubmodules(dsa_layer=layer_spec(config))
+        submodules = HybridStackSubmodules(dsa_layer=layer_spec(config, **spec))
         return randomized(HybridStack(config, submodules, layer_type_list=["D"] * LAYERS, **kwargs))
     from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
 
-    submodules = MambaStackSubmodules(attention_layer=layer_spec(config))
+    submodules = MambaStackSubmodules(attention_layer=layer_spec(config, **spec))
     if "layer_type_list" in inspect.signature(MambaStack.__init__).parameters:
         pytest.skip("MambaStack of megatron-core 0.17 hands MLA an argument that MLA refuses")
     stack = MambaStack(config, submodules, hybrid_override_pattern="*" * LAYERS, **kwargs)

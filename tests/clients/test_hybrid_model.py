@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from glm5_patch.errors import GLM5PatchError
 from glm5_patch.patches.megatron_core import carrying
 from tests.clients.stacks import MODES, causal_mask, config, gradients, hybrid_stack, outputs
 from tests.tiny import relative
@@ -25,3 +26,13 @@ def test_where_no_carrier_is_open_the_host_s_own_answer_stands(host_attention, m
         assert torch.equal(our, theirs)
     wrong = gradients(hybrid_stack(config(**MODES["uniform_1"])))
     assert relative(wrong, plain) > 0.01
+
+
+@pytest.mark.parametrize("norm", ["q_layernorm", "kv_layernorm"])
+def test_a_layer_without_its_latent_norm_is_refused(world, norm):
+    """As ``dsa_layer`` of the host's own hybrid spec has it."""
+    with pytest.raises(
+        GLM5PatchError, match=f"layer 1 .*qk_layernorm=True, but {norm} .*dsa_layer"
+    ):
+        hybrid_stack(config(), without_norm=norm)
+    hybrid_stack(config(qk_layernorm=False), without_norm=norm)

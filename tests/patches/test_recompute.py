@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import inspect
 import weakref
 
 import pytest
@@ -132,6 +133,30 @@ def test_without_the_checkpoint_patch_a_recompute_is_refused(checkpoint, monkeyp
     finally:
         monkeypatch.delenv("GLM5_PATCH_DISABLE")
         glm5_patch.enable()
+    assert glm5_patch.status()["checkpoint_recompute"].state == "applied"
+
+
+@pytest.mark.parametrize("puts_it_back", [True, False])
+def test_another_s_checkpoint_counts_where_it_puts_the_carrier_back(
+    world, monkeypatch, puts_it_back
+):
+    from megatron.core.tensor_parallel.random import CheckpointFunction
+
+    from glm5_patch.topk.carrier import carried
+
+    host = inspect.unwrap(CheckpointFunction.forward)
+
+    def replaced(ctx, run_function, *rest):
+        return host(ctx, carried(run_function) if puts_it_back else run_function, *rest)
+
+    monkeypatch.setattr(CheckpointFunction, "forward", staticmethod(replaced))
+    row = glm5_patch.status()["checkpoint_recompute"]
+    if puts_it_back:
+        assert row.state == "not_needed", row.reason
+    else:
+        assert row.state == "failed"
+        assert "a recompute by checkpoint does not see its own forward's top-k" in row.reason
+    monkeypatch.undo()
     assert glm5_patch.status()["checkpoint_recompute"].state == "applied"
 
 

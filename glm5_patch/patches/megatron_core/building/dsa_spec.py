@@ -79,7 +79,7 @@ def _dispatch(module, wrong, wrapped, config, backend=None):
         try:
             return wrapped(config=config, backend=backend)
         except ValueError:
-            if not is_dsa(config) or config.dsa_is_glm5 is False:
+            if not is_dsa(config) or getattr(config, "dsa_is_glm5", None) is False:
                 raise
             # The host builds no DSA model, and this one became one after it was validated.
             config.dsa_is_glm5 = True

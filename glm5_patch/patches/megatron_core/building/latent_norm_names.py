@@ -5,8 +5,8 @@ from __future__ import annotations
 from ....config.fields import is_glm5
 from ....patching.patch import Finding, Patch, argument
 
-# The norm, and the linear layer that it was fused into.
-_FUSED = {"q_layernorm": "linear_q_up_proj", "kv_layernorm": "linear_kv_up_proj"}
+FUSED_INTO = {"q_layernorm": "linear_q_up_proj", "kv_layernorm": "linear_kv_up_proj"}
+"""The norm of a latent, and the linear layer that it may be fused into."""
 
 
 class LatentNormNames(Patch):
@@ -33,7 +33,7 @@ def _init(wrapped, instance, args, kwargs):
 def _unfuse(module, state_dict, prefix, *_) -> None:
     from torch.nn import Module
 
-    for norm, linear in _FUSED.items():
+    for norm, linear in FUSED_INTO.items():
         fused, plain = f"{prefix}{linear}.layer_norm_weight", f"{prefix}{norm}.weight"
         if fused not in state_dict or plain in state_dict:
             continue

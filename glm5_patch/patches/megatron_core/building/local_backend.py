@@ -48,7 +48,7 @@ class LocalAbsorbedLinear(Patch):
     id = "local_absorbed_linear"
     module = "megatron.core.transformer.experimental_attention_variant.absorbed_mla"
     attribute = "TELinear"
-    on_request = True  # megatron-core 0.16 has no such module, and needs none
+    may_be_absent = True
     why = "The same as local_linear, for the host's own absorbed attention (megatron-core 0.19)."
     upstream = "none"
     remove_when = "MLA accepts any backend's linear layer as a down projection"

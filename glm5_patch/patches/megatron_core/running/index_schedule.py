@@ -33,9 +33,9 @@ class IndexShareSchedule(Patch):
 def _init(wrapped, instance, args, kwargs):
     config = argument(wrapped, args, kwargs, "config")
     layer_number = argument(wrapped, args, kwargs, "layer_number")
-    from ....topk.mtp import is_mtp_layer
+    from ....topk.mtp import mtp_depth
 
-    if is_mtp_layer(layer_number, config.num_layers):
+    if mtp_depth(layer_number, config.num_layers) is not None:
         computes, shares, source = True, False, layer_number
     elif config.dsa_indexer_types is None:
         return wrapped(*args, **kwargs)

@@ -1,0 +1,100 @@
+"""Every stack of layers: one top-k carrier for each of its forwards.
+
+A client may replace ``forward`` (mcore-bridge does), so the carrier is opened around ``__call__``.
+megatron-core 0.16 and 0.17 call the ``HybridStack`` of later releases ``MambaStack``.
+"""
+
+from __future__ import annotations
+
+from ....patching.patch import Finding, Patch
+from ..building.gate import gated
+from ..carrying import opens_carriers, with_carrier
+
+
+class BlockCarrier(Patch):
+    id = "topk_carrier"
+    module = "megatron.core.transformer.transformer_block"
+    attribute = "TransformerBlock.__call__"
+    why = "A skip layer can't tell which top-k belongs to its own forward."
+    upstream = "Megatron-LM #6793: the host stores the top-k on the mask or the config"
+    remove_when = "the host carries the top-k per forward and through recompute"
+
+    def needed(self, module) -> Finding:
+        return Finding(True, "the host has no store that belongs to one forward")
+
+    def apply(self, module, seams) -> None:
+        seams.wrap(module.TransformerBlock, "__call__", with_carrier)
+
+    def still_right(self, module) -> Finding | None:
+        return opens_carriers(module.TransformerBlock)
+
+
+class HybridCarrier(Patch):
+    id = "hybrid_carrier"
+    module = "megatron.core.models.hybrid.hybrid_block"
+    attribute = "HybridStack.__call__"
+    why = "A skip layer of a HybridModel can't tell which top-k belongs to its own forward."
+    upstream = "Megatron-LM #6793: the host stores the top-k on the mask or the config"
+    remove_when = "the host carries the top-k per forward and through recompute"
+    may_be_absent = True
+
+    def needed(self, module) -> Finding:
+        return Finding(True, "the host has no store that belongs to one forward")
+
+    def apply(self, module, seams) -> None:
+        seams.wrap_call(module.HybridStack, with_carrier)
+        seams.wrap(module.HybridStack, "__init__", gated, reads=("config",))
+
+    def still_right(self, module) -> Finding | None:
+        return opens_carriers(module.HybridStack)
+
+
+class MambaCarrier(Patch):
+    id = "mamba_carrier"
+    module = "megatron.core.ssm.mamba_block"
+    attribute = "MambaStack.__call__"
+    why = "A skip layer of a MambaStack can't tell which top-k belongs to its own forward."
+    upstream = "megatron-core 0.18 calls it HybridStack; see hybrid_carrier"
+    remove_when = "no supported megatron-core is older than 0.18"
+    may_be_absent = True
+
+    def needed(self, module) -> Finding:
+        if module.MambaStack.__module__ == module.__name__:
+            return Finding(True, "the host has no store that belongs to one forward")
+        return Finding(False, f"MambaStack is {module.MambaStack.__qualname__} here")
+
+    def apply(self, module, seams) -> None:
+        seams.wrap_call(module.MambaStack, with_carrier)
+        seams.wrap(module.MambaStack, "__init__", gated, reads=("config",))
+
+    def still_right(self, module) -> Finding | None:
+        return opens_carriers(module.MambaStack)
+
+
+class MTPCarrier(Patch):
+    id = "mtp_carrier"
+    module = "megatron.core.transformer.multi_token_prediction"
+    attribute = "MultiTokenPredictionLayer.__call__"
+    why = "A multi-token-prediction layer overwrites or reads the top-k of a decoder layer."
+    upstream = "Megatron-LM #6472 (open) gives these layers their own index sharing"
+    remove_when = "the host has a separate top-k for multi-token prediction"
+
+    def needed(self, module) -> Finding:
+        return Finding(True, "these layers are numbered, and keep their top-k, as the decoder's")
+
+    def apply(self, module, seams) -> None:
+        seams.wrap_call(module.MultiTokenPredictionLayer, with_carrier)
+        seams.wrap(module.MultiTokenPredictionLayer, "__init__", _init, reads=("config",))
+
+    def guards(self, config) -> bool:
+        return bool(config.mtp_num_layers)
+
+    def still_right(self, module) -> Finding | None:
+        return opens_carriers(module.MultiTokenPredictionLayer)
+
+
+def _init(wrapped, instance, args, kwargs):
+    from ....topk.mtp import building_mtp
+
+    with building_mtp(instance):
+        return gated(wrapped, instance, args, kwargs)
