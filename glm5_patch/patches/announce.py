@@ -47,8 +47,10 @@ def announce(stack: torch.nn.Module, config: Any) -> None:
         return  # megatron-core's own sparse attention in a model that is not GLM-5
     key = (summary.kinds, None if summary.foreign else _settings(config))
     if key not in _said:
-        line = f"{describe(config, of_plugin=summary.of_plugin)}; {summary}"
-        _said[key] = _foreign(summary) if summary.foreign else line
+        if summary.foreign:  # its configuration may have none of the settings that are described
+            _said[key] = _foreign(summary)
+        else:
+            _said[key] = f"{describe(config, of_plugin=summary.of_plugin)}; {summary}"
         say(_said[key])
 
 

@@ -32,6 +32,7 @@ TESTS = {
     "megatron-core": PARITY,
     "transformers": ["tests/patches/test_hf_config.py", "tests/hosts/test_tables.py"],
     "megatron-bridge": ["tests/hosts/bridge"],
+    "mcore-bridge": ["tests/clients/test_mcore_bridge.py"],
     # It has too little of GLM-5 to be patched.
     "megatron-core==0.16.0rc0.dev132713": ["tests/activation/test_unsupported.py"],
     # The README's command runs the whole suite on 0.16.1; 0.18 has another checkpoint and schedule.
@@ -60,7 +61,13 @@ AT_ONCE = 2
 PARALLEL = ("0.16.1", "0.18.2", "0.19.2")
 # transformers brings tokenizers of the version it insists on; megatron-core's needs are all there.
 # Bridge's needs are in tests/hosts/bridge/requirements.txt.
-PIP_OPTIONS = {"megatron-core": ["--no-deps"], "megatron-bridge": ["--no-deps"], "transformers": []}
+# mcore-bridge's are packages for downloads, which its test does without, and those that are there.
+PIP_OPTIONS = {
+    "megatron-core": ["--no-deps"],
+    "megatron-bridge": ["--no-deps"],
+    "mcore-bridge": ["--no-deps"],
+    "transformers": [],
+}
 IMPORTS = {
     "transformers": "import transformers.models.glm_moe_dsa.configuration_glm_moe_dsa",
     "megatron-bridge": """
@@ -199,7 +206,8 @@ def print_counts(table: dict[str, dict[str, int]]) -> bool:
 def keep_record(table: dict[str, dict]) -> None:
     from tests.hosts import tables
 
-    record: dict = {"date": date.today().isoformat(), **{package: {} for package in PIP_OPTIONS}}
+    packages = ["megatron-core", *IMPORTS]
+    record: dict = {"date": date.today().isoformat(), **{package: {} for package in packages}}
     for requirement, found in table.items():
         package, _, release = requirement.partition("+")[0].partition("==")
         record[package][release] = found

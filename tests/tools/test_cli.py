@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from glm5_patch.patches.table import PATCHES
-from tests.activation.fresh import environment, of_this_host
+from tests.activation.fresh import environment, of_this_host, output
 
 ROOT = Path(__file__).parents[2]
 BREAK_HOST = """
@@ -99,6 +99,21 @@ def test_doctor_and_status_name_a_seam_that_the_host_has_lost(broken_host):
     result = command("status", "--import", **broken_host)
     assert result.returncode == 1
     assert "patch 'topk_carrier' is not in place" in result.stderr
+
+
+def test_doctor_names_a_field_that_no_command_line_can_be_made_of():
+    code = """
+        import torch
+        from megatron.core.transformer.transformer_config import TransformerConfig
+        from glm5_patch.tools.doctor import probe
+        for kind in (int, "int"):
+            TransformerConfig.__dataclass_fields__["dsa_indexer_topk_freq"].type = kind
+            (found,) = [f for f in probe() if f.what == "command line of Megatron-LM"]
+            print(found.ok, found.seen)
+    """
+    right, wrong = output(code).splitlines()
+    assert right == "True every dsa_ field is an argument"
+    assert wrong == "False the type of dsa_indexer_topk_freq is the string 'int'"
 
 
 def test_doctor_names_two_cores_on_the_path(tmp_path):

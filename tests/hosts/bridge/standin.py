@@ -33,7 +33,8 @@ def install() -> None:
 
     extension = importlib.import_module(EXTENSION)
     sys.modules[EXTENSION] = None  # modelopt has a way without it
-    import modelopt.torch.distill  # noqa: F401
+    if importlib.util.find_spec("modelopt") is not None:
+        import modelopt.torch.distill  # noqa: F401
 
     sys.modules[EXTENSION] = extension
     for name, value in list(vars(extension).items()):
