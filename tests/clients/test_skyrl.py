@@ -1,4 +1,4 @@
-"""SkyRL assigns ``DSAttention._get_index_share_carrier``: its assignment stays, and recompute is right.
+"""SkyRL assigns ``DSAttention._get_index_share_carrier``: that stays, and recompute is right.
 
 Its module is taken by path, because the packages around it import Ray. On megatron-core 0.20 its
 whole patch runs, which also rewrites ``checkpointed_forward``. It refuses the text of that function
