@@ -80,7 +80,11 @@ def test_doctor_finds_a_healthy_installation_healthy():
     "env, what, remedy",
     [
         ({"GLM5_PATCH": "0"}, "switches", "unset GLM5_PATCH"),
-        ({"GLM5_PATCH_DISABLE": "gate"}, "gate", "without it: A model is built and trained wrongly"),
+        (
+            {"GLM5_PATCH_DISABLE": "gate"},
+            "gate",
+            "without it: A model is built and trained wrongly",
+        ),
         ({"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}, "torch's autoload", "import glm5_patch.auto"),
     ],
 )
