@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from glm5_patch.errors import GLM5PatchError
+from glm5_patch.patches import MACHINE
 from tests.tiny import loss_of, megatron_model, packed, relative, saved, tokens
 
 LENGTHS, PADDED = [5, 19, 30], [8, 20, 32]
@@ -96,3 +98,29 @@ def test_other_models_keep_the_hosts_router(world):
         function(router, routing_map, padding_mask=padding_mask)
         results.append(router.local_tokens_per_expert.clone())
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_router_that_a_client_replaced_is_judged_by_what_it_counts(
+    checkpoint, monkeypatch, right
+):
+    """mcore-bridge lays the mask along the tokens itself."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    if MACHINE.row("router_padding").state != "applied":
+        pytest.skip("this host's router leaves padding out")
+    before = TopKRouter._apply_expert_bias
+
+    def laid_along_the_tokens(self, routing_map, padding_mask=None):
+        return before(self, routing_map, None if padding_mask is None else padding_mask[:, None])
+
+    def without_mask(self, routing_map, padding_mask=None):
+        return before(self, routing_map)
+
+    replaced = laid_along_the_tokens if right else without_mask
+    monkeypatch.setattr(TopKRouter, "_apply_expert_bias", replaced)
+    if right:
+        megatron_model(checkpoint)
+    else:
+        with pytest.raises(GLM5PatchError, match="router_padding.*counts padded tokens"):
+            megatron_model(checkpoint)

@@ -288,6 +288,7 @@ def why_padding_is_counted(router_class: type) -> str | None:
             enable_expert_bias=True,
             frozen_expert_bias=False,
             local_tokens_per_expert=torch.zeros(experts),
+            config=SimpleNamespace(experimental_attention_variant="dsa", dsa_is_glm5=True),
         )
         routing_map = torch.ones(3, experts, dtype=torch.bool)
         padding_mask = torch.tensor([False, False, True])

@@ -27,6 +27,9 @@ class RouterPadding(Patch):
             reads=("routing_map", "padding_mask"),
         )
 
+    def still_right(self, module) -> Finding | None:
+        return self.needed(module)
+
     def guards(self, config) -> bool:
         # Not an error alone: with as many tokens as experts the host counts wrong ones.
         return bool(config.moe_router_enable_expert_bias)
