@@ -94,7 +94,7 @@ def test_where_every_key_fits_nothing_is_selected(length):
 @pytest.mark.parametrize("number", [1, 4], ids=["numbered from 1", "numbered after the decoder"])
 def test_a_layer_of_multi_token_prediction_neither_publishes_nor_reads(number):
     indexer = CountingIndexer()
-    with building_mtp():
+    with building_mtp(SimpleNamespace(layer_number=1)):
         mtp = TopkSource(CONFIG, number)
     assert mtp.computes
     with open_carrier() as carrier:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ....config.fields import is_dsa, is_glm5
 from ....patching.patch import Finding, Patch, argument
+from ...probes.megatron_core import refuses_dsa
 from .gate import check_gate
 
 
@@ -25,6 +26,8 @@ class BlockSpec(Patch):
                 check_gate(config)
                 _check_split(module, config)
             elif is_dsa(config):
+                if not hasattr(config, "dsa_is_glm5") and refuses_dsa():
+                    check_gate(config)  # the fields are missing, and only a GLM-5 could be meant
                 from ...announce import announce_other_dsa  # here: `import torch` need not pay
 
                 announce_other_dsa(config)
