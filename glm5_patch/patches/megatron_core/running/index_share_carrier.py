@@ -25,7 +25,7 @@ class IndexShareCarrier(Patch):
     id = "index_share_carrier"
     module = "megatron.core.transformer.experimental_attention_variant.dsa"
     attribute = "DSAttention._get_index_share_topk_holder"
-    why = "A recompute reads the top-k of the microbatch that ran last: 77 % wrong gradients."
+    why = "A recompute reads the top-k of the microbatch that ran last: 74 % wrong gradients."
     upstream = "Megatron-LM #6793 (open)"
     remove_when = "the host has a separate shared top-k for each forward"
 
