@@ -52,8 +52,17 @@ class CrossLayerDSAttention(MegatronModule):
         v_channels: int | None = None,
         cp_comm_type: str = "p2p",
         pg_collection=None,
+        is_mtp_layer: bool = False,
     ) -> None:
-        """Raises GLM5PatchError for a setting that would be computed wrongly."""
+        """Has the constructor of the host's ``DSAttention``.
+
+        Args:
+            is_mtp_layer: of megatron-core's dev branch. Not read: where the layer is built tells
+                the same on every core, see ``topk.mtp``.
+
+        Raises:
+            GLM5PatchError: a setting would be computed wrongly.
+        """
         super().__init__(config=config)
         if attn_mask_type != AttnMaskType.causal:
             raise GLM5PatchError(f"attn_mask_type={attn_mask_type}: only a causal mask is possible")

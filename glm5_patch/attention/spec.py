@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
@@ -24,9 +25,9 @@ def glm5_attention_spec(host_spec: ModuleSpec, config, backend) -> ModuleSpec:
     Raises:
         GLM5PatchError: the host's attention is none that ours could stand in for.
     """
-    if not {field.name for field in dataclasses.fields(MLASelfAttentionSubmodules)} >= {
-        field.name for field in dataclasses.fields(host_spec.submodules)
-    }:
+    known = {field.name for field in dataclasses.fields(MLASelfAttentionSubmodules)}
+    given = _given_submodules(host_spec.submodules)
+    if not known >= given.keys():
         raise GLM5PatchError(
             f"this megatron-core builds a DSA layer's attention as {host_spec.module.__name__}, "
             "which glm5-patch does not know; report it with `glm5-patch doctor`"
@@ -37,9 +38,8 @@ def glm5_attention_spec(host_spec: ModuleSpec, config, backend) -> ModuleSpec:
         rms_norm = config.normalization == "RMSNorm"
         latent_norm = backend.layer_norm(rms_norm=rms_norm, for_qk=True)
     indexer = host.core_attention.submodules.indexer
-    kept = {field.name: getattr(host, field.name) for field in dataclasses.fields(host)}
     submodules = dataclasses.replace(
-        MLASelfAttentionSubmodules(**kept),
+        MLASelfAttentionSubmodules(**given),
         linear_q_up_proj=backend.column_parallel_linear(),
         linear_kv_up_proj=backend.column_parallel_linear(),
         q_layernorm=latent_norm,
@@ -58,3 +58,11 @@ def glm5_attention_spec(host_spec: ModuleSpec, config, backend) -> ModuleSpec:
         submodules=submodules,
         metainfo={**host_spec.metainfo, "fuse_input_layernorm": False},
     )
+
+
+def _given_submodules(submodules) -> dict[str, Any]:
+    """The modules that a spec names; megatron-core's dev branch has fields that it leaves unset."""
+    values = (
+        (field.name, getattr(submodules, field.name)) for field in dataclasses.fields(submodules)
+    )
+    return {name: value for name, value in values if value is not None}

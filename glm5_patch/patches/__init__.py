@@ -16,6 +16,7 @@ MODULES = (
     "megatron.core.transformer.moe.router",
     "megatron.core.transformer.attention",
     "megatron.core.transformer.transformer_block",
+    "megatron.core.models.common.embeddings.language_model_embedding",
     "megatron.core.models.hybrid.hybrid_block",
     "megatron.core.ssm.mamba_block",
     "megatron.core.transformer.multi_token_prediction",

@@ -11,6 +11,7 @@ from .megatron_core.building.latent_norm_names import LatentNormNames
 from .megatron_core.building.local_backend import LocalAbsorbedLinear, LocalBackend, LocalLinear
 from .megatron_core.building.moe_without_te import MoEWithoutTE
 from .megatron_core.building.pipeline_split_check import BlockSpec
+from .megatron_core.building.position_table import PositionTable
 from .megatron_core.building.router_bias import RouterBias
 from .megatron_core.building.transformer_config import ConfigFields
 from .megatron_core.running.attention_inputs import AttentionInputs
@@ -43,6 +44,7 @@ PATCHES = (
     LatentNormNames(),
     BlockCarrier(),
     Gate(),
+    PositionTable(),
     HybridCarrier(),
     MambaCarrier(),
     MTPCarrier(),
