@@ -26,54 +26,39 @@ class LocalBackend(Patch):
         return config.transformer_impl == "local"
 
 
-class LocalLinear(Patch):
+class _Linear:
+    """What the modules of MLA have in common: by the name ``TELinear`` they decide how a down
+    projection is split."""
+
+    attribute = "TELinear"
+    upstream = "none"
+    remove_when = "MLA accepts any backend's linear layer as a down projection"
+
+    def needed(self, module) -> Finding:
+        if lacks_te_linear(module):
+            return Finding(True, "TELinear is no class, and MLA asks what is one")
+        return Finding(False, "Transformer Engine's linear layer is there")
+
+    def apply(self, module, seams) -> None:
+        from ....attention.local_backend import DuplicatedLinear
+
+        seams.replace(module, self.attribute, DuplicatedLinear)
+
+    def guards(self, config) -> bool:
+        return config.transformer_impl == "local"
+
+
+class LocalLinear(_Linear, Patch):
     id = "local_linear"
     module = "megatron.core.transformer.multi_latent_attention"
-    attribute = "TELinear"
     why = "Without Transformer Engine, MLA has no linear layer with its whole weight on each rank."
-    upstream = "none"
-    remove_when = "MLA accepts any backend's linear layer as a down projection"
-
-    def needed(self, module) -> Finding:
-        return _needs_linear(module)
-
-    def apply(self, module, seams) -> None:
-        _give_linear(module, seams)
-
-    def guards(self, config) -> bool:
-        return config.transformer_impl == "local"
 
 
-class LocalAbsorbedLinear(Patch):
+class LocalAbsorbedLinear(_Linear, Patch):
     id = "local_absorbed_linear"
     module = "megatron.core.transformer.experimental_attention_variant.absorbed_mla"
-    attribute = "TELinear"
     may_be_absent = True
     why = "The same as local_linear, for the host's own absorbed attention (megatron-core 0.19)."
-    upstream = "none"
-    remove_when = "MLA accepts any backend's linear layer as a down projection"
-
-    def needed(self, module) -> Finding:
-        return _needs_linear(module)
-
-    def apply(self, module, seams) -> None:
-        _give_linear(module, seams)
-
-    def guards(self, config) -> bool:
-        return config.transformer_impl == "local"
-
-
-def _needs_linear(module) -> Finding:
-    if lacks_te_linear(module):
-        return Finding(True, "TELinear is no class, and MLA asks what is one")
-    return Finding(False, "Transformer Engine's linear layer is there")
-
-
-def _give_linear(module, seams) -> None:
-    # MLA decides by this name how a down projection is split.
-    from ....attention.local_backend import DuplicatedLinear
-
-    seams.replace(module, "TELinear", DuplicatedLinear)
 
 
 def _backend(wrapped, instance, args, kwargs):

@@ -29,7 +29,27 @@ class BlockCarrier(Patch):
         return opens_carriers(module.TransformerBlock)
 
 
-class HybridCarrier(Patch):
+class _Stack:
+    """What stacks without a ``__call__`` of their own have in common: a carrier around the call,
+    the gate around the construction."""
+
+    def needed(self, module) -> Finding:
+        return Finding(True, "the host has no store that belongs to one forward")
+
+    def apply(self, module, seams) -> None:
+        seams.wrap_call(self._stack(module), with_carrier)
+        seams.wrap(self._stack(module), "__init__", self._init, reads=("config",))
+
+    def still_right(self, module) -> Finding | None:
+        return opens_carriers(self._stack(module))
+
+    def _stack(self, module) -> type:
+        return getattr(module, self.attribute.partition(".")[0])
+
+    _init = staticmethod(gated)
+
+
+class HybridCarrier(_Stack, Patch):
     id = "hybrid_carrier"
     module = "megatron.core.models.hybrid.hybrid_block"
     attribute = "HybridStack.__call__"
@@ -38,18 +58,8 @@ class HybridCarrier(Patch):
     remove_when = "the host carries the top-k per forward and through recompute"
     may_be_absent = True
 
-    def needed(self, module) -> Finding:
-        return Finding(True, "the host has no store that belongs to one forward")
 
-    def apply(self, module, seams) -> None:
-        seams.wrap_call(module.HybridStack, with_carrier)
-        seams.wrap(module.HybridStack, "__init__", gated, reads=("config",))
-
-    def still_right(self, module) -> Finding | None:
-        return opens_carriers(module.HybridStack)
-
-
-class MambaCarrier(Patch):
+class MambaCarrier(_Stack, Patch):
     id = "mamba_carrier"
     module = "megatron.core.ssm.mamba_block"
     attribute = "MambaStack.__call__"
@@ -60,18 +70,18 @@ class MambaCarrier(Patch):
 
     def needed(self, module) -> Finding:
         if module.MambaStack.__module__ == module.__name__:
-            return Finding(True, "the host has no store that belongs to one forward")
+            return super().needed(module)
         return Finding(False, f"MambaStack is {module.MambaStack.__qualname__} here")
 
-    def apply(self, module, seams) -> None:
-        seams.wrap_call(module.MambaStack, with_carrier)
-        seams.wrap(module.MambaStack, "__init__", gated, reads=("config",))
 
-    def still_right(self, module) -> Finding | None:
-        return opens_carriers(module.MambaStack)
+def _building_mtp(wrapped, instance, args, kwargs):
+    from ....topk.mtp import building_mtp
+
+    with building_mtp(instance):
+        return gated(wrapped, instance, args, kwargs)
 
 
-class MTPCarrier(Patch):
+class MTPCarrier(_Stack, Patch):
     id = "mtp_carrier"
     module = "megatron.core.transformer.multi_token_prediction"
     attribute = "MultiTokenPredictionLayer.__call__"
@@ -82,19 +92,7 @@ class MTPCarrier(Patch):
     def needed(self, module) -> Finding:
         return Finding(True, "these layers are numbered, and keep their top-k, as the decoder's")
 
-    def apply(self, module, seams) -> None:
-        seams.wrap_call(module.MultiTokenPredictionLayer, with_carrier)
-        seams.wrap(module.MultiTokenPredictionLayer, "__init__", _init, reads=("config",))
-
     def guards(self, config) -> bool:
         return bool(config.mtp_num_layers)
 
-    def still_right(self, module) -> Finding | None:
-        return opens_carriers(module.MultiTokenPredictionLayer)
-
-
-def _init(wrapped, instance, args, kwargs):
-    from ....topk.mtp import building_mtp
-
-    with building_mtp(instance):
-        return gated(wrapped, instance, args, kwargs)
+    _init = staticmethod(_building_mtp)
