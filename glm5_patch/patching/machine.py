@@ -188,6 +188,8 @@ class Machine:
         finding = module and patch.still_right(module)
         if finding and not finding.needed:
             return State.NOT_NEEDED, f"{lost} was replaced after patching: {finding.reason}"
+        if finding is None and record.seams.is_called():
+            return record.state, f"{record.reason}; {lost} was wrapped since"
         reason = f" ({finding.reason})" if finding else ""
         return State.FAILED, (
             f"{lost} was replaced after patching{reason}; call glm5_patch.enable() to wrap what is "

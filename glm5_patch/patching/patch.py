@@ -75,12 +75,20 @@ class Patch:
     def still_right(self, module: ModuleType) -> Finding | None:
         """Probe the host module again after somebody replaced what this patch had changed.
 
+        By default ``needed`` is asked again; what it wants changed tells nothing then, since it
+        may want that of every host.
+
         Returns:
             ``Finding(False, reason)`` if what is there now does this patch's job: then it counts as
             not needed, and nobody replaces it. ``Finding(True, reason)`` if it does not, None if
-            that can't be told: then a GLM-5 model is refused, and ``enable()`` wraps it.
+            that can't be told: then what is there counts if it holds this patch's wrapper. What
+            does not count refuses a GLM-5 model, and ``enable()`` wraps it.
         """
-        return None
+        try:
+            finding = self.needed(module)
+        except Exception:
+            return None
+        return None if finding.needed else finding
 
     def guards(self, config: Any) -> bool:
         """Whether a model of this configuration is wrong without the patch."""

@@ -11,12 +11,11 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from .imports import half_imported
+from .wrapped import beneath, callable_from
 
 Around = Callable[[Callable[..., Any], Any, tuple, dict], Any]
 
 _MISSING = object()
-_DEEPEST = 100
-"""Wrappers around each other, before it is taken for a circle."""
 
 
 class _Wrapping:
@@ -74,21 +73,6 @@ def host_wrapper(original: Callable, around: Around, *, method: bool = False) ->
     return call
 
 
-def beneath(value: Any) -> Iterator[Any]:
-    """``value``, and whatever it wraps, from the outside in: ``functools.wraps``, wrapt, partials,
-    and the descriptors of a class."""
-    for _ in range(_DEEPEST):
-        yield value
-        if isinstance(value, property):
-            value = value.fget
-        elif isinstance(value, (functools.partial, functools.cached_property)):
-            value = value.func
-        else:
-            value = getattr(value, "__wrapped__", _MISSING)
-        if value is _MISSING:
-            return
-
-
 class _Change:
     """One attribute, or one key of a dictionary, that was given another value."""
 
@@ -106,6 +90,14 @@ class _Change:
         if held is self.value:
             return True
         return self.wrapper is not None and any(part is self.wrapper for part in beneath(held))
+
+    def is_called(self) -> bool:
+        """Whether it is in place, or whatever replaced it holds or names the wrapper."""
+        if self.is_in_place():
+            return True
+        return self.wrapper is not None and any(
+            part is self.wrapper for part in callable_from(self.held(), self.owner)
+        )
 
     def undo(self) -> None:
         if self.wrapper is not None:
@@ -209,6 +201,10 @@ class Seams:
             if not change.is_in_place():
                 return change.name
         return None
+
+    def is_called(self) -> bool:
+        """Whether every attribute that was replaced since leads on to the wrapper it held."""
+        return all(change.is_called() for change in list(self._changes))
 
     def missed_aliases(self) -> Iterator[tuple[str, str]]:
         """Modules, and their names, that still hold a function which was replaced elsewhere."""

@@ -1,13 +1,16 @@
 """Programs that do a part themselves: they count where they are right, and are named."""
 
+import inspect
+import sys
 from contextvars import ContextVar
+from types import FunctionType
 
 import pytest
 import torch
 
 import glm5_patch
 from glm5_patch.errors import GLM5PatchError
-from glm5_patch.patches import announce
+from glm5_patch.patches import announce, table
 from tests.clients.stacks import MODES, block, causal_mask, config, gradients
 from tests.tiny import relative
 
@@ -191,3 +194,48 @@ def test_each_kind_of_model_gets_a_line_and_require_takes_the_right_one(world, m
     glm5_patch.require(model=model)
     with pytest.raises(GLM5PatchError, match="no layer with sparse attention"):
         glm5_patch.require(model=torch.nn.Linear(2, 2))
+
+
+def applied_seams():
+    """Owner, name and patch of each function that a patch wraps on this host."""
+    rows = glm5_patch.status()
+    for patch in table.PATCHES:
+        if rows[patch.id].state != "applied":
+            continue
+        owner = sys.modules[patch.module]
+        *parts, name = patch.attribute.split(".")
+        for part in parts:
+            owner = getattr(owner, part)
+        if isinstance(vars(owner).get(name), FunctionType):
+            yield owner, name, patch
+
+
+def wrapped_plainly(function):
+    """As clients wrap that know nothing of ``functools.wraps``."""
+    return lambda *args, **kwargs: function(*args, **kwargs)
+
+
+def test_every_seam_may_be_wrapped_by_a_client(world, monkeypatch):
+    plain = gradients(block(config(**MODES["uniform_1"])))
+    seams = list(applied_seams())
+    assert {"gate", "dsa_spec", "topk_carrier"} <= {patch.id for _, _, patch in seams}
+    for owner, name, _ in seams:
+        monkeypatch.setattr(owner, name, wrapped_plainly(vars(owner)[name]))
+    glm5_patch.require()
+    rows = glm5_patch.status()
+    assert {rows[patch.id].state.value for _, _, patch in seams} <= {"applied", "not_needed"}
+    assert relative(gradients(block(config(**MODES["uniform_1"]))), plain) == 0
+
+
+def test_a_seam_whose_wrapper_is_gone_is_refused(world, monkeypatch):
+    glm5_patch.require()
+    for owner, name, patch in applied_seams():
+        if not patch.guards(config()):
+            continue
+        with monkeypatch.context() as client:
+            original = torch.nn.Module.__call__  # what classes inherit that have none of their own
+            if name != "__call__":
+                original = inspect.unwrap(vars(owner)[name])
+            client.setattr(owner, name, wrapped_plainly(original))
+            with pytest.raises(GLM5PatchError, match=f"patch '{patch.id}' is not in place"):
+                glm5_patch.patches.MACHINE.raise_unless_in_place(config=config())

@@ -164,6 +164,87 @@ def test_somebody_elses_wrapper_around_ours_stays_and_works(host, around):
         assert (target.function(0), target.Thing().method(0)) == (10, 10)
 
 
+def in_a_closure(target, function):
+    target.function = lambda x: function(x) + 10
+
+
+def in_a_closure_of_a_closure(target, function):
+    in_a_closure(target, function)
+    inner = target.function
+    target.function = lambda x: inner(x)
+
+
+def in_a_default(target, function):
+    def theirs(x, of=function):
+        return of(x) + 10
+
+    target.function = theirs
+
+
+def in_a_partial(target, function):
+    def theirs(of, x):
+        return of(x) + 10
+
+    target.function = functools.partial(theirs, function)
+
+
+def in_a_global(target, function):
+    target.kept = function
+    exec("def theirs(x): return kept(x) + 10", vars(target))
+    target.function = target.theirs
+
+
+WITHOUT_WRAPS = [in_a_closure, in_a_closure_of_a_closure, in_a_default, in_a_partial, in_a_global]
+
+
+@pytest.mark.parametrize("around", WITHOUT_WRAPS)
+def test_a_wrapper_without_functools_wraps_counts_as_well(host, around):
+    machine = machine_of(ToyPatch(host))
+    target = target_of(host)
+    machine.enable()
+    around(target, target.function)
+    theirs = target.function
+    assert "function was wrapped since" in machine.row(host).reason
+    for _ in range(3):
+        machine.enable()
+        assert machine.row(host).state == "applied"
+        machine.raise_unless_in_place()
+        assert target.function(0) == 11
+        machine.disable()
+        assert target.function is theirs and target.function(0) == 10
+
+
+def in_an_attribute_of_the_class(thing):
+    thing.kept = thing.method
+    thing.method = lambda self, x: self.kept(x) + 10
+
+
+def over_the_class(thing):
+    method = thing.method
+    thing.method = lambda self, x: method(self, x) + 10
+
+
+@pytest.mark.parametrize("around", [in_an_attribute_of_the_class, over_the_class])
+def test_a_method_wrapped_without_functools_wraps_counts_as_well(host, around):
+    machine = machine_of(ToyPatch(host))
+    target = target_of(host)
+    machine.enable()
+    around(target.Thing)
+    machine.raise_unless_in_place()
+    assert machine.row(host).state == "applied" and target.Thing().method(0) == 11
+
+
+def test_a_wrapper_that_lets_go_of_ours_does_not_count(host):
+    machine = machine_of(ToyPatch(host))
+    target = target_of(host)
+    machine.enable()
+    ours = target.function
+    target.function = lambda x: 100
+    assert ours(0) == 1
+    with pytest.raises(GLM5PatchError, match="function was replaced after patching"):
+        machine.raise_unless_in_place()
+
+
 def test_a_wrapper_of_ours_that_a_mock_puts_back_later_does_nothing(host):
     machine = machine_of(ToyPatch(host))
     target = target_of(host)

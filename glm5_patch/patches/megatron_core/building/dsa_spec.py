@@ -43,6 +43,9 @@ class DSASpec(Patch):
 
         seams.wrap(module, self.attribute, dispatch, reads=("config", "backend"))
 
+    def still_right(self, module) -> None:
+        return None  # a probe through our dispatcher would ask here again
+
 
 def attention_stack(config, wrong: str | None) -> Stack:
     """Whose modules a GLM-5 is built of, as ``GLM5_PATCH_ATTENTION`` asks.
