@@ -11,7 +11,7 @@ import torch
 from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor
 
-from ..ops.compared import compute
+from ..ops.fallback import compute
 from ..ops.index_loss.reference import LossSettings
 from ..ops.index_topk.reference import IndexerInputs
 from ..ops.needs import Call

@@ -1,4 +1,5 @@
-"""Rotary positions counted from each document's start, whatever the layout of the batch."""
+"""The rope of the attention and of the indexer: positions are counted from each document's start,
+whatever the layout of the batch."""
 
 from __future__ import annotations
 

@@ -5,72 +5,22 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from types import FunctionType, ModuleType
 from typing import Any
 
 from .imports import half_imported
-from .wrapped import beneath, callable_from
-
-Around = Callable[[Callable[..., Any], Any, tuple, dict], Any]
-
-_MISSING = object()
-
-
-class _Wrapping:
-    """What one wrapper does. ``around`` is None once it is undone: then it only calls on."""
-
-    def __init__(self, around: Around):
-        self.around: Around | None = around
-        self.over: Any = _MISSING
-        """The attribute, as it stands in its owner, whose place the wrapper took."""
-
-
-_WRAPPINGS: weakref.WeakKeyDictionary[Callable, _Wrapping] = weakref.WeakKeyDictionary()
-"""Every wrapper that is alive, undone or not."""
-
-
-def host_wrapper(original: Callable, around: Around, *, method: bool = False) -> Callable:
-    """A stand-in for ``original`` that calls ``around(wrapped, instance, args, kwargs)``.
-
-    It is a plain function on purpose. A proxy object (``wrapt.FunctionWrapper``) only looks like
-    one: pickle and deepcopy need special methods on it, Megatron-Bridge's YAML picks a
-    representer by ``type(value)`` and would write this package's name into a user's file, and
-    torch.compile looks through it and runs the original. A function that carries the host's
-    ``__module__`` and ``__qualname__`` is pickled by that name, copied as itself, and unwraps
-    with ``inspect.unwrap`` to the identical original.
-
-    Somebody may keep it for ever (an alias in a class, a wrapper of theirs around it), so once
-    ``Seams.undo`` has run it does what ``original`` does.
-
-    Args:
-        original: the host's function.
-        around: receives the original, the instance (None for a function), and the arguments.
-        method: the first positional argument is the instance, or the class of a class method.
-    """
-    wrapping = _Wrapping(around)
-
-    if method:
-
-        @functools.wraps(original)
-        def call(self, *args, **kwargs):
-            around, wrapped = wrapping.around, original.__get__(self, type(self))
-            if around is None:
-                return wrapped(*args, **kwargs)
-            return around(wrapped, self, args, kwargs)
-
-    else:
-
-        @functools.wraps(original)
-        def call(*args, **kwargs):
-            around = wrapping.around
-            if around is None:
-                return original(*args, **kwargs)
-            return around(original, None, args, kwargs)
-
-    _WRAPPINGS[call] = wrapping
-    return call
+from .wrapper import (
+    MISSING,
+    WRAPPINGS,
+    Around,
+    beneath,
+    callable_from,
+    host_wrapper,
+    is_live,
+    is_undone,
+    without_undone,
+)
 
 
 class _Change:
@@ -82,7 +32,7 @@ class _Change:
 
     def held(self) -> Any:
         items = self.owner if isinstance(self.owner, dict) else vars(self.owner)
-        return items.get(self.name, _MISSING)
+        return items.get(self.name, MISSING)
 
     def is_in_place(self) -> bool:
         """Also where somebody put a wrapper of theirs around it."""
@@ -101,11 +51,11 @@ class _Change:
 
     def undo(self) -> None:
         if self.wrapper is not None:
-            _WRAPPINGS[self.wrapper].around = None
+            WRAPPINGS[self.wrapper].around = None
         if self.held() is not self.value:
             return  # reloaded, or replaced or wrapped by somebody else: theirs stays
-        original = _without_undone(self.original)
-        if original is _MISSING:
+        original = without_undone(self.original)
+        if original is MISSING:
             if isinstance(self.owner, dict):
                 del self.owner[self.name]
             else:
@@ -146,15 +96,15 @@ class Seams:
         held = _own(owner, name)
         function, rebuild, method = _taken_apart(owner, name, held)
         _insist_on_parameters(function, name, reads)
-        undone = next((part for part in beneath(function) if _is_undone(part)), None)
+        undone = next((part for part in beneath(function) if is_undone(part)), None)
         if undone is not None:
-            wrapping = _WRAPPINGS[undone]
+            wrapping = WRAPPINGS[undone]
             original = wrapping.over if undone is function else held
             self._changes.append(_Change(owner, name, held, original, undone))
             wrapping.around, wrapper = around, undone
         else:
             wrapper = host_wrapper(function, around, method=method)
-            _WRAPPINGS[wrapper].over = held
+            WRAPPINGS[wrapper].over = held
             self._set(owner, name, rebuild(wrapper), held, wrapper)
         others = _modules() if self._late else _modules_near(owner)
         _rebind(wrapper.__wrapped__, wrapper, others)
@@ -185,15 +135,15 @@ class Seams:
         if name in vars(owner):
             raise AttributeError(f"{owner!r} already has {name!r}")
         inner = getattr(value, "__func__", value)
-        ours = type(inner) is FunctionType and inner in _WRAPPINGS
-        self._set(owner, name, value, _MISSING, inner if ours else None)
+        ours = type(inner) is FunctionType and inner in WRAPPINGS
+        self._set(owner, name, value, MISSING, inner if ours else None)
 
     def add_item(self, mapping: dict, key: Any, value: Any) -> None:
         """Give a mapping of the host a key that it lacks."""
         if key in mapping:
             raise KeyError(f"{key!r} is already there")
         mapping[key] = value
-        self._changes.append(_Change(mapping, key, value, _MISSING, None))
+        self._changes.append(_Change(mapping, key, value, MISSING, None))
 
     def lost(self) -> str | None:
         """The first attribute that no longer leads to what was put there, or None."""
@@ -209,7 +159,7 @@ class Seams:
     def missed_aliases(self) -> Iterator[tuple[str, str]]:
         """Modules, and their names, that still hold a function which was replaced elsewhere."""
         for change in list(self._changes):
-            if change.wrapper is None or change.original is _MISSING:
+            if change.wrapper is None or change.original is MISSING:
                 continue
             for module in _modules():
                 for alias in _names_of(change.wrapper.__wrapped__, module):
@@ -226,7 +176,7 @@ class Seams:
             change = self._changes.pop()
             change.undo()
             if change.wrapper is not None:
-                _rebind(change.wrapper, inspect.unwrap(change.wrapper, stop=_is_live), _modules())
+                _rebind(change.wrapper, inspect.unwrap(change.wrapper, stop=is_live), _modules())
         if self._outlived is not None:
             self._outlived.undo()
 
@@ -247,25 +197,6 @@ class Seams:
     def _set(self, owner, name: str, value, original, wrapper: Callable | None = None) -> None:
         setattr(owner, name, value)
         self._changes.append(_Change(owner, name, value, original, wrapper))
-
-
-def _is_undone(value: Any) -> bool:
-    # A proxy of wrapt's equals what it wraps, also as a key.
-    wrapping = _WRAPPINGS.get(value) if type(value) is FunctionType else None
-    return wrapping is not None and wrapping.around is None
-
-
-def _is_live(value: Any) -> bool:
-    return not _is_undone(value)
-
-
-def _without_undone(attribute: Any) -> Any:
-    """The attribute itself, or what an undone wrapper of ours took the place of."""
-    while True:
-        inner = getattr(attribute, "__func__", getattr(attribute, "fget", attribute))
-        if not _is_undone(inner):
-            return attribute
-        attribute = _WRAPPINGS[inner].over
 
 
 def _taken_apart(owner: Any, name: str, held: Any) -> tuple[Callable, Callable, bool]:

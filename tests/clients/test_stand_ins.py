@@ -12,6 +12,7 @@ import glm5_patch
 from glm5_patch.errors import GLM5PatchError
 from glm5_patch.patches import announce, table
 from tests.clients.stacks import MODES, block, causal_mask, config, gradients
+from tests.patches.test_frozen import adapt
 from tests.tiny import relative
 
 
@@ -114,6 +115,21 @@ def test_a_subclass_that_shares_between_forwards_is_refused_under_recompute(host
     block(config(), core_attention=Shares)
     with pytest.raises(GLM5PatchError, match="two forwards one holder.*recompute_granularity=None"):
         block(config(**MODES["uniform_1"]), core_attention=Shares)
+
+
+def test_an_adapter_that_the_host_never_calls_is_refused(host_attention, monkeypatch):
+    stack = block(config())
+    gradients(stack)
+    adapt(stack, "linear_proj")
+    gradients(stack)
+    adapt(stack, "linear_kv_up_proj")
+    with pytest.raises(GLM5PatchError, match="adapter on linear_kv_up_proj.*=plugin"):
+        gradients(stack)
+    monkeypatch.setenv("GLM5_PATCH_ATTENTION", "plugin")
+    stack = block(config())
+    adapt(stack, "linear_kv_up_proj")
+    gradients(stack)
+    assert all(p.grad.any() for n, p in stack.named_parameters() if "kv_up_proj.lora_b" in n)
 
 
 @pytest.mark.parametrize("opens", [True, False])

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from glm5_patch.errors import GLM5PatchError
-from glm5_patch.ops import compared, registry
+from glm5_patch.ops import fallback, registry
 from glm5_patch.ops.index_topk import cudnn as cudnn_selection
 from glm5_patch.ops.index_topk import triton as indexer_kernels
 from glm5_patch.ops.index_topk.reference import IndexerInputs
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """Nothing compared yet, nothing refused."""
-    monkeypatch.setattr(compared, "_compared", set())
+    monkeypatch.setattr(fallback, "_compared", set())
     monkeypatch.setattr(registry, "_refused", {})
 
 
@@ -221,7 +221,7 @@ def run(name, theirs, ours, monkeypatch, heads=64, operation="sparse_attention.b
     own = dataclasses.replace(record(operation, "triton"), compute=ours, load=None, needs=Needs())
     monkeypatch.setattr(registry, "backends", lambda operation=None: (library, own))
     call = Call(CPU, torch.float32, (("heads", heads),))
-    return compared.compute(operation, call), library
+    return fallback.compute(operation, call), library
 
 
 NEEDS = {
@@ -292,7 +292,7 @@ def test_a_library_that_does_not_load_is_named(monkeypatch):
 def test_numbers_that_are_not_finite_say_nothing_about_a_library(monkeypatch):
     nan = lambda: (torch.full((3,), float("nan")),)
     assert run("cudnn", nan, nan, monkeypatch)[0][0].isnan().all()
-    assert not registry._refused and not compared._compared
+    assert not registry._refused and not fallback._compared
 
 
 LIBRARIES = [("sparse_attention.forward", "flash_mla"), ("sparse_attention.backward", "cudnn")]

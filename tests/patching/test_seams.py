@@ -12,7 +12,8 @@ import pytest
 import yaml
 from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
 
-from glm5_patch.patching.seams import Seams, host_wrapper
+from glm5_patch.patching.seams import Seams
+from glm5_patch.patching.wrapper import host_wrapper
 
 NAME = "get_transformer_block_with_experimental_attention_variant_spec"
 

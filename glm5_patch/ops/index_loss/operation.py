@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..compared import compute
+from ..fallback import compute
 from ..index_topk.reference import IndexerInputs
 from ..sparse_attention.inputs import AttentionInputs
 from .reference import LossSettings

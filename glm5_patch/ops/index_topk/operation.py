@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..compared import compute
+from ..fallback import compute
 from ..query_positions import QueryPositions
 from .reference import IndexerInputs
 

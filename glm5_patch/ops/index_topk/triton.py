@@ -10,7 +10,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from ..compared import compute
+from ..fallback import compute
 from ..needs import Call, Needs, Width
 from ..query_positions import QueryPositions, query_blocks
 from ..registry import backend

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..compared import compute
+from ..fallback import compute
 from ..query_positions import visible_topk
 from ..registry import backend
 from . import triton

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..compared import BF16_DIFFERENCE
+from ..fallback import BF16_DIFFERENCE
 from ..needs import Needs, Width
 from ..registry import backend
 from .inputs import AbsorbedInputs

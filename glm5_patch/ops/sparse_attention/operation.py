@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..compared import compute
+from ..fallback import compute
 from ..registry import choose
 from .inputs import AttentionInputs
 from .reference import keys_and_values

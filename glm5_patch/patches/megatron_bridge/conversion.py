@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...patching.patch import Finding, Patch, argument
-from ...patching.seams import host_wrapper
+from ...patching.wrapper import host_wrapper
 
 
 class Conversion(Patch):

@@ -11,6 +11,7 @@ from ...patching.ledger import State
 from ...patching.patch import Finding
 
 OUR_ATTENTION = "glm5_patch.attention.attention"
+HOST_MLA = "megatron.core.transformer.experimental_attention_variant.absorbed_mla"
 
 
 def with_carrier(wrapped, instance, args, kwargs):
@@ -24,6 +25,7 @@ def with_carrier(wrapped, instance, args, kwargs):
     announce_untrained_indexers(instance)
     args, kwargs = with_grad(instance, args, kwargs)
     _refuse_unsafe_recompute(instance)
+    _refuse_adapters_without_effect(instance)
     with open_carrier():
         return wrapped(*args, **kwargs)
 
@@ -96,3 +98,25 @@ def _refuse_unsafe_recompute(stack) -> None:
             "would not find the top-k of its own microbatch; train without recompute "
             f"(recompute_granularity=None, now {stack.config.recompute_granularity!r})"
         )
+
+
+def _refuse_adapters_without_effect(stack) -> None:
+    """megatron-core's own MLA of a GLM-5 reads the weight of the latent's up projection, and an
+    adapter around that is never called. Adapters come after the model is built."""
+    host = sys.modules.get(HOST_MLA)
+    if host is None:
+        return
+    from ...training.phases import kind_of
+
+    for layer in getattr(stack, "layers", ()):
+        attention = getattr(layer, "self_attention", None)
+        if not isinstance(attention, host.AbsorbedMLASelfAttention):
+            continue
+        for name, _ in attention.linear_kv_up_proj.named_parameters():
+            if kind_of(f"linear_kv_up_proj.{name}") == "adapters":
+                raise GLM5PatchError(
+                    f"layer {layer.layer_number} has an adapter on linear_kv_up_proj, which "
+                    "megatron-core's own attention never calls: leave linear_kv_up_proj out of "
+                    "the adapter's target_modules, or build the model with "
+                    "GLM5_PATCH_ATTENTION=plugin"
+                )

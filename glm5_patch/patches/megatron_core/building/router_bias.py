@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ....config.fields import is_glm5
 from ....patching.patch import Finding, Patch
-from ....patching.seams import host_wrapper
+from ....patching.wrapper import host_wrapper
 from ...probes.megatron_core import rounds_expert_bias
 
 

@@ -1,5 +1,8 @@
-"""Computing an operation. What a library computes is compared with this package's own result the
-first time that a shape class is met, and a library that is wrong or fails is not used any more."""
+"""Computing an operation, with the fallback for a library that is wrong or fails.
+
+What a library (cuDNN, FlashMLA) computes is compared with this package's own result the first time
+that a shape class is met. A library that differs or fails is not used any more.
+"""
 
 from __future__ import annotations
 
