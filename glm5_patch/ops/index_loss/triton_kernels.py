@@ -38,6 +38,7 @@ def _logits(
     LATENTS, q_0, q_1, q_rope, key, scale_log2,
     LATENT: tl.constexpr, ROPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """[HEADS, KEYS], times log2(e), of queries in pieces [HEADS, HALF] and [HEADS, ROPE]."""
     HALF: tl.constexpr = LATENT // 2
     latent_0 = gather_columns(LATENTS, key, 0, HALF)
     latent_1 = gather_columns(LATENTS, key, HALF, HALF)
@@ -70,6 +71,7 @@ def target(
     line = (b.to(tl.int64) * rows + row) * k
     largest = tl.full([HEADS], -1e30, tl.float32)
     total = tl.zeros([HEADS], tl.float32)
+    # Two passes: the softmax's sum over all keys, then the probabilities.
     for first in range(0, count, KEYS):
         key, valid = tile_of_keys(TOPK + line, first, count, start, batch, b, KEYS, WIDTH)
         logits = _logits(LATENTS, q_0, q_1, q_rope, key, scale_log2, LATENT, ROPE, PRECISION)
@@ -106,10 +108,11 @@ def loss(
     count = tl.minimum(seen, k)
     line = (b.to(tl.int64) * rows + row) * k
     largest, total, mass = -1e30, 0.0, 0.0
+    # Two passes: the scores and their softmax's sum, then the loss and its gradients.
     for first in range(0, count, KEYS):
         key, valid = tile_of_keys(TOPK + line, first, count, start, batch, b, KEYS, DIM)
-        index_key = gather_columns(K, key, 0, DIM)
-        products = tl.dot(q, tl.trans(index_key), input_precision=PRECISION)
+        index_key = gather_columns(K, key, 0, DIM)  # [KEYS, DIM]
+        products = tl.dot(q, tl.trans(index_key), input_precision=PRECISION)  # [HEADS, KEYS]
         scores = tl.sum(tl.maximum(products, 0.0) * weights[:, None], 0)
         place = first + tl.arange(0, KEYS)
         tl.store(SCORES + line + place, scores, mask=place < count)

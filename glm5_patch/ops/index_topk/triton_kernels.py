@@ -12,6 +12,9 @@ VALUES, NAMES      fp32 and int32 [block, CAPACITY], candidates and their places
 COUNTS             int32 [block], how many candidates
 TOPK               int32 [block, k], places counted from the query's document start
 ================== ========================================================================
+
+Tiles of ``scores``: KEYS x (QUERIES * HEADS) products. The selection has a program a query, which
+reads BLOCK scores at a time, or keeps SAMPLE or LENGTH of them in registers.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ def scores(
     query = (per_head * batch + b).to(tl.int64) * HEADS + head
     dim = tl.arange(0, DIM)
     own = per_head < end_row
+    # [QUERIES * HEADS, DIM], for one product with each tile of keys
     q = tl.load(Q + query[:, None] * DIM + dim[None, :], mask=own[:, None], other=0.0)
     weights = tl.load(WEIGHTS + query, mask=own, other=0.0) * scale
     for tile in tl.range(begin, end, num_stages=STAGES):
@@ -151,11 +155,13 @@ def _kth_largest_of_line(line, count, k, BLOCK: tl.constexpr):
 
 @triton.jit
 def _value(line, place, inside):
+    """The ranks of the scores at these places of a line."""
     return _rank(tl.load(line + place, mask=inside, other=0))
 
 
 @triton.jit
 def _count_above(line, count, kth, BLOCK: tl.constexpr):
+    """How many of a line's first ``count`` ranks are above ``kth``."""
     above = 0
     for first in range(0, count, BLOCK):
         place = first + tl.arange(0, BLOCK)

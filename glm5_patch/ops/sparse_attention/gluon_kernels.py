@@ -93,6 +93,7 @@ def forward(
     Q, LATENTS, TOPK, STARTS, POSITIONS, OUT, LSE,
     rows, batch, groups, k, scale_log2,
 ):  # fmt: skip
+    """Two buffers of keys: the rows of the next tile are copied while this one is multiplied."""
     dtype: gl.constexpr = Q.dtype.element_ty
     by_row: gl.constexpr = gl.SliceLayout(1, _ROWS)
     by_column: gl.constexpr = gl.SliceLayout(0, _ROWS)
@@ -167,6 +168,7 @@ def _add_to_keys(
     D_LATENTS, TOPK, first, count, start, batch, b,
     tile, column, columns: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
+    """Add ``tile`` [64, columns] to the gradient of a tile's keys, from ``column`` on."""
     tile = _in_fours(tile, columns, layout)
     by_key: gl.constexpr = gl.SliceLayout(1, layout)
     key = _keys(TOPK, first, count, start, batch, b, by_key)

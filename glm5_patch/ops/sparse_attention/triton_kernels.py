@@ -36,12 +36,14 @@ def load_columns(base, offsets, first, WIDTH: tl.constexpr, mask):
 
 @triton.jit
 def gather_columns(base, offsets, first, WIDTH: tl.constexpr):
+    """As ``load_columns``, of rows that all exist."""
     columns = first + tl.arange(0, WIDTH)
     return tl.load(base + offsets[:, None] + columns[None, :])
 
 
 @triton.jit
 def store_columns(base, offsets, first, WIDTH: tl.constexpr, tile, mask):
+    """Store ``tile`` [rows, WIDTH] where ``load_columns`` would read it."""
     columns = first + tl.arange(0, WIDTH)
     place = base + offsets[:, None] + columns[None, :]
     tl.store(place, tile.to(base.dtype.element_ty), mask=mask[:, None])
@@ -59,13 +61,15 @@ def query_of_program(end_row, batch, heads, HEADS: tl.constexpr):
 
 @triton.jit
 def load_span(STARTS, POSITIONS, row):
+    """The first key that a query sees, and how many it sees."""
     start = tl.load(STARTS + row)
     return start, tl.load(POSITIONS + row) - start + 1
 
 
 @triton.jit
 def tile_of_keys(TOPK, first, count, start, batch, b, KEYS: tl.constexpr, WIDTH: tl.constexpr):
-    """Offsets of the latents that a tile of the top-k names, and which of its places name one."""
+    """Offsets of the latents that places ``first`` to ``first + KEYS`` of the top-k name, and which
+    of these places name one; both [KEYS]."""
     place = first + tl.arange(0, KEYS)
     local = tl.load(TOPK + place, mask=place < count, other=-1)
     return (tl.maximum(local, 0) + start).to(tl.int64) * batch * WIDTH + b * WIDTH, local >= 0
@@ -78,12 +82,13 @@ def forward(
     LATENT: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """Attention of one query's HEADS over its keys, KEYS at a time, with a running softmax."""
     WIDTH: tl.constexpr = LATENT + ROPE
     HALF: tl.constexpr = LATENT // 2
     row, b, query, own = query_of_program(rows, batch, heads, HEADS)
-    q_0 = load_columns(Q, query * WIDTH, 0, HALF, own)
+    q_0 = load_columns(Q, query * WIDTH, 0, HALF, own)  # [HEADS, HALF]
     q_1 = load_columns(Q, query * WIDTH, HALF, HALF, own)
-    q_rope = load_columns(Q, query * WIDTH, LATENT, ROPE, own)
+    q_rope = load_columns(Q, query * WIDTH, LATENT, ROPE, own)  # [HEADS, ROPE]
     start, visible = load_span(STARTS, POSITIONS, row)
     count = tl.minimum(visible, k)
     TOPK += (b.to(tl.int64) * rows + row) * k
@@ -93,10 +98,10 @@ def forward(
     out_1 = tl.zeros([HEADS, HALF], tl.float32)
     for first in tl.range(0, count, KEYS, num_stages=STAGES):
         key, valid = tile_of_keys(TOPK, first, count, start, batch, b, KEYS, WIDTH)
-        latent_0 = gather_columns(LATENTS, key, 0, HALF)
+        latent_0 = gather_columns(LATENTS, key, 0, HALF)  # [KEYS, HALF]
         latent_1 = gather_columns(LATENTS, key, HALF, HALF)
-        rope = gather_columns(LATENTS, key, LATENT, ROPE)
-        logits = tl.dot(q_0, tl.trans(latent_0), input_precision=PRECISION)
+        rope = gather_columns(LATENTS, key, LATENT, ROPE)  # [KEYS, ROPE]
+        logits = tl.dot(q_0, tl.trans(latent_0), input_precision=PRECISION)  # [HEADS, KEYS]
         logits = tl.dot(q_1, tl.trans(latent_1), logits, input_precision=PRECISION)
         logits = tl.dot(q_rope, tl.trans(rope), logits, input_precision=PRECISION) * scale_log2
         logits = tl.where(valid[None, :], logits, -1e30)
@@ -106,6 +111,7 @@ def forward(
         shrink = tl.exp2(largest - larger)
         total = total * shrink + tl.sum(probs, 1)
         probs = probs.to(latent_0.dtype)
+        # The latent is the value too.
         out_0 = tl.dot(probs, latent_0, out_0 * shrink[:, None], input_precision=PRECISION)
         out_1 = tl.dot(probs, latent_1, out_1 * shrink[:, None], input_precision=PRECISION)
         largest = larger
@@ -130,7 +136,8 @@ def _add_to_keys(
     D_LATENTS, target, first, WIDTH: tl.constexpr, d_logits, q, probs, d_out, valid,
     ATOMIC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What a query adds to the gradient of its keys, in some columns of the latent."""
+    """What a query adds to the gradient of its keys, in WIDTH columns of the latent: as keys by
+    ``d_logits`` [KEYS, HEADS] and ``q`` [HEADS, WIDTH], as values by ``probs`` and ``d_out``."""
     part = tl.dot(d_logits, q, input_precision=PRECISION)
     part = tl.dot(probs, d_out, part, input_precision=PRECISION)
     add_rows(D_LATENTS, target, first, WIDTH, part, valid, ATOMIC)
@@ -138,6 +145,7 @@ def _add_to_keys(
 
 @triton.jit
 def add_rows(D_LATENTS, target, first, WIDTH: tl.constexpr, tile, valid, ATOMIC: tl.constexpr):
+    """Add ``tile`` [KEYS, WIDTH] to the rows at ``target``, or write it where they are its own."""
     place = D_LATENTS + target[:, None] + (first + tl.arange(0, WIDTH))[None, :]
     if ATOMIC:
         tl.atomic_add(place, tile, mask=valid[:, None], sem="relaxed")
@@ -157,7 +165,7 @@ def backward(
     WIDTH: tl.constexpr = LATENT + ROPE
     PART: tl.constexpr = LATENT // 4
     row, b, query, own = query_of_program(end_row, batch, heads, HEADS)
-    q_0 = load_columns(Q, query * WIDTH, 0, PART, own)
+    q_0 = load_columns(Q, query * WIDTH, 0, PART, own)  # [HEADS, PART]
     q_1 = load_columns(Q, query * WIDTH, PART, PART, own)
     q_2 = load_columns(Q, query * WIDTH, 2 * PART, PART, own)
     q_3 = load_columns(Q, query * WIDTH, 3 * PART, PART, own)
@@ -178,12 +186,12 @@ def backward(
     d_q_rope = tl.zeros([HEADS, ROPE], tl.float32)
     for first in tl.range(0, count, KEYS, num_stages=STAGES):
         key, valid = tile_of_keys(TOPK, first, count, start, batch, b, KEYS, WIDTH)
-        latent_0 = gather_columns(LATENTS, key, 0, PART)
+        latent_0 = gather_columns(LATENTS, key, 0, PART)  # [KEYS, PART]
         latent_1 = gather_columns(LATENTS, key, PART, PART)
         latent_2 = gather_columns(LATENTS, key, 2 * PART, PART)
         latent_3 = gather_columns(LATENTS, key, 3 * PART, PART)
         rope = gather_columns(LATENTS, key, LATENT, ROPE)
-        logits = tl.dot(q_0, tl.trans(latent_0), input_precision=PRECISION)
+        logits = tl.dot(q_0, tl.trans(latent_0), input_precision=PRECISION)  # [HEADS, KEYS]
         logits = tl.dot(q_1, tl.trans(latent_1), logits, input_precision=PRECISION)
         logits = tl.dot(q_2, tl.trans(latent_2), logits, input_precision=PRECISION)
         logits = tl.dot(q_3, tl.trans(latent_3), logits, input_precision=PRECISION)
@@ -254,7 +262,11 @@ def add_pairs(
     PAIRS, ORDER, BOUNDS, D_LATENTS, groups,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Add to one key's gradient what its queries left, in their order."""
+    """Add to one key's gradient what its queries left, in their order.
+
+    PAIRS: fp32 [queries * b * k, groups, WIDTH], the rows that ``backward`` wrote. ORDER: the
+    numbers of the pairs, sorted by key; BOUNDS [t * b + 1]: where each key's begin.
+    """
     key = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, COLUMNS)
     inside = columns < WIDTH
@@ -270,6 +282,8 @@ def add_pairs(
 def flat_keys(
     TOPK, STARTS, KEYS, rows, batch, k, BLOCK: tl.constexpr
 ):  # fmt: skip
+    """KEYS int32 [s, b, k]: the top-k as rows of the latent seen as [t * b, WIDTH]; -1: no key.
+    A program names BLOCK of one query."""
     row, b = tl.program_id(0) // batch, tl.program_id(0) % batch
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place < k
