@@ -125,5 +125,7 @@ def test_another_name_of_the_expert_count_is_obeyed():
 
 
 def test_what_transformers_accepts_is_not_refused():
-    GlmMoeDsaConfig(num_hidden_layers=4, index_topk_freq=2, index_skip_topk_offset=-1)
-    GlmMoeDsaConfig(num_hidden_layers=4, indexer_types=["full", "shared"])
+    config = GlmMoeDsaConfig(num_hidden_layers=4, index_topk_freq=2, index_skip_topk_offset=-1)
+    assert (config.index_topk_freq, config.index_skip_topk_offset) == (2, -1)
+    config = GlmMoeDsaConfig(num_hidden_layers=4, indexer_types=["full", "shared"])
+    assert tuple(config.indexer_types) == ("full", "shared")
