@@ -34,11 +34,13 @@ def blocks(language: str):
 
 
 def commands():
+    """Each once, from the first page that has it."""
+    found: dict[str, str] = {}
     for page, text in blocks("console"):
-        lines = text.replace("\\\n", " ").splitlines()
-        for line in lines:
+        for line in text.replace("\\\n", " ").splitlines():
             if not line.startswith(INSTALLS) and "=" not in line.split()[0]:
-                yield pytest.param(line, id=f"{page.name}: {line[:50]}")
+                found.setdefault(line, f"{page.name}: {line[:50]}")
+    return [pytest.param(line, id=name) for line, name in found.items()]
 
 
 @pytest.fixture(scope="module")

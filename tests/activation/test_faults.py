@@ -97,7 +97,14 @@ def test_strict_raises_where_the_patch_fails():
     assert "GLM5PatchError: glm5-patch: gate failed" in result.stderr
 
 
-@pytest.mark.parametrize("patch_id", ["gate", "topk_carrier", "pipeline_split_check"])
+@pytest.mark.parametrize(
+    "patch_id",
+    ["gate"]
+    + [
+        pytest.param(name, marks=pytest.mark.nightly)
+        for name in ("topk_carrier", "pipeline_split_check")
+    ],
+)
 def test_a_needed_patch_that_was_switched_off_is_named(patch_id):
     code = """
     import torch

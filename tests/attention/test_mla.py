@@ -52,6 +52,8 @@ def test_an_adapter_on_the_up_projection_is_as_good_as_merged(
 ):
     if kernels == "triton":
         pytest.importorskip("triton", reason="triton is not installed")
+        if torch.cuda.is_available():
+            pytest.skip("a model on the CPU is for Triton's interpreter, which a GPU switches off")
     monkeypatch.setenv("GLM5_PATCH_KERNELS", kernels)
     torch.use_deterministic_algorithms(True)  # of equal scores the lower position wins
     try:

@@ -126,7 +126,9 @@ def theirs(directory: Path) -> dict:
     tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23),
     reason="the reading of the newest transformers is compared",
 )
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(
+    "seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(4, 10))]
+)
 def test_an_edited_config_is_read_as_transformers_reads_it_or_refused(seed, tmp_path):
     rng = random.Random(seed)
     accepted = 0

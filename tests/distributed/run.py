@@ -7,9 +7,12 @@ Prints one JSON object: case -> the worst that any rank found.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,43 +25,71 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 900
 
 
-def world(
-    size: int, folder: Path, worker: str = "tests.distributed.worker", **env: str
-) -> list[dict]:
-    """What each rank of one world found: it runs ``worker`` with its rank, the size and the folder,
-    and writes ``SIZE-RANK.json``.
+class Worlds:
+    """Worlds one after the other in one folder; each rank writes ``SIZE-RANK.json`` there.
 
-    Raises:
-        RuntimeError: a rank died or took too long; its output is in the message.
+    Args:
+        folder: what the worker reads and writes.
+        worker: the module whose ``main(rank, size, folder)`` each rank runs.
+        env: variables of all ranks.
     """
-    command = [sys.executable, "-W", "ignore", "-m", worker]
-    (folder / f"store-{size}").unlink(missing_ok=True)
-    start = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as output:
-        ranks = [
-            subprocess.Popen(
-                [*command, str(rank), str(size), str(folder)],
-                cwd=ROOT,
-                env={**_environment(folder), **env},
-                stdout=output,
-                stderr=output,
-            )
-            for rank in range(size)
+
+    def __init__(self, folder: Path, worker: str = "tests.distributed.worker", **env: str):
+        self.folder, self.worker, self.env = folder, worker, env
+
+    def __enter__(self) -> Worlds:
+        self._output = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.distributed.forks"]
+            + [self.worker, str(self.folder)],
+            cwd=ROOT,
+            env={**_environment(self.folder), **self.env},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._output,
+            text=True,
+            start_new_session=True,  # so that all ranks can be killed
+        )
+        return self
+
+    def __exit__(self, *_) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.communicate()
+        self._output.close()
+
+    def run(self, size: int) -> list[dict]:
+        """What each rank of one world found.
+
+        Raises:
+            RuntimeError: a rank died or took too long; its output is in the message.
+        """
+        (self.folder / f"store-{size}").unlink(missing_ok=True)
+        start = time.perf_counter()
+        codes = self._exit_codes(size)
+        if codes != [0] * size:
+            self._output.seek(0)
+            says = self._output.read()[-6000:]
+            raise RuntimeError(f"world of {size}, exit codes {codes}:\n{says}")
+        print(f"world of {size}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        return [
+            json.loads((self.folder / f"{size}-{rank}.json").read_text()) for rank in range(size)
         ]
-        try:
-            deadline = time.monotonic() + TIMEOUT_S
-            codes = [rank.wait(max(1, deadline - time.monotonic())) for rank in ranks]
-        except subprocess.TimeoutExpired:
-            codes = ["timeout"]
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-        output.seek(0)
-        if any(codes):
-            raise RuntimeError(f"world of {size}, exit codes {codes}:\n{output.read()[-6000:]}")
-    print(f"world of {size}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    return [json.loads((folder / f"{size}-{rank}.json").read_text()) for rank in range(size)]
+
+    def _exit_codes(self, size: int) -> list[int] | str:
+        with contextlib.suppress(BrokenPipeError):  # it could not import the worker
+            self._process.stdin.write(f"{size}\n")
+            self._process.stdin.flush()
+        if not select.select([self._process.stdout], [], [], TIMEOUT_S)[0]:
+            return "timeout"
+        answer = self._process.stdout.readline()
+        return json.loads(answer) if answer else "none"
+
+
+def world(size: int, folder: Path, worker: str = "tests.distributed.worker", **env: str):
+    """One world alone; see ``Worlds.run``."""
+    with Worlds(folder, worker, **env) as worlds:
+        return worlds.run(size)
 
 
 def _environment(folder: Path) -> dict[str, str]:
@@ -80,14 +111,15 @@ def everything(folder: Path, cases: list[Case]) -> dict[str, dict]:
     """Case -> the worst that any rank found."""
     write_cases(folder, cases)
     found = {}
-    for size in sorted({1, CHECKPOINT.world} | {case.world for case in cases}):
-        ranks = world(size, folder)
-        if size > 1:
-            found.update({name: _worst([rank[name] for rank in ranks]) for name in ranks[0]})
-    # Alone once more: to load what the others saved.
-    write_cases(folder, [])
-    shutil.rmtree(folder / "checkpoint-1")
-    (alone,) = world(1, folder)
+    with Worlds(folder) as worlds:
+        for size in sorted({1, CHECKPOINT.world} | {case.world for case in cases}):
+            ranks = worlds.run(size)
+            if size > 1:
+                found.update({name: _worst([rank[name] for rank in ranks]) for name in ranks[0]})
+        # Alone once more: to load what the others saved.
+        write_cases(folder, [])
+        shutil.rmtree(folder / "checkpoint-1")
+        (alone,) = worlds.run(1)
     found[f"load {CHECKPOINT.world}"] = alone[f"load {CHECKPOINT.world}"]
     return found
 

@@ -1,10 +1,9 @@
 """One rank of a world of real processes: a training step of every case, against one process alone.
 
-    python -m tests.distributed.worker RANK WORLD FOLDER
-
-FOLDER holds ``cases.json``, and after a run with WORLD 1 the weights and the reference of every
-batch. Each rank writes ``WORLD-RANK.json``: case -> what it found, or its error. Distributed
-checkpoints are saved by every world and loaded by the other, if it has run before.
+``tests.distributed.run`` runs it. The folder holds ``cases.json``, and after a world of 1 the
+weights and the reference of every batch. Each rank writes ``WORLD-RANK.json``: case -> what it
+found, or its error. Distributed checkpoints are saved by every world and loaded by the other, if it
+has run before.
 """
 
 from __future__ import annotations
@@ -466,7 +465,3 @@ def main(rank: int, world: int, folder: Path) -> None:
     if world > 1:
         attempt("refused", refused_split, Case("", pp=world))
     (folder / f"{world}-{rank}.json").write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

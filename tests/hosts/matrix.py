@@ -33,6 +33,11 @@ TESTS = {
     "transformers": ["tests/patches/test_hf_config.py", "tests/hosts/test_tables.py"],
     "megatron-bridge": ["tests/hosts/bridge"],
     "mcore-bridge": ["tests/clients/test_mcore_bridge.py"],
+    # transformers 5.12 has no other row.
+    "megatron-bridge==0.5.1+megatron-core==0.18.2+transformers==5.12.1": [
+        "tests/hosts/bridge",
+        "tests/patches/test_hf_config.py",
+    ],
     # It has too little of GLM-5 to be patched.
     "megatron-core==0.16.0rc0.dev132713": ["tests/activation/test_unsupported.py"],
     # The README's command runs the whole suite on 0.16.1; 0.18 has another checkpoint and schedule.
@@ -44,15 +49,23 @@ TESTS = {
         "tests/patches/test_padding.py",
         "tests/patches/test_indexer_loss_scale.py",
     ],
-    # 0.19 shares top-k by itself, and differs in everything that touches it.
+    # 0.19 shares top-k by itself, and differs in everything that touches it. What reads files or
+    # stand-ins alone is the same on every core.
     "megatron-core==0.19.2": [
         "tests/patches",
-        "tests/patching",
+        "--ignore-glob=tests/patches/test_hf_*.py",
+        "--ignore=tests/patches/test_probes.py",
+        "--ignore=tests/patches/test_table.py",
+        "tests/patching/test_seams.py",
         "tests/hosts",
-        "tests/ops/test_index_loss.py",
+        "tests/attention",
+        "tests/clients/test_hybrid_model.py",
+        "tests/clients/test_stand_ins.py",
+        "tests/ops/test_index_loss.py::test_only_a_positive_coefficient_trains_the_indexers_and_only_them",
         "tests/ops/test_triton.py::test_a_model_on_the_kernels_equals_one_on_torch",
         "tests/activation/test_faults.py",
         "tests/activation/test_orders.py",
+        "tests/activation/test_other_models.py",
         "tests/distributed",
     ],
 }

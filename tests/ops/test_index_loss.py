@@ -91,7 +91,7 @@ def test_only_a_positive_coefficient_trains_the_indexers_and_only_them(
 
 @pytest.mark.parametrize("lengths", [[S], [1, 14, 0, 9]], ids=["bshd", "thd"])
 @pytest.mark.parametrize("kind", ["as they come", "deterministic", "everything selected"])
-def test_triton_computes_the_same_loss_and_gradients(lengths, kind, monkeypatch):
+def test_triton_computes_the_same_loss_and_gradients(lengths, kind, interpreted, monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
     b = B if len(lengths) == 1 else 1
     inputs, attention = random_inputs(len(kind), b=b)

@@ -141,13 +141,14 @@ def absorbed_inputs(lengths, batch, k, seed):
     return AbsorbedInputs(query, latent, topk_indices, *queries.spans(), SMALL.latent, 0.2), d_out
 
 
+SEEDS = pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.nightly)])
 LAYOUTS = pytest.mark.parametrize(
     ("lengths", "batch"), [([24], 1), ([24], 3), ([1, 13, 10], 1)], ids=["one", "batch", "thd"]
 )
 
 
 @LAYOUTS
-@pytest.mark.parametrize("seed", range(2))
+@SEEDS
 def test_flash_mla_gets_what_it_documents(lengths, batch, seed, flash_mla_there):
     absorbed, _ = absorbed_inputs(lengths, batch, 7, seed)
     for theirs, ours in zip(flash_mla.forward(absorbed), sparse_mla.forward(absorbed)):
@@ -163,7 +164,7 @@ def test_a_query_without_keys_is_told_from_the_log_sum_exp_of_flash_mla(flash_ml
 
 
 @LAYOUTS
-@pytest.mark.parametrize("seed", range(2))
+@SEEDS
 def test_cudnn_gets_what_it_documents(lengths, batch, seed, cudnn_there):
     absorbed, d_out = absorbed_inputs(lengths, batch, 7, seed)
     out, lse = sparse_mla.forward(absorbed)
@@ -172,7 +173,7 @@ def test_cudnn_gets_what_it_documents(lengths, batch, seed, cudnn_there):
         assert relative(found, expected) < 1e-5
 
 
-@pytest.mark.parametrize("seed", range(2))
+@SEEDS
 def test_the_selection_of_cudnn_gets_what_it_documents(seed, cudnn_there):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(0, 9, (25, 40), generator=generator).float().to(DEVICE)  # with ties
@@ -183,7 +184,7 @@ def test_the_selection_of_cudnn_gets_what_it_documents(seed, cudnn_there):
     assert torch.equal(theirs, ours)
 
 
-def test_the_selection_takes_cudnn_for_long_rows(cudnn_there, monkeypatch):
+def test_the_selection_takes_cudnn_for_long_rows(cudnn_there, interpreted, monkeypatch):
     """The very selection of the indexer: blocks, and rows short enough for this package's own."""
     queries, calls = layout([40]), []
     generator = torch.Generator().manual_seed(3)
@@ -191,7 +192,6 @@ def test_the_selection_takes_cudnn_for_long_rows(cudnn_there, monkeypatch):
     inputs = IndexerInputs(
         *(torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes)
     )
-    monkeypatch.setenv("GLM5_PATCH_KERNELS", "triton")
     ours = indexer_kernels.index_topk(inputs, queries, 8, 0.3)
     sizes = {**record("index_topk.selection", "cudnn").needs.sizes, "keys": Width(at_least=31)}
     library = dataclasses.replace(

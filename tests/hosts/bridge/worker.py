@@ -1,9 +1,7 @@
 """One rank of two: a checkpoint through Bridge under tensor, pipeline and expert parallelism.
 
-python -m tests.hosts.bridge.worker RANK WORLD FOLDER
-
-FOLDER has ``source``; each split writes a folder of its name, and each rank ``WORLD-RANK.json``:
-split -> how many tensors an export yields here, and what this package said.
+The folder has ``source``; each split writes a folder of its name, and each rank
+``WORLD-RANK.json``: split -> how many tensors an export yields here, and what this package said.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -87,7 +84,3 @@ def main(rank: int, world: int, folder: Path) -> None:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
     (folder / f"{world}-{rank}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

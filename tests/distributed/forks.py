@@ -1,0 +1,48 @@
+"""Worlds of real processes, forked from this one once it has imported what each rank runs.
+
+    python -m tests.distributed.forks WORKER FOLDER
+
+Each line of stdin is the size of a world, whose ranks each run ``WORKER.main(rank, size, FOLDER)``.
+The answer is a line on stdout, the exit codes of the ranks. What they print goes to stderr.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+
+def forked(function, *args) -> int:
+    """The id of a child that runs a function and exits with 0, or with 1 if it raises."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        function(*args)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main(worker: str, folder: str) -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    module = importlib.import_module(worker)
+    for line in sys.stdin:
+        size = int(line)
+        ranks = [forked(module.main, rank, size, Path(folder)) for rank in range(size)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
+        print(json.dumps(codes), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
