@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import PipelineSplitError
+from .fields import ACROSS_STAGES
 from .schedule import IndexSchedule
 
 MAX_CHUNKS = 128
@@ -41,7 +42,9 @@ def check_split(
             sizes = [len(other) for other in chunks]
             raise PipelineSplitError(
                 f"{label} holds layer {layer}, a skip layer whose source, layer {source}, is on "
-                f"{home.get(source, 'no stage')}; {_suggestion(schedule, sizes)}"
+                f"{home.get(source, 'no stage')}; {_suggestion(schedule, sizes)}. "
+                f"{ACROSS_STAGES}=True (--{ACROSS_STAGES.replace('_', '-')}) allows any split and "
+                "sends the top-k to the next stage"
             )
 
 

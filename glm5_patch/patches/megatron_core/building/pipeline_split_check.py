@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ....config.fields import is_dsa, is_glm5
+from ....config.fields import ACROSS_STAGES, is_dsa, is_glm5
 from ....patching.patch import Finding, Patch, argument
 from ...probes.megatron_core import refuses_dsa
 from .gate import check_gate
@@ -24,7 +24,8 @@ class BlockSpec(Patch):
             config = argument(wrapped, args, kwargs, "config")
             if is_glm5(config):
                 check_gate(config)
-                _check_split(module, config)
+                if not getattr(config, ACROSS_STAGES, False):
+                    _check_split(module, config)
             elif is_dsa(config):
                 if not hasattr(config, "dsa_is_glm5") and refuses_dsa():
                     check_gate(config)  # the fields are missing, and only a GLM-5 could be meant
@@ -34,6 +35,18 @@ class BlockSpec(Patch):
             return wrapped(*args, **kwargs)
 
         seams.wrap(module, self.attribute, build, reads=("config",))
+        if hasattr(module, HOSTS_OWN_CHECK):
+            seams.wrap(module, HOSTS_OWN_CHECK, _unless_topk_crosses, reads=("config",))
+
+
+HOSTS_OWN_CHECK = "_validate_dsa_index_share_pipeline_split"
+"""Of megatron-core 0.19 on. It knows of no top-k that crosses stages."""
+
+
+def _unless_topk_crosses(wrapped, instance, args, kwargs):
+    config = argument(wrapped, args, kwargs, "config")
+    if not (is_glm5(config) and getattr(config, ACROSS_STAGES, False)):
+        wrapped(*args, **kwargs)
 
 
 def _check_split(module, config) -> None:
