@@ -164,6 +164,7 @@ def carried(function: Callable) -> Callable:
 def _missing(layer_number: int, source: int, cause: str) -> MissingTopkError:
     return MissingTopkError(
         f"layer {layer_number} is a skip layer and reuses the top-k of layer {source}, which "
-        f"{cause}. Layers {source} to {layer_number} must be on one pipeline stage and run in "
-        "order in one forward; check the pipeline split and `glm5-patch doctor`."
+        f"{cause}. Layers {source} to {layer_number} must run in order in one forward, on one "
+        "pipeline stage unless dsa_topk_across_stages=True; check the pipeline split and "
+        "`glm5-patch doctor`."
     )

@@ -14,20 +14,12 @@ import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from ..config.costs import LONGEST_OF_16_BITS, position_bytes
 from ..errors import MissingTopkError
 from .tokens import Layout
 
-LONGEST_OF_16_BITS = 1 << 16
-"""Documents of at most this many tokens have their positions sent in 16 bits."""
 _EMPTY_16 = LONGEST_OF_16_BITS - 1
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bytes_per_token(index_topk: int, longest_document: int) -> int:
-    """What a top-k adds to each token that crosses; 0 where every key is selected anyway."""
-    if longest_document <= index_topk:
-        return 0
-    return index_topk * _position_dtype(longest_document).itemsize
 
 
 class StageTopk(NamedTuple):
@@ -118,7 +110,7 @@ def split(received: Tensor, width: int, narrow_gradient: bool) -> tuple[Tensor, 
 
 
 def _position_dtype(longest_document: int) -> torch.dtype:
-    return torch.int16 if longest_document <= LONGEST_OF_16_BITS else torch.int32
+    return torch.int16 if position_bytes(longest_document) == 2 else torch.int32
 
 
 def _bits(tensor: Tensor) -> Tensor:
