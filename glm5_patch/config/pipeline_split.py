@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import PipelineSplitError
-from .fields import ACROSS_STAGES
 from .schedule import IndexSchedule
 
 MAX_CHUNKS = 128
@@ -42,9 +41,7 @@ def check_split(
             sizes = [len(other) for other in chunks]
             raise PipelineSplitError(
                 f"{label} holds layer {layer}, a skip layer whose source, layer {source}, is on "
-                f"{home.get(source, 'no stage')}; {ACROSS_STAGES}=True "
-                f"(--{ACROSS_STAGES.replace('_', '-')}) sends the top-k there and allows any "
-                f"split; {_suggestion(schedule, sizes)}"
+                f"{home.get(source, 'no stage')}; {_suggestion(schedule, sizes)}"
             )
 
 

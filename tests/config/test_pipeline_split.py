@@ -72,8 +72,7 @@ def test_the_message_names_stage_layer_source_and_split():
         check(GLM_5_2, [18, 20, 21, 19])
     assert str(error.value) == (
         "pipeline stage 3 holds layer 60, a skip layer whose source, layer 59, is on pipeline "
-        "stage 2; dsa_topk_across_stages=True (--dsa-topk-across-stages) sends the top-k there and "
-        "allows any split; nearest valid split of 78 layers over 4 stages: 18,20,20,20"
+        "stage 2; nearest valid split of 78 layers over 4 stages: 18,20,20,20"
     )
 
 

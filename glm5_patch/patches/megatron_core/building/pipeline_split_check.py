@@ -53,6 +53,7 @@ def _check_split(module, config) -> None:
     """Look at every chunk of every rank, so that all ranks raise, with the same message."""
     from ....config.pipeline_split import check_split, chunk_label
     from ....config.schedule import IndexSchedule
+    from ....errors import PipelineSplitError
 
     chunks, labels = [], []
     last_layer = 0
@@ -63,7 +64,13 @@ def _check_split(module, config) -> None:
             chunks.append(range(last_layer + 1, last_layer + count + 1))
             last_layer += count
             labels.append(chunk_label(pp_rank, vp_stage))
-    check_split(IndexSchedule.from_megatron(config), chunks, labels)
+    try:
+        check_split(IndexSchedule.from_megatron(config), chunks, labels)
+    except PipelineSplitError as error:
+        raise PipelineSplitError(
+            f"{error}. Or set {ACROSS_STAGES}=True (--{ACROSS_STAGES.replace('_', '-')}): any "
+            "split is valid then, and the stage before sends the top-k"
+        ) from None
 
 
 def _layers_in_chunk(module, config, vp_stage, pp_rank) -> int:
