@@ -104,12 +104,12 @@ def describe(split: Split, pp: int, vpp: int, mtp: bool) -> dict:
 
 def _add_crossings(plan: dict, schedule: IndexSchedule, per_token: int) -> None:
     """What each chunk sends beside the hidden states, and the switch that lets it."""
-    ends = list(itertools.accumulate(plan["layers"]))[:-1]
-    plan["topk_bytes_per_token"] = [
-        per_token if 0 < end < schedule.num_layers and not schedule.computes(end + 1) else 0
-        for end in ends
+    crosses = [
+        0 < end < schedule.num_layers and not schedule.computes(end + 1)
+        for end in list(itertools.accumulate(plan["layers"]))[:-1]
     ]
-    if any(plan["topk_bytes_per_token"]):
+    plan["topk_bytes_per_token"] = [per_token if crossing else 0 for crossing in crosses]
+    if any(crosses):
         plan["megatron_flags"][FLAG] = True
         plan["bridge_provider"][ACROSS_STAGES] = True
 
@@ -185,7 +185,7 @@ def _what_is_sent(per_token: list[int]) -> str:
     """Of one plan."""
     sent = [size for size in per_token if size]
     if not sent:
-        return "no top-k crosses a boundary: every chunk starts on a computing layer"
+        return "no boundary carries a top-k"
     return (
         f"{len(sent)} of {len(per_token)} boundaries carry the top-k: {sent[0] / 1024:g} KiB a "
         "token beside the hidden states"
