@@ -12,10 +12,11 @@ loads it, each rank its part; takes a first step, whose gradients it compares wi
 run on one device kept in --folder (--thd is a batch of its own, and wants a run of its own); trains
 10 full steps, saves a distributed checkpoint, and trains 10 more with adapters on the latent
 projections and all else frozen. Full recompute, megatron-core's schedules, no Transformer Engine.
-With --pp 2 the first stage has 6 layers; with --first-stage 4 the second stage starts on layer 5, a
-skip layer, and the first one sends it the top-k. It prints tokens per second of fused and of blocked kernels, the share of the layers' forward that
-is sparse attention, what sending the top-k takes of a step, and each rank's peak memory, and exits 1 if a check fails. On the CPU (gloo,
-fp32, tiny widths): --device cpu.
+With --pp 2 the first stage has 6 layers. With --first-stage 4 the second one starts on layer 5, a
+skip layer, and the first one sends it the top-k. A run prints tokens per second of fused and of
+blocked kernels, the share of the layers' forward that is sparse attention, the share of a step that
+sending the top-k takes, and each rank's peak memory, and exits 1 if a check fails. On the CPU
+(gloo, fp32, tiny widths): --device cpu.
 """
 
 from __future__ import annotations
