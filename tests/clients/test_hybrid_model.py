@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
 
-from glm5_patch.errors import GLM5PatchError, MissingTopkError
+from glm5_patch.errors import GLM5PatchError, MissingTopkError, PipelineSplitError
 from glm5_patch.patches.megatron_core import carrying
 from tests.clients.stacks import (
     MODES,
@@ -90,6 +90,14 @@ def test_stages_that_start_on_a_skip_layer_are_as_one_stack(world, cuts, narrow,
 def same(one, other):
     """Of two gradients, or of none."""
     return one is other is None or torch.equal(one, other)
+
+
+def test_a_stage_that_starts_on_a_skip_layer_needs_the_switch(world):
+    with pytest.raises(
+        PipelineSplitError, match="layer 5 .*layer 3, .*dsa_topk_across_stages=True"
+    ):
+        hybrid_stage(config(), 5, 8)
+    hybrid_stage(config(), 7, 8)
 
 
 @pytest.mark.parametrize("narrow", [False, True], ids=["kept", "freed"])
