@@ -87,6 +87,14 @@ def test_stages_that_start_on_a_skip_layer_are_as_one_stack(world, cuts, narrow,
                 assert same(parameter.grad, theirs[name].grad), f"{ours.layer_number}: {name}"
 
 
+@pytest.mark.parametrize(("last", "length", "width"), [(6, 48, 64), (5, 9, 64), (5, 48, 69)])
+def test_only_what_is_needed_is_sent(world, last, length, width):
+    """9 keys of 16 bits are 5 columns of fp32. Nothing goes to a computing layer, or where every
+    key is selected."""
+    stage = hybrid_stage(config(dsa_topk_across_stages=True), 1, last)
+    assert stage(torch.randn(length, 2, 64), None).shape == (length, 2, width)
+
+
 def same(one, other):
     """Of two gradients, or of none."""
     return one is other is None or torch.equal(one, other)
