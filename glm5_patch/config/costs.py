@@ -6,6 +6,21 @@ from dataclasses import dataclass
 
 from .huggingface import HFConfig
 
+LONGEST_OF_16_BITS = 1 << 16
+"""Positions in documents of at most this many tokens take 16 bits each where they are sent."""
+
+
+def position_bytes(longest_document: int) -> int:
+    """Of one position of a top-k that crosses pipeline stages."""
+    return 2 if longest_document <= LONGEST_OF_16_BITS else 4
+
+
+def topk_bytes_per_token(index_topk: int, longest_document: int) -> int:
+    """What a top-k adds to each token that crosses; 0 where every key is selected anyway."""
+    if longest_document <= index_topk:
+        return 0
+    return index_topk * position_bytes(longest_document)
+
 
 @dataclass(frozen=True)
 class Costs:

@@ -16,6 +16,10 @@ a pack each document, is cut into ``2 * size`` chunks, and rank r holds chunk r 
 ``size`` equal parts of the whole, wherever documents end."""
 
 
+ACROSS_STAGES = "dsa_topk_across_stages"
+"""The name of the switch that lets a pipeline stage start on a skip layer."""
+
+
 class OnOff(argparse.Action):
     """A flag that is True as ``--x`` and False as ``--no-x`` or ``--disable-x``."""
 
@@ -80,6 +84,11 @@ class GLM5Fields:
     dsa_context_parallel_order: Literal["zigzag", "contiguous"] = _setting(
         ZIGZAG, "How the batch was cut for context parallelism."
     )
+    dsa_topk_across_stages: bool = _setting(
+        False,
+        "A pipeline stage may start on a skip layer: the stage before sends the top-k.",
+        **on_off_flags(ACROSS_STAGES),
+    )
     dsa_index_topk_freq: int | None = _setting(None, "Another spelling of dsa_indexer_topk_freq.")
     dsa_index_skip_topk_offset: int | None = _setting(
         None, "Another spelling of dsa_indexer_skip_topk_offset."
@@ -110,6 +119,7 @@ _OF_OTHER_MODELS = {
     "dsa_indexer_rope_interleaved": (None, False),
     "dsa_indexer_rotate_activation": (None, True),
     "dsa_context_parallel_order": (None, ZIGZAG),
+    ACROSS_STAGES: (None, False),
 }
 
 
@@ -126,8 +136,8 @@ def is_glm5(config: Any) -> bool:
     - if ``dsa_is_glm5`` is True; if it is False, the model is another one;
     - if ``dsa_is_glm5`` is None and it has a setting of GLM-5's: index sharing
       (``dsa_indexer_types``, or a ``dsa_indexer_topk_freq`` above 1, or an offset),
-      ``dsa_indexer_rope_interleaved=True``, ``dsa_indexer_rotate_activation=False``, or
-      ``dsa_context_parallel_order="contiguous"``.
+      ``dsa_indexer_rope_interleaved=True``, ``dsa_indexer_rotate_activation=False``,
+      ``dsa_context_parallel_order="contiguous"``, or ``dsa_topk_across_stages=True``.
 
     Where the host refuses every DSA model (megatron-core 0.16 and 0.17), the ``config_fields``
     patch sets ``dsa_is_glm5`` if it is None, because no other DSA model can be built there.

@@ -1,4 +1,4 @@
-"""Pipeline splits: every stage must start on a computing layer."""
+"""Pipeline splits: every stage starts on a computing layer, unless the top-k crosses stages."""
 
 from __future__ import annotations
 
@@ -75,10 +75,11 @@ def best_splits(
     before: float = 0.0,
     after: float = 0.0,
     count: int = 1,
+    any_layer: bool = False,
 ) -> list[Split]:
     """The best valid splits, exactly: by the slowest chunk, then by how even the others are.
 
-    Chunks stay empty only where there are more of them than computing layers.
+    Chunks stay empty only where there are more of them than layers that they may start on.
 
     Args:
         schedule: the model's index schedule.
@@ -87,6 +88,7 @@ def best_splits(
         before: time of the embedding, on the first chunk.
         after: time of the output layer (and multi-token prediction), on the last chunk.
         count: how many splits to return at most; fewer only where there are no more.
+        any_layer: chunks may start on any layer, as ``dsa_topk_across_stages`` allows.
 
     Raises:
         PipelineSplitError: more chunks than the search takes.
@@ -97,7 +99,8 @@ def best_splits(
             f"use at most {MAX_CHUNKS}"
         )
     costs = [1.0] * schedule.num_layers if costs is None else costs
-    search = _SplitSearch(schedule, chunks, costs, before, after)
+    starts = range(1, schedule.num_layers + 1) if any_layer else schedule.computing_layers
+    search = _SplitSearch(starts, schedule.num_layers, chunks, costs, before, after)
     bounds = search.bounds()
     # A split below a bound is also one below every larger bound.
     first = bisect.bisect_left(bounds, True, key=lambda bound: search.is_feasible(bound))
@@ -114,11 +117,12 @@ class _SplitSearch:
     """Splits whose slowest chunk takes exactly a given time.
 
     Chunks are cut at marks: mark 0 is before the first layer, the last one after the last layer,
-    and the others before each computing layer. A set of marks is an int with one bit for each.
+    and the others before each other layer that a chunk may start on. A set of marks is an int with
+    one bit for each.
     """
 
-    def __init__(self, schedule, chunks, costs, before, after):
-        self._marks = [n - 1 for n in schedule.computing_layers] + [schedule.num_layers]
+    def __init__(self, starts, num_layers, chunks, costs, before, after):
+        self._marks = [n - 1 for n in starts] + [num_layers]
         self._last_mark = len(self._marks) - 1
         self._chunks = chunks
         self._until = [0.0, *itertools.accumulate(costs)]
@@ -251,10 +255,14 @@ def nearest_split(schedule: IndexSchedule, sizes: Sequence[int]) -> list[int] | 
     return simple if simple and max(simple) <= best.bottleneck else list(best.sizes)
 
 
-def equal_middle_split(schedule: IndexSchedule, stages: int) -> list[int] | None:
+def equal_middle_split(
+    schedule: IndexSchedule, stages: int, any_layer: bool = False
+) -> list[int] | None:
     """The most balanced valid split of the form first, middle, ..., middle, last, which
-    ``num_layers_in_first_pipeline_stage`` and ``num_layers_in_last_pipeline_stage`` can say."""
-    starts, total = {n - 1 for n in schedule.computing_layers}, schedule.num_layers
+    ``num_layers_in_first_pipeline_stage`` and ``num_layers_in_last_pipeline_stage`` can say.
+    ``any_layer`` as of ``best_splits``."""
+    total = schedule.num_layers
+    starts = set(range(total)) if any_layer else {n - 1 for n in schedule.computing_layers}
     candidates = []
     for first in starts - {0}:
         for middle in range(1, (total - first) // (stages - 2) + 1) if stages > 2 else (0,):

@@ -23,6 +23,7 @@ MODULES = (
     "megatron.core.transformer.experimental_attention_variant.dsa",
     "megatron.core.tensor_parallel.random",
     "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.pipeline_parallel.p2p_communication",
     "megatron.core.extensions.transformer_engine",
     "transformers.models.glm_moe_dsa.configuration_glm_moe_dsa",
     "megatron.bridge.models.glm_moe_dsa.glm5_bridge",

@@ -33,13 +33,20 @@ def announce(stack: torch.nn.Module, config: Any) -> None:
 
     Raises:
         GLM5PatchError: the stack is a GLM-5 with megatron-core's attention, which is wrong here.
+        PipelineSplitError: the source of a skip layer is on another pipeline stage.
     """
     from ..config.fields import is_glm5
-    from .built import Summary, attentions_of, raise_unless_right
+    from .built import (
+        Summary,
+        attentions_of,
+        raise_unless_right,
+        raise_unless_sources_are_here,
+    )
 
     attentions = attentions_of(stack)
     if is_glm5(config):
         raise_unless_right(attentions, config)
+        raise_unless_sources_are_here(attentions, config)
     if not attentions or _rank() != 0:  # the description imports the backends
         return
     summary = Summary.of(attentions)

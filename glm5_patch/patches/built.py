@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import GLM5PatchError
+from ..config.fields import ACROSS_STAGES
+from ..errors import GLM5PatchError, PipelineSplitError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -133,6 +134,30 @@ def raise_unless_right(attentions: list[Attention], config) -> None:
                 f"{reason}. Build it from the spec of "
                 "get_transformer_block_with_experimental_attention_variant_spec(config)"
             )
+
+
+def raise_unless_sources_are_here(attentions: list[Attention], config) -> None:
+    """Raise PipelineSplitError if a skip layer's source is on another pipeline stage.
+
+    A GPTModel's split is checked for all stages before it is built; this is for stacks that are
+    built otherwise, as a HybridStack.
+
+    Args:
+        attentions: of one stack of a GLM-5.
+        config: its ``TransformerConfig``.
+    """
+    if getattr(config, ACROSS_STAGES, False):
+        return
+    here = {attention.layer_number for attention in attentions}
+    for attention in attentions:
+        topk_source = getattr(attention.core, "topk_source", None)
+        if topk_source is None or topk_source.source in here or topk_source.is_mtp:
+            continue
+        raise PipelineSplitError(
+            f"layer {attention.layer_number} is a skip layer whose source, layer "
+            f"{topk_source.source}, is not in the same stack; start each pipeline stage on a "
+            f"computing layer, or set {ACROSS_STAGES}=True: the stage before then sends the top-k"
+        )
 
 
 def absent_latent_norms(attention: Attention, config) -> list[str]:

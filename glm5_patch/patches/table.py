@@ -28,6 +28,7 @@ from .megatron_core.running.stack_carriers import (
     MambaCarrier,
     MTPCarrier,
 )
+from .megatron_core.running.stage_shapes import StageShapes
 from .megatron_core.running.te_checkpoint import TECheckpoint
 from .transformers.glm_moe_dsa_config import GlmMoeDsaConfigValues
 from .transformers.glm_moe_dsa_weights import GlmMoeDsaConfigWeights
@@ -55,6 +56,7 @@ PATCHES = (
     CheckpointRecompute(),
     CheckpointWithoutTE(),
     IndexerLossScale(),
+    StageShapes(),
     RouterPadding(),
     TECheckpoint(),
     GlmMoeDsaConfigValues(),

@@ -138,7 +138,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--mtp", action="store_true", help="include the multi-token-prediction layer")
     plan.add_argument(
-        "--seq-length", type=_positive, default=32768, help="for the estimate (default: 32768)"
+        "--topk-across-stages",
+        action="store_true",
+        help="chunks may start on any layer, as dsa_topk_across_stages allows",
+    )
+    plan.add_argument(
+        "--seq-length",
+        type=_positive,
+        default=32768,
+        help="tokens of a document, for the estimates (default: 32768)",
     )
     plan.add_argument("--top", type=_positive, default=5, help="how many plans (default: 5)")
     plan.set_defaults(run=_plan)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
-from ..config.costs import estimate
+from ..config.costs import estimate, topk_bytes_per_token
+from ..config.fields import ACROSS_STAGES
 from ..config.huggingface import HFConfig
 from ..config.pipeline_split import Split, best_splits, check_split, chunk_label, equal_middle_split
 from ..config.schedule import IndexSchedule
 from ..errors import PipelineSplitError
 from .report import Result, print_table, print_text
+
+FLAG = "--" + ACROSS_STAGES.replace("_", "-")
 
 
 def run(options: argparse.Namespace) -> Result:
@@ -24,6 +28,7 @@ def run(options: argparse.Namespace) -> Result:
     hf = HFConfig.from_directory(path) if path.is_dir() else HFConfig.from_file(path)
     costs = estimate(hf, options.seq_length)
     chunks = options.pp * options.vpp
+    crosses = options.topk_across_stages
     splits = best_splits(
         hf.schedule,
         chunks,
@@ -31,23 +36,33 @@ def run(options: argparse.Namespace) -> Result:
         before=costs.embedding,
         after=costs.output + (costs.mtp if options.mtp else 0.0),
         count=options.top,
+        any_layer=crosses,
     )
+    plans = [describe(split, options.pp, options.vpp, options.mtp) for split in splits]
     data = {
         "schedule": str(hf.schedule),
-        "uniform": why_not_uniform(hf.schedule, options.pp, options.vpp),
-        "plans": [describe(split, options.pp, options.vpp, options.mtp) for split in splits],
+        "uniform": why_not_uniform(hf.schedule, options.pp, options.vpp, crosses),
+        "plans": plans,
         "first_and_last": None,
     }
     if options.vpp == 1 and not options.mtp:
-        data["first_and_last"] = first_and_last(hf.schedule, options.pp)
+        data["first_and_last"] = first_and_last(hf.schedule, options.pp, crosses)
+    if crosses:
+        per_token = topk_bytes_per_token(hf.index_topk, options.seq_length)
+        for plan in filter(None, (*plans, data["first_and_last"])):
+            _add_crossings(plan, hf.schedule, per_token)
     return Result(0, data, lambda: _print(data, splits[0], hf.schedule, options))
 
 
-def why_not_uniform(schedule: IndexSchedule, pp: int, vpp: int = 1) -> str | None:
+def why_not_uniform(
+    schedule: IndexSchedule, pp: int, vpp: int = 1, any_layer: bool = False
+) -> str | None:
     """Why equal chunks are refused; None if they are valid."""
     chunks = pp * vpp
     if schedule.num_layers % chunks:
         return f"{schedule.num_layers} layers do not divide into {chunks} equal chunks"
+    if any_layer:
+        return None
     size = schedule.num_layers // chunks
     pieces = [range(i * size + 1, (i + 1) * size + 1) for i in range(chunks)]
     try:
@@ -87,9 +102,21 @@ def describe(split: Split, pp: int, vpp: int, mtp: bool) -> dict:
     }
 
 
-def first_and_last(schedule: IndexSchedule, pp: int) -> dict | None:
+def _add_crossings(plan: dict, schedule: IndexSchedule, per_token: int) -> None:
+    """What each chunk sends beside the hidden states, and the switch that lets it."""
+    crosses = [
+        0 < end < schedule.num_layers and not schedule.computes(end + 1)
+        for end in list(itertools.accumulate(plan["layers"]))[:-1]
+    ]
+    plan["topk_bytes_per_token"] = [per_token if crossing else 0 for crossing in crosses]
+    if any(crosses):
+        plan["megatron_flags"][FLAG] = True
+        plan["bridge_provider"][ACROSS_STAGES] = True
+
+
+def first_and_last(schedule: IndexSchedule, pp: int, any_layer: bool = False) -> dict | None:
     """The most even split that a first and a last count describe, without a layout."""
-    sizes = equal_middle_split(schedule, pp)
+    sizes = equal_middle_split(schedule, pp, any_layer)
     return sizes and {
         "layers": sizes,
         "megatron_flags": {
@@ -116,8 +143,8 @@ def _print(report: dict, best: Split, schedule: IndexSchedule, options) -> None:
     empty = best.sizes.count(0)
     if empty:
         print_text(
-            f"{empty} chunks stay empty: at most {len(schedule.computing_layers)} chunks can start "
-            "on a computing layer; a smaller pipeline size times virtual stages leaves none empty"
+            f"{empty} chunks stay empty: {_most_chunks(schedule, options.topk_across_stages)}; "
+            "a smaller pipeline size times virtual stages leaves none empty"
         )
     print_table(
         ("", "layers of each chunk", "slowest chunk"),
@@ -140,10 +167,29 @@ def _print(report: dict, best: Split, schedule: IndexSchedule, options) -> None:
         label = _label(chunk, options.pp, options.vpp)
         rows.append((label, marks, f"{size} layers", f"{time / mean:.2f}"))
     print_table(("chunk", "layers", "", "time / mean"), rows)
+    if options.topk_across_stages:
+        print_text(_what_is_sent(report["plans"][0]["topk_bytes_per_token"]))
     _print_settings("with a layout", report["plans"][0])
     if report["first_and_last"]:
         sizes = ", ".join(map(str, report["first_and_last"]["layers"]))
         _print_settings(f"or with first and last counts ({sizes})", report["first_and_last"])
+
+
+def _most_chunks(schedule: IndexSchedule, any_layer: bool) -> str:
+    if any_layer:
+        return f"the model has {schedule.num_layers} layers"
+    return f"at most {len(schedule.computing_layers)} chunks can start on a computing layer"
+
+
+def _what_is_sent(per_token: list[int]) -> str:
+    """Of one plan."""
+    sent = [size for size in per_token if size]
+    if not sent:
+        return "no boundary carries a top-k"
+    return (
+        f"{len(sent)} of {len(per_token)} boundaries carry the top-k: {sent[0] / 1024:g} KiB a "
+        "token beside the hidden states"
+    )
 
 
 def _print_settings(title: str, plan: dict) -> None:
@@ -153,6 +199,7 @@ def _print_settings(title: str, plan: dict) -> None:
         f"{name} '{value}'" if isinstance(value, str) else f"{name} {value}"
         for name, value in plan["megatron_flags"].items()
     ]
+    flags = [flag.removesuffix(" True") for flag in flags]  # a switch has no value
     print("  " + " \\\n  ".join(flags))  # to be copied: never folded
     print_text(f"Megatron-Bridge provider, {title}:")
     for name, value in plan["bridge_provider"].items():

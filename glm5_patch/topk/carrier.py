@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..config.schedule import IndexSchedule
+    from .stages import StageTopk
     from .tokens import Layout
 
 
@@ -47,6 +48,8 @@ class TopkCarrier:
     """What the host's own ``DSAttention`` keeps by layer number: top-k."""
     host_topk_lengths: dict[int, Tensor] = field(default_factory=dict)
     """Likewise: how many entries of each row of it count, where a kernel says so."""
+    arrived: StageTopk | None = None
+    """What the stage before sent, until its first reader here decodes it."""
     _slots: dict[int, _Slot] = field(default_factory=dict)
     _in_checkpoint: bool = False
 
@@ -55,6 +58,27 @@ class TopkCarrier:
         readers = len(schedule.consumers(layer_number))
         if readers or self._in_checkpoint:
             self._slots[layer_number] = _Slot(topk_indices, readers, self._in_checkpoint)
+
+    def adopt(
+        self, layer_number: int, source: int, index_topk: int, schedule: IndexSchedule
+    ) -> None:
+        """Keep what arrived from the stage before as the top-k of ``source``.
+
+        Args:
+            layer_number: the first layer of this stage that reads it.
+            source: the computing layer, on an earlier stage.
+            index_topk: keys of a query.
+            schedule: the model's.
+        """
+        topk_indices = self.arrived.decode(self.layout, index_topk)
+        readers = sum(consumer >= layer_number for consumer in schedule.consumers(source))
+        self._slots[source] = _Slot(topk_indices, readers, self._in_checkpoint)
+        self.arrived = None
+
+    def end_forward(self) -> None:
+        """Free what no layer of this stage and no recompute will read."""
+        self.arrived = None
+        self._slots = {n: slot for n, slot in self._slots.items() if slot.recomputed}
 
     def published(self, layer_number: int) -> Tensor | None:
         """What a computing layer published earlier in this forward: in a recompute, its own."""
@@ -140,6 +164,7 @@ def carried(function: Callable) -> Callable:
 def _missing(layer_number: int, source: int, cause: str) -> MissingTopkError:
     return MissingTopkError(
         f"layer {layer_number} is a skip layer and reuses the top-k of layer {source}, which "
-        f"{cause}. Layers {source} to {layer_number} must be on one pipeline stage and run in "
-        "order in one forward; check the pipeline split and `glm5-patch doctor`."
+        f"{cause}. Layers {source} to {layer_number} must run in order in one forward, on one "
+        "pipeline stage unless dsa_topk_across_stages=True; check the pipeline split and "
+        "`glm5-patch doctor`."
     )

@@ -34,7 +34,7 @@ class Selection(NamedTuple):
 
 class TopkSource:
     """Answers what the top-k of one layer is: computed by its own indexer, or carried from the
-    computing layer whose top-k it reuses.
+    computing layer whose top-k it reuses, on this pipeline stage or an earlier one.
 
     A layer of multi-token prediction computes, and shares with no other layer.
     """
@@ -104,4 +104,8 @@ class TopkSource:
     def _carried(self, every_key_fits: bool) -> Tensor | None:
         # Required of short sequences too, so that a stack without a carrier fails at once.
         carrier = require_carrier(self.layer_number, self.source)
-        return None if every_key_fits else carrier.read(self.layer_number, self.source)
+        if every_key_fits:
+            return None
+        if carrier.arrived is not None and carrier.published(self.source) is None:
+            carrier.adopt(self.layer_number, self.source, self.index_topk, self.schedule)
+        return carrier.read(self.layer_number, self.source)

@@ -82,6 +82,24 @@ def block(config, block_class=None, **spec):
     return randomized(built)
 
 
+def hybrid_stage(config, first: int, last: int):
+    """What a pipeline stage has of a ``HybridStack``: the layers of these numbers."""
+    if not is_there("megatron.core.models.hybrid.hybrid_block"):
+        pytest.skip("a MambaStack takes its layers from the pipeline's process groups")
+    from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    return HybridStack(
+        config,
+        HybridStackSubmodules(dsa_layer=layer_spec(config)),
+        pre_process=first == 1,
+        layer_type_list=["D"] * (last - first + 1),
+        pp_layer_offset=first - 1,
+        post_layer_norm=False,
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
 def hybrid_stack(config, **spec):
     """``HybridStack``, or what it was called before megatron-core 0.18."""
     from megatron.core.process_groups_config import ProcessGroupCollection

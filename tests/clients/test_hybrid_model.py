@@ -1,13 +1,23 @@
 """A HybridModel's stack of DSA layers: forward as the host's, recompute as without recompute."""
 
+import itertools
 from importlib.util import find_spec
 
 import pytest
 import torch
+from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
 
-from glm5_patch.errors import GLM5PatchError
+from glm5_patch.errors import GLM5PatchError, MissingTopkError, PipelineSplitError
 from glm5_patch.patches.megatron_core import carrying
-from tests.clients.stacks import MODES, causal_mask, config, gradients, hybrid_stack, outputs
+from tests.clients.stacks import (
+    MODES,
+    causal_mask,
+    config,
+    gradients,
+    hybrid_stack,
+    hybrid_stage,
+    outputs,
+)
 from tests.tiny import relative
 
 
@@ -28,6 +38,83 @@ def test_where_no_carrier_is_open_the_host_s_own_answer_stands(host_attention, m
         assert torch.equal(our, theirs)
     wrong = gradients(hybrid_stack(config(**MODES["uniform_1"])))
     assert relative(wrong, plain) > 0.01
+
+
+def run_stages(stages, hidden, narrow):
+    """Forward and backward as a pipeline's schedule, without a process for each stage.
+
+    Returns:
+        The gradient of the input.
+    """
+    inputs, outputs = [], []
+    for stage in stages:
+        if not stage.pre_process:
+            inputs.append(outputs[-1].detach().clone().requires_grad_())
+            stage.set_input_tensor(inputs[-1])
+        outputs.append(stage(hidden, None))
+    outputs[-1].pow(2).sum().backward()
+    for received, output in zip(reversed(inputs), reversed(outputs[:-1])):
+        deallocate_output_tensor(output, narrow)
+        backward = custom_backward if narrow else torch.autograd.backward
+        backward(output, received.grad)
+    return hidden.grad
+
+
+@pytest.mark.parametrize("mode", [None, *MODES])
+@pytest.mark.parametrize("narrow", [False, True], ids=["kept", "freed"])
+@pytest.mark.parametrize("cuts", [(3,), (4,), (5,), (3, 4, 5)], ids=str)
+def test_stages_that_start_on_a_skip_layer_are_as_one_stack(world, cuts, narrow, mode):
+    """Layers 1, 2, 3 and 7 of 8 compute."""
+    settings = dict(dsa_topk_across_stages=True, deallocate_pipeline_outputs=narrow)
+    whole = hybrid_stack(config())
+    bounds = list(itertools.pairwise((0, *cuts, 8)))
+    stages = [
+        hybrid_stage(config(**settings, **MODES.get(mode, {})), begin + 1, end).train()
+        for begin, end in bounds
+    ]
+    for stage, (begin, end) in zip(stages, bounds):
+        for ours, layer in zip(stage.layers, whole.layers[begin:end], strict=True):
+            assert ours.layer_number == layer.layer_number
+            ours.load_state_dict(layer.state_dict())
+    hidden = torch.randn(48, 2, 64, generator=torch.Generator().manual_seed(1))
+    expected = run_stages([whole.train()], hidden.clone().requires_grad_(), narrow)
+    found = run_stages(stages, hidden.clone().requires_grad_(), narrow)
+    assert torch.equal(found, expected)
+    for stage, (begin, end) in zip(stages, bounds):
+        for ours, layer in zip(stage.layers, whole.layers[begin:end]):
+            theirs = dict(layer.named_parameters())
+            for name, parameter in ours.named_parameters():
+                assert same(parameter.grad, theirs[name].grad), f"{ours.layer_number}: {name}"
+
+
+@pytest.mark.parametrize(("last", "length", "width"), [(6, 48, 64), (5, 9, 64), (5, 48, 69)])
+def test_only_what_is_needed_is_sent(world, last, length, width):
+    """9 keys of 16 bits are 5 columns of fp32. Nothing goes to a computing layer, or where every
+    key is selected."""
+    stage = hybrid_stage(config(dsa_topk_across_stages=True), 1, last)
+    assert stage(torch.randn(length, 2, 64), None).shape == (length, 2, width)
+
+
+def same(one, other):
+    """Of two gradients, or of none."""
+    return one is other is None or torch.equal(one, other)
+
+
+def test_a_stage_that_starts_on_a_skip_layer_needs_the_switch(world):
+    with pytest.raises(
+        PipelineSplitError, match="layer 5 .*layer 3, .*dsa_topk_across_stages=True"
+    ):
+        hybrid_stage(config(), 5, 8)
+    hybrid_stage(config(), 7, 8)
+
+
+@pytest.mark.parametrize("narrow", [False, True], ids=["kept", "freed"])
+def test_without_the_top_k_of_the_stage_before_a_skip_layer_raises(world, narrow):
+    settings = dict(dsa_topk_across_stages=True, deallocate_pipeline_outputs=narrow)
+    stage = hybrid_stage(config(**settings), 5, 8)
+    stage.set_input_tensor(torch.zeros(48, 2, 64, requires_grad=True))
+    with pytest.raises(MissingTopkError, match="layer 5 is a skip layer and reuses .* layer 3"):
+        stage(None, None)
 
 
 # From megatron-core 0.19 on the host puts a latent norm in where a spec leaves it out.

@@ -141,6 +141,19 @@ def test_best_splits_are_the_best_of_all_in_order(seed):
         assert all(valid(schedule, split.sizes) for split in found)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_free_splits_are_those_of_a_model_whose_layers_all_compute(seed):
+    rng = random.Random(seed)
+    schedule = random_schedule(rng, most=9)
+    every_layer = IndexSchedule.from_freq(schedule.num_layers, 1, 0)
+    for chunks in range(1, 12):
+        free = best_splits(schedule, chunks, count=7, any_layer=True)
+        assert free == best_splits(every_layer, chunks, count=7)
+        assert equal_middle_split(schedule, chunks, any_layer=True) == equal_middle_split(
+            every_layer, chunks
+        )
+
+
 def test_the_search_ends_where_few_splits_exist():
     """78 computing layers in 78 chunks: one way, however many are asked for."""
     schedule = IndexSchedule.from_freq(78, 1, 0)

@@ -41,6 +41,10 @@ class Case:
     indexer_loss: float | None = None
     distributed_optimizer: bool = False
     forward_only: bool = False
+    microbatches: int = 4
+    bf16: bool = False
+    stale: bool = False
+    """Stages get the top-k of the microbatch before, so that the comparison can fail."""
     settings: dict = field(default_factory=dict)
 
     @property
@@ -52,7 +56,7 @@ class Case:
         """Cases of the same batch and model have the same loss and gradients."""
         mtp = "mtp" if "mtp_num_layers" in self.settings else "plain"
         thd = ("even-thd" if self.even_packs else "thd") if self.thd else "bshd"
-        return f"{mtp}-{thd}-{self.indexer_loss or 0}"
+        return f"{mtp}-{thd}-{self.indexer_loss or 0}-{self.microbatches}{'-bf16' * self.bf16}"
 
     def alone(self) -> Case:
         """The same batch and model in one process, without recompute."""
@@ -62,6 +66,8 @@ class Case:
             thd=self.thd,
             even_packs=self.even_packs,
             indexer_loss=self.indexer_loss,
+            microbatches=self.microbatches,
+            bf16=self.bf16,
             settings=settings,
         )
 

@@ -13,6 +13,7 @@ import sys
 import traceback
 import warnings
 import zlib
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -37,12 +38,13 @@ from glm5_patch.config.huggingface import HFConfig
 from glm5_patch.errors import PipelineSplitError
 from glm5_patch.testing import cpu_host
 from glm5_patch.testing.parity import recorded
+from glm5_patch.topk.stages import StageTopk
 from tests.distributed.cases import CHECKPOINT, CONTIGUOUS, READERS, Case
 from tests.tiny import hf_config, megatron_config, packed, tokens
 
-MICROBATCHES, BATCH, LENGTH = 4, 2, 48
+BATCH, LENGTH = 2, 48
 PACKS = ([1, 20, 27], [48], [0, 9, 39], [30, 18])
-"""Lengths of the documents of each microbatch: one token, one document, an empty one."""
+"""Lengths of the documents of microbatches: one token, one document, an empty one."""
 EVEN_PACKS = ([4, 20, 24], [48], [0, 8, 40], [32, 16])
 LEARNING_RATE, ADAM_EPS = 1000.0, 1.0  # updates well above the rounding of the parameters
 
@@ -54,11 +56,28 @@ build_block_spec = specs.get_transformer_block_with_experimental_attention_varia
 
 def run(case: Case, folder: Path) -> dict:
     """One step; how far loss, gradients and top-k are from one process alone."""
-    with model_parallel(case):
+    with model_parallel(case), stale_topk(case):
         chunks = build(case, folder)
         DSAIndexerLossLoggingHelper.tracker.clear()
         losses, topk_indices = step(case, chunks)
         return compare(case, chunks, losses, topk_indices, folder)
+
+
+@contextmanager
+def stale_topk(case: Case):
+    """If the case asks for it, a stage finds the top-k of the microbatch before its own."""
+    decode, arrived = StageTopk.decode, []
+
+    def stale(self, layout, index_topk):
+        arrived.append(decode(self, layout, index_topk))
+        return arrived[max(0, len(arrived) - 2)]
+
+    if case.stale:
+        StageTopk.decode = stale
+    try:
+        yield
+    finally:
+        StageTopk.decode = decode
 
 
 class model_parallel:
@@ -86,7 +105,9 @@ class model_parallel:
 def configuration(case: Case):
     settings = dict(case.settings)
     if case.pp > 1:
-        settings["pipeline_dtype"] = torch.float32
+        settings["pipeline_dtype"] = torch.bfloat16 if case.bf16 else torch.float32
+    if case.bf16:
+        settings.update(params_dtype=torch.bfloat16, bf16=True)
     hf = HFConfig(hf_config().to_dict())
     config = megatron_config(
         hf,
@@ -184,9 +205,10 @@ def part(name: str, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def batches(case: Case):
     """This data-parallel rank's microbatches: ids, labels, positions, packed_seq_params."""
-    for number in range(parallel_state.get_data_parallel_rank(), MICROBATCHES, _dp_size()):
+    for number in range(parallel_state.get_data_parallel_rank(), case.microbatches, _dp_size()):
         if case.thd:
-            lengths = (EVEN_PACKS if case.even_packs else PACKS)[number]
+            packs = EVEN_PACKS if case.even_packs else PACKS
+            lengths = packs[number % len(packs)]
             ids, pack = tokens(number, 1, LENGTH), packed(lengths)
             positions = torch.cat([torch.arange(n) for n in lengths])[None]
         else:
@@ -256,7 +278,7 @@ def step(case: Case, chunks):
 def compare(case: Case, chunks, losses, topk_indices, folder: Path) -> dict:
     models = [chunk.module for chunk in chunks]
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-    expected = MICROBATCHES // _dp_size() if last else 0
+    expected = case.microbatches // _dp_size() if last else 0
     if len(losses) != expected:
         raise AssertionError(f"{len(losses)} losses, where this rank computes {expected}")
     values = after_optimizer(case, chunks) if case.distributed_optimizer else gradients(models)

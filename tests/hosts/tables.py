@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/, made from docs/hosts.json and from nothing else."""
+"""The tables of README.md and docs/: of docs/hosts.json, and of the plans of GLM-5.2."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from glm5_patch.patches.table import PATCHES
+from tests.config import balance
 from tests.distributed.cases import CASES
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +85,7 @@ def blocks(record: dict) -> dict[tuple[Path, str], str]:
         (ROOT / "README.md", "bridges"): support(record, "megatron-bridge"),
         (ROOT / "docs" / "hosts.md", "figures"): figures(record),
         (ROOT / "docs" / "parallel.md", "splits"): parallel(record),
+        (ROOT / "docs" / "pipeline.md", "balance"): balance.table(),
     }
 
 

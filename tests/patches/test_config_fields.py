@@ -4,6 +4,7 @@ import inspect
 import pickle
 
 import pytest
+import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 import glm5_patch
@@ -24,6 +25,7 @@ GLM_5 = dict(
     dsa_indexer_rotate_activation=False,
     dsa_indexer_k_norm_epsilon=1e-6,
     dsa_context_parallel_order="zigzag",
+    dsa_topk_across_stages=False,
 )
 NAMES = [field.name for field in dataclasses.fields(GLM5Fields)]
 
@@ -145,6 +147,14 @@ def test_contiguous_order_is_accepted_where_attention_is_ours(host_refuses_conte
     assert config.dsa_context_parallel_order == "contiguous"
     with pytest.raises(GLM5PatchError, match="'contiguous' with mtp_num_layers=1.*zigzag order"):
         MLATransformerConfig(**DSA, **CONTIGUOUS, mtp_num_layers=1)
+
+
+def test_a_schedule_without_stacks_sends_no_top_k():
+    stages = dict(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32)
+    with pytest.raises(GLM5PatchError, match="with overlap_moe_expert_parallel_comm=True"):
+        MLATransformerConfig(
+            **DSA, **stages, dsa_topk_across_stages=True, overlap_moe_expert_parallel_comm=True
+        )
 
 
 def test_an_unknown_order_is_named():

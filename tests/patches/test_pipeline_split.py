@@ -5,8 +5,9 @@ import torch
 from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+import glm5_patch
 from glm5_patch.config.huggingface import HFConfig
-from glm5_patch.errors import PipelineSplitError
+from glm5_patch.errors import GLM5PatchError, PipelineSplitError
 from tests.config.test_schedule import published
 
 
@@ -66,6 +67,11 @@ BAD = {
 @pytest.mark.parametrize("case", GOOD)
 def test_valid_splits_build_every_layer_once(world, case, virtual_pipeline):
     pp, fields = GOOD[case]
+    assert layers_built(pp, virtual_pipeline, **fields) == 78
+
+
+def layers_built(pp, virtual_pipeline, **fields):
+    """By all chunks of all ranks."""
     config = glm_5_2(pp, **fields)
     vp = config.virtual_pipeline_model_parallel_size
     virtual_pipeline(vp)
@@ -76,7 +82,7 @@ def test_valid_splits_build_every_layer_once(world, case, virtual_pipeline):
                 config, vp_stage=vp_stage, pp_rank=pp_rank
             )
             layers += len(spec.layer_specs)
-    assert layers == 78
+    return layers
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -91,4 +97,26 @@ def test_invalid_splits_raise_the_same_on_every_rank(world, case):
                 config, vp_stage=vp, pp_rank=pp_rank
             )
         messages.add(str(error.value))
-    assert len(messages) == 1
+    (message,) = messages
+    assert "Or set dsa_topk_across_stages=True (--dsa-topk-across-stages)" in message
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_with_the_switch_every_split_builds_every_layer_once(world, case, virtual_pipeline):
+    pp, fields, _ = BAD[case]
+    assert layers_built(pp, virtual_pipeline, **fields, dsa_topk_across_stages=True) == 78
+
+
+def test_the_hosts_own_check_by_freq_and_offset_is_left_out_too(world, virtual_pipeline):
+    by_freq = dict(dsa_indexer_types=None, dsa_indexer_topk_freq=4, dsa_indexer_skip_topk_offset=3)
+    assert layers_built(2, virtual_pipeline, **by_freq, dsa_topk_across_stages=True) == 78
+
+
+def test_the_hosts_attention_shares_nothing_between_stages(world, monkeypatch):
+    if glm5_patch.require()["index_share_carrier"].state != "applied":
+        pytest.skip("this host's attention shares no top-k")
+    monkeypatch.setenv("GLM5_PATCH_ATTENTION", "host")
+    with pytest.raises(GLM5PatchError, match="dsa_topk_across_stages=True with GLM5_PATCH_ATT"):
+        specs.get_transformer_block_with_experimental_attention_variant_spec(
+            glm_5_2(2, dsa_topk_across_stages=True), pp_rank=0
+        )

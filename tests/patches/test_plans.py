@@ -26,11 +26,12 @@ def config_json(tmp_path):
     return str(path)
 
 
-def build(pp, vpp, split, virtual_pipeline):
+def build(pp, vpp, split, virtual_pipeline, **fields):
     """The spec of the first and the last chunk, through the host's builder."""
     virtual = vpp if vpp > 1 else None
     config = glm_5_2(
         pp,
+        **fields,
         pipeline_model_parallel_layout=layout(split),
         virtual_pipeline_model_parallel_size=virtual,
     )
@@ -49,6 +50,16 @@ def test_every_plan_of_glm_5_2_is_accepted(world, vpp, virtual_pipeline):
     for pp in range(2, 27):
         (split,) = best_splits(schedule, pp * vpp)
         first, last = build(pp, vpp, split, virtual_pipeline)
+        assert len(first.layer_specs) == split.sizes[0]
+        assert len(last.layer_specs) == split.sizes[-1]
+
+
+@pytest.mark.parametrize("vpp", [1, 2])
+def test_every_free_plan_is_accepted_with_the_switch(world, vpp, virtual_pipeline):
+    schedule = HFConfig(published("glm-5.2.json")).schedule
+    for pp in range(2, 27, 3):
+        (split,) = best_splits(schedule, pp * vpp, any_layer=True)
+        first, last = build(pp, vpp, split, virtual_pipeline, dsa_topk_across_stages=True)
         assert len(first.layer_specs) == split.sizes[0]
         assert len(last.layer_specs) == split.sizes[-1]
 
@@ -134,6 +145,39 @@ def test_more_chunks_than_computing_layers_get_a_plan(flags, config_json, capsys
     assert cli.main(["plan", "--config", config_json, *flags, "--json"]) == 0
     plans = json.loads(capsys.readouterr().out)["plans"]
     assert plans and all(sum(plan["layers"]) == 78 for plan in plans)
+
+
+def free_plan(config_json, capsys, *options):
+    """The first one."""
+    command = ["plan", "--config", config_json, "--topk-across-stages", "--json", *options]
+    assert cli.main(command) == 0
+    return json.loads(capsys.readouterr().out)["plans"][0]
+
+
+def test_free_plans_say_what_is_sent(config_json, capsys):
+    plan = free_plan(config_json, capsys, "--pp", "8")
+    assert plan["layers"] == [10] * 7 + [8] and plan["slowest_over_mean"] <= 1.05
+    # Stages 3, 5 and 7 start on a skip layer: on layers 21, 41 and 61.
+    assert plan["topk_bytes_per_token"] == [0, 4096, 0, 4096, 0, 4096, 0]
+    assert plan["megatron_flags"]["--dsa-topk-across-stages"] is True
+    assert plan["bridge_provider"]["dsa_topk_across_stages"] is True
+    longer = free_plan(config_json, capsys, "--pp", "8", "--seq-length", "65537")
+    assert max(longer["topk_bytes_per_token"]) == 8192
+    short = free_plan(config_json, capsys, "--pp", "8", "--seq-length", "2048")
+    assert not any(short["topk_bytes_per_token"])
+    assert short["bridge_provider"]["dsa_topk_across_stages"] is True
+
+
+def test_a_free_plan_that_needs_no_switch_sets_none(config_json, capsys):
+    plan = free_plan(config_json, capsys, "--pp", "1")
+    assert "dsa_topk_across_stages" not in plan["bridge_provider"]
+
+
+def test_the_printed_free_plan_can_be_copied(config_json, capsys):
+    cli.main(["plan", "--config", config_json, "--pp", "8", "--topk-across-stages"])
+    out = capsys.readouterr().out
+    assert "3 of 7 boundaries carry the top-k: 4 KiB a token" in out
+    assert "  --dsa-topk-across-stages\n" in out and "dsa_topk_across_stages = True" in out
 
 
 def test_too_many_chunks_are_an_error(config_json, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from types import SimpleNamespace
 
-from ...config.fields import is_glm5
+from ...config.fields import ACROSS_STAGES, is_glm5
 from ...errors import GLM5PatchError
 from ...patching.ledger import State
 from ...patching.patch import Finding
@@ -14,8 +14,13 @@ OUR_ATTENTION = "glm5_patch.attention.attention"
 HOST_MLA = "megatron.core.transformer.experimental_attention_variant.absorbed_mla"
 
 
-def with_carrier(wrapped, instance, args, kwargs):
-    """Call a stack with a carrier open, where its layers share their top-k."""
+def with_carrier(wrapped, instance, args, kwargs, crosses_stages: bool = False):
+    """Call a stack with a carrier open, where its layers share their top-k.
+
+    Args:
+        wrapped, instance, args, kwargs: the call.
+        crosses_stages: the stack is what a pipeline stage has of the decoder.
+    """
     if not carries(instance):
         return wrapped(*args, **kwargs)
     from ...topk.carrier import open_carrier
@@ -26,8 +31,20 @@ def with_carrier(wrapped, instance, args, kwargs):
     args, kwargs = with_grad(instance, args, kwargs)
     _refuse_unsafe_recompute(instance)
     _refuse_adapters_without_effect(instance)
-    with open_carrier():
-        return wrapped(*args, **kwargs)
+    crosses_stages = crosses_stages and getattr(instance.config, ACROSS_STAGES, False)
+    with open_carrier() as carrier:
+        if not crosses_stages:
+            return wrapped(*args, **kwargs)
+        from .stage_ends import send, take
+
+        take(instance, carrier)
+        return send(instance, carrier, wrapped(*args, **kwargs))
+
+
+def with_stage_carrier(wrapped, instance, args, kwargs):
+    """``with_carrier`` of a stack that may take a top-k from the pipeline stage before, and may
+    send one on."""
+    return with_carrier(wrapped, instance, args, kwargs, crosses_stages=True)
 
 
 def carries(stack) -> bool:

@@ -68,6 +68,11 @@ def attention_stack(config, wrong: str | None) -> Stack:
     unset = f"unset {env.ATTENTION}, or set it to plugin"
     if wrong is not None:
         raise GLM5PatchError(f"{reason}: {wrong}; {unset}")
+    if config.dsa_topk_across_stages and config.pipeline_model_parallel_size > 1:
+        raise GLM5PatchError(
+            f"dsa_topk_across_stages=True with {reason}: megatron-core's own sparse attention "
+            f"shares no top-k between pipeline stages; {unset}"
+        )
     order = config.dsa_context_parallel_order
     if order != ZIGZAG and config.context_parallel_size > 1:
         raise GLM5PatchError(

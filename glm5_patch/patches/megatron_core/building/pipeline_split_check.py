@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ....config.fields import is_dsa, is_glm5
+from ....config.fields import ACROSS_STAGES, is_dsa, is_glm5
 from ....patching.patch import Finding, Patch, argument
 from ...probes.megatron_core import refuses_dsa
 from .gate import check_gate
@@ -24,7 +24,8 @@ class BlockSpec(Patch):
             config = argument(wrapped, args, kwargs, "config")
             if is_glm5(config):
                 check_gate(config)
-                _check_split(module, config)
+                if not getattr(config, ACROSS_STAGES, False):
+                    _check_split(module, config)
             elif is_dsa(config):
                 if not hasattr(config, "dsa_is_glm5") and refuses_dsa():
                     check_gate(config)  # the fields are missing, and only a GLM-5 could be meant
@@ -34,12 +35,25 @@ class BlockSpec(Patch):
             return wrapped(*args, **kwargs)
 
         seams.wrap(module, self.attribute, build, reads=("config",))
+        if hasattr(module, HOSTS_OWN_CHECK):
+            seams.wrap(module, HOSTS_OWN_CHECK, _unless_topk_crosses, reads=("config",))
+
+
+HOSTS_OWN_CHECK = "_validate_dsa_index_share_pipeline_split"
+"""Of megatron-core 0.19 on. It knows of no top-k that crosses stages."""
+
+
+def _unless_topk_crosses(wrapped, instance, args, kwargs):
+    config = argument(wrapped, args, kwargs, "config")
+    if not (is_glm5(config) and getattr(config, ACROSS_STAGES, False)):
+        wrapped(*args, **kwargs)
 
 
 def _check_split(module, config) -> None:
     """Look at every chunk of every rank, so that all ranks raise, with the same message."""
     from ....config.pipeline_split import check_split, chunk_label
     from ....config.schedule import IndexSchedule
+    from ....errors import PipelineSplitError
 
     chunks, labels = [], []
     last_layer = 0
@@ -50,7 +64,13 @@ def _check_split(module, config) -> None:
             chunks.append(range(last_layer + 1, last_layer + count + 1))
             last_layer += count
             labels.append(chunk_label(pp_rank, vp_stage))
-    check_split(IndexSchedule.from_megatron(config), chunks, labels)
+    try:
+        check_split(IndexSchedule.from_megatron(config), chunks, labels)
+    except PipelineSplitError as error:
+        raise PipelineSplitError(
+            f"{error}. Or set {ACROSS_STAGES}=True (--{ACROSS_STAGES.replace('_', '-')}): any "
+            "split is valid then, and the stage before sends the top-k"
+        ) from None
 
 
 def _layers_in_chunk(module, config, vp_stage, pp_rank) -> int:

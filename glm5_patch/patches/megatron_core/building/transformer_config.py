@@ -133,6 +133,7 @@ def _validate(config) -> None:
 
     IndexSchedule.from_megatron(config)
     _refuse_scaled_rope(config)
+    _refuse_layers_run_singly(config)
     order = config.dsa_context_parallel_order
     if order not in CONTEXT_PARALLEL_ORDERS:
         raise GLM5PatchError(
@@ -146,6 +147,17 @@ def _validate(config) -> None:
         raise GLM5PatchError(
             f"dsa_context_parallel_order={order!r} with mtp_num_layers={config.mtp_num_layers}: "
             f"megatron-core shifts the labels of multi-token prediction in zigzag order; {zigzag}"
+        )
+
+
+def _refuse_layers_run_singly(config) -> None:
+    """A schedule that runs layers one by one calls no stack, which takes and sends the top-k."""
+    overlaps = getattr(config, "overlap_moe_expert_parallel_comm", False)
+    if overlaps and config.dsa_topk_across_stages and config.pipeline_model_parallel_size > 1:
+        raise GLM5PatchError(
+            "dsa_topk_across_stages=True with overlap_moe_expert_parallel_comm=True: that schedule "
+            "runs layers apart from their stage, which takes and sends the top-k; set one of them "
+            "to False"
         )
 
 

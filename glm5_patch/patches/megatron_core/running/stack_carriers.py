@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ....patching.patch import Finding, Patch
 from ..building.gate import gated
-from ..carrying import opens_carriers, with_carrier
+from ..carrying import opens_carriers, with_carrier, with_stage_carrier
 
 
 class BlockCarrier(Patch):
@@ -23,7 +23,7 @@ class BlockCarrier(Patch):
         return Finding(True, "the host has no store that belongs to one forward")
 
     def apply(self, module, seams) -> None:
-        seams.wrap(module.TransformerBlock, "__call__", with_carrier)
+        seams.wrap(module.TransformerBlock, "__call__", with_stage_carrier)
 
     def still_right(self, module) -> Finding | None:
         return opens_carriers(module.TransformerBlock)
@@ -37,7 +37,7 @@ class _Stack:
         return Finding(True, "the host has no store that belongs to one forward")
 
     def apply(self, module, seams) -> None:
-        seams.wrap_call(self._stack(module), with_carrier)
+        seams.wrap_call(self._stack(module), self._call)
         seams.wrap(self._stack(module), "__init__", self._init, reads=("config",))
 
     def still_right(self, module) -> Finding | None:
@@ -47,6 +47,7 @@ class _Stack:
         return getattr(module, self.attribute.partition(".")[0])
 
     _init = staticmethod(gated)
+    _call = staticmethod(with_stage_carrier)
 
 
 class HybridCarrier(_Stack, Patch):
@@ -96,3 +97,4 @@ class MTPCarrier(_Stack, Patch):
         return bool(config.mtp_num_layers)
 
     _init = staticmethod(_building_mtp)
+    _call = staticmethod(with_carrier)

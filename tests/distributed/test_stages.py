@@ -1,0 +1,38 @@
+"""Stages that start on a skip layer: the gradients of one process, bit for bit."""
+
+import pytest
+
+from tests.distributed import run
+from tests.distributed.stage_cases import CASES, SOME, STALE
+from tests.distributed.test_parallel import shortcomings
+
+
+def found_by(cases, folder):
+    """Case -> what each rank found."""
+    run.write_cases(folder, list(cases))
+    run.world(1, folder)
+    worlds = {case.world for case in cases}
+    ranks = {size: run.world(size, folder) for size in sorted(worlds)}
+    return {case.name: [rank[case.name] for rank in ranks[case.world]] for case in cases}
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [pytest.param(SOME, id="some"), pytest.param(CASES, id="all", marks=pytest.mark.nightly)],
+)
+def test_any_split_equals_one_process(cases, tmp_path):
+    found = found_by(cases, tmp_path)
+    wrong = {}
+    for case in cases:
+        ranks = found[case.name]
+        for rank in ranks:  # a rank holds the indexers of its own layers
+            if "computing" in rank:
+                rank["computing"] = sorted({n for one in ranks for n in one["computing"]})
+        wrong[case.name] = "; ".join(filter(None, (shortcomings(case, one) for one in ranks)))
+    assert {name: text for name, text in wrong.items() if text} == {}
+
+
+def test_the_top_k_of_another_microbatch_gives_wrong_gradients(tmp_path):
+    """So the comparison can fail."""
+    (ranks,) = found_by([STALE], tmp_path).values()
+    assert max(rank["gradients"] for rank in ranks) > 0.01
