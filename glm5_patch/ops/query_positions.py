@@ -66,10 +66,10 @@ class QueryPositions(NamedTuple):
 
     def after(self, count: int) -> QueryPositions:
         """Without the first queries."""
-        return QueryPositions(self.starts[count:], self.places[count:], self.keys, self.longest)
+        return self.of_queries(slice(count, None))
 
-    def of_queries(self, queries: Tensor) -> QueryPositions:
-        """Some queries alone, int64; the keys stay."""
+    def of_queries(self, queries: Tensor | slice) -> QueryPositions:
+        """Some queries alone, int64 or a slice; the keys stay."""
         return QueryPositions(self.starts[queries], self.places[queries], self.keys, self.longest)
 
     @property

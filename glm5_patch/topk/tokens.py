@@ -1,8 +1,9 @@
 """Where the tokens of one batch stand: worked out once a forward, for all its layers.
 
-Under context parallelism queries stay where they are. What the keys are made of is gathered: the
-indexer's key, and the key-value latent with its rotary part (576 wide, where the keys and values of
-64 heads are 32768).
+Context parallelism splits a sequence between ranks, and tensor parallelism splits a rank's part of
+it again where its ranks share tokens out. Queries stay where they are. What the keys are made of is
+gathered: the indexer's key, and the key-value latent with its rotary part (576 wide, where the keys
+and values of 64 heads are 32768).
 """
 
 from __future__ import annotations
@@ -10,9 +11,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    all_gather_last_dim_from_tensor_parallel_region,
+    all_to_all,
+    gather_from_sequence_parallel_region,
+)
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from .. import env
 from ..config.fields import CONTIGUOUS, ZIGZAG
 from ..errors import GLM5PatchError
 from ..ops.query_positions import (
@@ -25,40 +33,155 @@ from ..ops.query_positions import (
 from .carrier import current_carrier
 
 
+class Shared(NamedTuple):
+    """What the ranks of tensor parallelism share out in sparse attention."""
+
+    tokens: bool
+    """Each rank has all heads of its own tokens; else its own heads of all tokens."""
+    reason: str
+
+
+def shared_out(config) -> Shared:
+    """What ``GLM5_PATCH_TP`` asks for, or the better of what is possible.
+
+    A query reads all its selected latents for however few heads a rank has, so tokens are shared
+    out wherever the hidden states are split by them already: under sequence parallelism.
+
+    Raises:
+        GLM5PatchError: tokens are asked for, and the hidden states are not split.
+    """
+    asked = env.tensor_parallel()
+    if asked == "heads":
+        return Shared(False, f"{env.TENSOR_PARALLEL}=heads")
+    if config.sequence_parallel:
+        return Shared(True, f"{env.TENSOR_PARALLEL}={asked}")
+    if asked == "tokens" and config.tensor_model_parallel_size > 1:
+        raise GLM5PatchError(
+            f"{env.TENSOR_PARALLEL}=tokens with sequence_parallel=False and "
+            f"tensor_model_parallel_size={config.tensor_model_parallel_size}: the hidden states "
+            "are not split by tokens; set sequence_parallel=True (--sequence-parallel), or "
+            f"{env.TENSOR_PARALLEL}=auto"
+        )
+    return Shared(False, "sequence_parallel=False")
+
+
+def token_group(config, pg_collection) -> ProcessGroup | None:
+    """The tensor-parallel ranks that share the tokens of a sequence out; None where one rank has
+    them all, or they share the heads out.
+
+    Raises:
+        GLM5PatchError: as of ``shared_out``.
+    """
+    if config.tensor_model_parallel_size == 1 or not shared_out(config).tokens:
+        return None
+    groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp"])
+    return groups.tp
+
+
 class Layout(NamedTuple):
-    """The tokens of this rank among those of the batch."""
+    """The tokens of this rank among those of the batch.
+
+    In the shapes, s is the length of a context-parallel rank's part, and own that of this rank's:
+    s / tp where tokens are shared out, else s.
+    """
 
     queries: QueryPositions
+    """Of this rank, [own]."""
+    everyone: QueryPositions
+    """Of all the ranks that share the tokens out, [s]."""
     split: ContextParallel | None = None
-    """If the sequence is split between ranks."""
+    """If the sequence is split by context parallelism."""
+    token_group: ProcessGroup | None = None
+    """The ranks that share the tokens out; None: this rank has them all."""
     real: Tensor | None = None
     """int64: the queries of this rank that are not padding; None: all of them."""
+    num_real: int | None = None
+    """How many queries of all the ranks that share the tokens out are not padding."""
 
     @classmethod
-    def of(cls, config, cp_group, packed_seq_params, local_length: int, device) -> Layout:
+    def of(
+        cls,
+        config,
+        cp_group,
+        packed_seq_params,
+        length: int,
+        device,
+        token_group: ProcessGroup | None = None,
+    ) -> Layout:
         """The layout of the forward that is running; bounds of a pack are read from the device
-        once."""
+        once.
+
+        Args:
+            config: of the model.
+            cp_group: the context-parallel group.
+            packed_seq_params: documents of a pack.
+            length: s, the tokens of a context-parallel rank.
+            device: of the indices.
+            token_group: see ``token_group``.
+        """
         carrier = current_carrier()
         if carrier is not None and carrier.layout is not None:
             return carrier.layout
+        split = None
         if config.context_parallel_size > 1:
             order = config.dsa_context_parallel_order
-            split = ContextParallel(cp_group, packed_seq_params, local_length, device, order)
-            layout = cls(split.queries, split)
-        else:
-            layout = cls(QueryPositions.of(packed_seq_params, local_length, device))
-        layout = layout._replace(real=real_queries(packed_seq_params, layout.queries))
+            split = ContextParallel(cp_group, packed_seq_params, length, device, order)
+        everyone = split.queries if split else QueryPositions.of(packed_seq_params, length, device)
+        own, queries = slice(None), everyone
+        if token_group is not None:
+            part = length // token_group.size()
+            own = slice(token_group.rank() * part, (token_group.rank() + 1) * part)
+            queries = everyone.of_queries(own)
+        is_real = real_queries(packed_seq_params, everyone)  # bool [s]
+        real, num_real = None, length
+        if is_real is not None:
+            num_real = int(is_real.sum())
+            is_real = is_real[own]
+            real = is_real.nonzero().squeeze(1)
+            real = None if len(real) == len(is_real) else real
+        layout = cls(queries, everyone, split, token_group, real, num_real)
         if carrier is not None:
             carrier.layout = layout
         return layout
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """[s / cp, ...] of every rank -> [s, ...] in natural order."""
+        """[own, ...] of every rank -> the whole sequence in natural order; gradients go back
+        summed."""
+        if self.token_group is not None:
+            tensor = gather_from_sequence_parallel_region(
+                tensor.contiguous(), group=self.token_group
+            )
         return tensor if self.split is None else self.split.gather(tensor)
+
+    def all_heads(self, tensor: Tensor, width: int) -> Tensor:
+        """This rank's heads of all tokens, [s, b, n * width] -> all heads of its own tokens, a view
+        [own, b, tp, n, width]; tp is 1 where heads are shared out."""
+        s, b, _ = tensor.shape
+        if self.token_group is None:
+            return tensor.unflatten(-1, (1, -1, width))
+        size = self.token_group.size()
+        received = all_to_all(self.token_group, tensor)  # [s, b, n * width], from rank to rank
+        return received.view(size, s // size, b, -1, width).permute(1, 2, 0, 3, 4)
+
+    def own_heads(self, tensor: Tensor) -> Tensor:
+        """All heads of this rank's tokens, [own, b, tp * n * width] -> its heads of all tokens,
+        [s, b, n * width]."""
+        if self.token_group is None:
+            return tensor
+        by_rank = tensor.unflatten(-1, (self.token_group.size(), -1)).movedim(2, 0)
+        # [tp, own, b, n * width] -> [s, b, n * width]
+        return all_to_all(self.token_group, by_rank.contiguous()).flatten(0, 1)
+
+    def gather_heads(self, tensor: Tensor) -> Tensor:
+        """[..., n * width] of this rank's heads -> [..., tp * n * width] of all heads; gradients go
+        back summed."""
+        if self.token_group is None:
+            return tensor
+        return all_gather_last_dim_from_tensor_parallel_region(tensor, group=self.token_group)
 
 
 def real_queries(packed_seq_params, queries: QueryPositions) -> Tensor | None:
-    """The queries of a pack that are not padding, int64, or None where there is no padding.
+    """Which queries of a pack are not padding, bool [s], or None where nothing tells of padding.
 
     ``real_token_mask_q`` (bool [s], megatron-core 0.19's name) says which they are. Without it the
     lengths in ``cu_seqlens_q`` do, where ``cu_seqlens_q_padded`` says how documents are padded.
@@ -70,20 +193,16 @@ def real_queries(packed_seq_params, queries: QueryPositions) -> Tensor | None:
         return None
     mask = getattr(packed_seq_params, "real_token_mask_q", None)
     if mask is None:
-        mask = _real_by_lengths(packed_seq_params, queries)
-        if mask is None:
-            return None
-    else:
-        mask = mask.flatten().bool().to(queries.starts.device)
-        if len(mask) == queries.keys:
-            mask = mask[queries.places]
-        elif len(mask) != len(queries.starts):
-            raise GLM5PatchError(
-                f"real_token_mask_q has {len(mask)} entries for {len(queries.starts)} tokens on "
-                f"this rank, {queries.keys} in the pack; give it one entry for each token"
-            )
-    real = mask.nonzero().squeeze(1)
-    return None if len(real) == len(mask) else real
+        return _real_by_lengths(packed_seq_params, queries)
+    mask = mask.flatten().bool().to(queries.starts.device)
+    if len(mask) == queries.keys:
+        return mask[queries.places]
+    if len(mask) != len(queries.starts):
+        raise GLM5PatchError(
+            f"real_token_mask_q has {len(mask)} entries for {len(queries.starts)} tokens on "
+            f"this rank, {queries.keys} in the pack; give it one entry for each token"
+        )
+    return mask
 
 
 def _real_by_lengths(packed_seq_params, queries: QueryPositions) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass, field
 
 FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
@@ -41,7 +42,22 @@ class Case:
     indexer_loss: float | None = None
     distributed_optimizer: bool = False
     forward_only: bool = False
+    shares: str = "auto"
+    """What tensor parallelism shares out: ``GLM5_PATCH_TP``."""
+    heads: int = 6
+    """Attention heads of the model."""
     settings: dict = field(default_factory=dict)
+
+    @property
+    def shares_tokens(self) -> bool:
+        """Whether each tensor-parallel rank selects for its own tokens alone."""
+        return self.tp > 1 and self.shares != "heads" and "sequence_parallel" in self.settings
+
+    @property
+    def model(self) -> str:
+        """Cases of the same model have the same weights."""
+        mtp = "mtp" if "mtp_num_layers" in self.settings else "plain"
+        return f"{mtp}-{self.heads}-heads"
 
     @property
     def world(self) -> int:
@@ -50,9 +66,8 @@ class Case:
     @property
     def batch(self) -> str:
         """Cases of the same batch and model have the same loss and gradients."""
-        mtp = "mtp" if "mtp_num_layers" in self.settings else "plain"
         thd = ("even-thd" if self.even_packs else "thd") if self.thd else "bshd"
-        return f"{mtp}-{thd}-{self.indexer_loss or 0}"
+        return f"{self.model}-{thd}-{self.indexer_loss or 0}"
 
     def alone(self) -> Case:
         """The same batch and model in one process, without recompute."""
@@ -62,6 +77,7 @@ class Case:
             thd=self.thd,
             even_packs=self.even_packs,
             indexer_loss=self.indexer_loss,
+            heads=self.heads,
             settings=settings,
         )
 
@@ -161,12 +177,64 @@ def _cases():
     )
 
 
-CASES = tuple(_cases())
+def _shared_out_cases():
+    """Tensor parallelism under sequence parallelism: tokens shared out, and heads."""
+    for tp, layout in itertools.product((2, 4), ("", ", thd")):
+        thd = bool(layout)
+        heads = dict(heads=8) if tp == 4 else {}
+        for mode, recompute in RECOMPUTE.items():
+            settings = {**SP, **recompute}
+            yield Case(
+                f"TP {tp} + SP, indexer loss, recompute {mode}{layout}",
+                tp=tp,
+                thd=thd,
+                indexer_loss=0.1,
+                settings=settings,
+                **heads,
+            )
+        for recompute in ("none", "full"):
+            yield Case(
+                f"TP {tp} + SP, heads, indexer loss, recompute {recompute}{layout}",
+                tp=tp,
+                thd=thd,
+                indexer_loss=0.1,
+                shares="heads",
+                settings={**SP, **RECOMPUTE[recompute]},
+                **heads,
+            )
+    for order, layout in itertools.product(("", ", contiguous"), ("", ", thd")):
+        pack = dict(thd=bool(layout), even_packs=bool(layout) and not order)
+        settings = {**CP, **SP, **(CONTIGUOUS if order else {})}
+        for shares in ("auto", "heads"):
+            yield Case(
+                f"CP 2 x TP 2 + SP{order}, {shares}, indexer loss, recompute core_attn{layout}",
+                cp=2,
+                tp=2,
+                **pack,
+                indexer_loss=0.1,
+                shares=shares,
+                settings={**settings, **RECOMPUTE["core_attn"]},
+            )
+    for shares in ("auto", "heads"):
+        yield Case(
+            f"MTP, TP 2 + SP, {shares}, indexer loss",
+            tp=2,
+            indexer_loss=0.1,
+            shares=shares,
+            settings={**MTP, **SP},
+        )
+
+
+CASES = (*_cases(), *_shared_out_cases())
 
 _SOME = """
 TP 2, forward, thd
 TP 2 + SP, thd
 TP 2 + SP, indexer loss
+TP 2 + SP, heads, indexer loss, recompute none, thd
+TP 4 + SP, indexer loss, recompute full, thd
+CP 2 x TP 2 + SP, auto, indexer loss, recompute core_attn, thd
+MTP, TP 2 + SP, auto, indexer loss
 PP 2, recompute full, thd
 PP 2, recompute block
 PP 2, recompute core_attn
