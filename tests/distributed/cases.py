@@ -46,6 +46,8 @@ class Case:
     """What tensor parallelism shares out: ``GLM5_PATCH_TP``."""
     heads: int = 6
     """Attention heads of the model."""
+    adapters: bool = False
+    """On every projection of attention and indexer."""
     settings: dict = field(default_factory=dict)
 
     @property
@@ -57,7 +59,7 @@ class Case:
     def model(self) -> str:
         """Cases of the same model have the same weights."""
         mtp = "mtp" if "mtp_num_layers" in self.settings else "plain"
-        return f"{mtp}-{self.heads}-heads"
+        return f"{mtp}-{self.heads}-heads{'-adapters' if self.adapters else ''}"
 
     @property
     def world(self) -> int:
@@ -78,6 +80,7 @@ class Case:
             even_packs=self.even_packs,
             indexer_loss=self.indexer_loss,
             heads=self.heads,
+            adapters=self.adapters,
             settings=settings,
         )
 
@@ -223,6 +226,15 @@ def _shared_out_cases():
             shares=shares,
             settings={**MTP, **SP},
         )
+        for mode in ("none", "full", "core_attn", "mla_up_proj"):
+            yield Case(
+                f"TP 2 + SP, {shares}, adapters, indexer loss, recompute {mode}",
+                tp=2,
+                indexer_loss=0.1,
+                shares=shares,
+                adapters=True,
+                settings={**SP, **RECOMPUTE[mode]},
+            )
 
 
 CASES = (*_cases(), *_shared_out_cases())
@@ -235,6 +247,7 @@ TP 2 + SP, heads, indexer loss, recompute none, thd
 TP 4 + SP, indexer loss, recompute full, thd
 CP 2 x TP 2 + SP, auto, indexer loss, recompute core_attn, thd
 MTP, TP 2 + SP, auto, indexer loss
+TP 2 + SP, auto, adapters, indexer loss, recompute core_attn
 PP 2, recompute full, thd
 PP 2, recompute block
 PP 2, recompute core_attn

@@ -40,6 +40,7 @@ from glm5_patch.config.huggingface import HFConfig
 from glm5_patch.errors import PipelineSplitError
 from glm5_patch.testing import cpu_host
 from glm5_patch.testing.parity import recorded
+from tests.distributed.adapters import adapt
 from tests.distributed.cases import CHECKPOINT, CONTIGUOUS, READERS, Case
 from tests.tiny import hf_config, megatron_config, packed, tokens
 
@@ -128,6 +129,8 @@ def build(case: Case, folder: Path) -> list[DistributedDataParallel]:
                 mtp_block_spec=mtp_block_spec(config, spec, vp_stage),
             )
         )
+    for model in models if case.adapters else ():
+        adapt(model)
     load(models, folder / f"{case.model}.pt")
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=case.distributed_optimizer)
     return [DistributedDataParallel(config, ddp_config, model) for model in models]
