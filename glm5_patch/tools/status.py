@@ -24,6 +24,11 @@ _DISTRIBUTIONS = (
     "nvidia-cudnn-frontend",
     "flash_mla",
 )
+_SHARED_OUT = {
+    "auto": "tokens under sequence parallelism, else heads",
+    "tokens": "tokens",
+    "heads": "heads",
+}
 _VARIABLES = ("GLM5_PATCH", "TORCH_DEVICE_BACKEND_AUTOLOAD", "CUDA_VISIBLE_DEVICES")
 
 
@@ -72,12 +77,13 @@ def of_hosts() -> Result:
         import torch  # every real process activates the plugin this way
     except ImportError:
         raise GLM5PatchError("torch is not installed here, so nothing loads the plugin") from None
+    from ..env import TENSOR_PARALLEL, tensor_parallel
     from ..ops.registry import table
     from ..patches.announce import sparse_attention_by
     from .doctor import switches
 
     active = any(row.state.value != "disabled" for row in glm5_patch.status())
-    kernels, problem, backends = None, None, []
+    kernels, shared_out, problem, backends = None, None, None, []
     try:
         finding = switches()
         if not finding.ok:
@@ -87,6 +93,7 @@ def of_hosts() -> Result:
         if active:
             glm5_patch.require()
         kernels = sparse_attention_by(torch.bfloat16)
+        shared_out = f"{_SHARED_OUT[tensor_parallel()]} ({TENSOR_PARALLEL}={tensor_parallel()})"
     except GLM5PatchError as error:
         problem = str(error)
     rows = list(glm5_patch.status())
@@ -95,6 +102,7 @@ def of_hosts() -> Result:
         "active": active,
         "problem": problem,
         "kernels": kernels,
+        "tensor_parallel": shared_out,
         "backends": [row._asdict() for row in backends],
         "patches": [row._asdict() for row in rows],
     }
@@ -104,6 +112,7 @@ def of_hosts() -> Result:
         print(f"glm5-patch {__version__}: {state} in a process that imports torch")
         print_table(("patch", "state", "reason"), [row.cells() for row in rows])
         print_text(f"sparse attention in bf16: {kernels or 'unknown, see the problem'}")
+        print_text(f"tensor parallelism shares out {shared_out or 'unknown, see the problem'}")
         if backends:
             print_table(("operation", "backend", "takes", "here"), backends)
         if problem:

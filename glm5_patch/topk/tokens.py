@@ -95,8 +95,9 @@ class Layout(NamedTuple):
     """The ranks that share the tokens out; None: this rank has them all."""
     real: Tensor | None = None
     """int64: the queries of this rank that are not padding; None: all of them."""
-    num_real: int | None = None
-    """How many queries of all the ranks that share the tokens out are not padding."""
+    num_real: float | None = None
+    """How many queries of all the ranks that share the tokens out are not padding; on average over
+    the context-parallel ranks, since data parallelism averages what they find."""
 
     @classmethod
     def of(
@@ -135,7 +136,10 @@ class Layout(NamedTuple):
         is_real = real_queries(packed_seq_params, everyone)  # bool [s]
         real, num_real = None, length
         if is_real is not None:
-            num_real = int(is_real.sum())
+            total = is_real.sum()
+            if split is not None:
+                torch.distributed.all_reduce(total, group=cp_group)
+            num_real = total.item() / config.context_parallel_size
             is_real = is_real[own]
             real = is_real.nonzero().squeeze(1)
             real = None if len(real) == len(is_real) else real

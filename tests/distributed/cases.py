@@ -39,6 +39,8 @@ class Case:
     thd: bool = False
     even_packs: bool = False
     """Documents that context parallelism can cut into equal chunks."""
+    padding: bool = False
+    """Packs whose second half is padding."""
     indexer_loss: float | None = None
     distributed_optimizer: bool = False
     forward_only: bool = False
@@ -69,7 +71,8 @@ class Case:
     def batch(self) -> str:
         """Cases of the same batch and model have the same loss and gradients."""
         thd = ("even-thd" if self.even_packs else "thd") if self.thd else "bshd"
-        return f"{self.model}-{thd}-{self.indexer_loss or 0}"
+        padding = "-padding" if self.padding else ""
+        return f"{self.model}-{thd}{padding}-{self.indexer_loss or 0}"
 
     def alone(self) -> Case:
         """The same batch and model in one process, without recompute."""
@@ -78,6 +81,7 @@ class Case:
             self.batch,
             thd=self.thd,
             even_packs=self.even_packs,
+            padding=self.padding,
             indexer_loss=self.indexer_loss,
             heads=self.heads,
             adapters=self.adapters,
@@ -218,6 +222,22 @@ def _shared_out_cases():
                 shares=shares,
                 settings={**settings, **RECOMPUTE["core_attn"]},
             )
+    padded = dict(thd=True, even_packs=True, padding=True, indexer_loss=0.1)
+    yield Case("TP 2 + SP, padding, indexer loss", tp=2, settings=SP, **padded)
+    yield Case(
+        "TP 2 + SP, heads, padding, indexer loss", tp=2, settings=SP, shares="heads", **padded
+    )
+    yield Case("CP 2, padding, indexer loss", cp=2, settings=CP, **padded)
+    settings = {**CP, **CONTIGUOUS}
+    yield Case("CP 2, contiguous, padding, indexer loss", cp=2, settings=settings, **padded)
+    settings = {**CP, **SP, **FULL}
+    yield Case(
+        "CP 2 x TP 2 + SP, padding, indexer loss, recompute full",
+        cp=2,
+        tp=2,
+        settings=settings,
+        **padded,
+    )
     for shares in ("auto", "heads"):
         yield Case(
             f"MTP, TP 2 + SP, {shares}, indexer loss",
@@ -246,6 +266,8 @@ TP 2 + SP, indexer loss
 TP 2 + SP, heads, indexer loss, recompute none, thd
 TP 4 + SP, indexer loss, recompute full, thd
 CP 2 x TP 2 + SP, auto, indexer loss, recompute core_attn, thd
+TP 2 + SP, padding, indexer loss
+CP 2, contiguous, padding, indexer loss
 MTP, TP 2 + SP, auto, indexer loss
 TP 2 + SP, auto, adapters, indexer loss, recompute core_attn
 PP 2, recompute full, thd

@@ -48,6 +48,8 @@ MICROBATCHES, BATCH, LENGTH = 4, 2, 48
 PACKS = ([1, 20, 27], [48], [0, 9, 39], [30, 18])
 """Lengths of the documents of each microbatch: one token, one document, an empty one."""
 EVEN_PACKS = ([4, 20, 24], [48], [0, 8, 40], [32, 16])
+REAL = ([3, 18, 0], [20], [0, 8, 10], [21, 0])
+"""Tokens of the documents of even packs that are not padding, where there is padding."""
 LEARNING_RATE, ADAM_EPS = 1000.0, 1.0  # updates well above the rounding of the parameters
 
 TIMEOUT_MINUTES = 4
@@ -195,6 +197,9 @@ def batches(case: Case):
         if case.thd:
             lengths = (EVEN_PACKS if case.even_packs else PACKS)[number]
             ids, pack = tokens(number, 1, LENGTH), packed(lengths)
+            if case.padding:
+                pack.cu_seqlens_q_padded = pack.cu_seqlens_kv_padded = pack.cu_seqlens_q
+                pack.cu_seqlens_q = pack.cu_seqlens_kv = packed(REAL[number]).cu_seqlens_q
             positions = torch.cat([torch.arange(n) for n in lengths])[None]
         else:
             ids, pack = tokens(number, BATCH, LENGTH), None
