@@ -81,16 +81,20 @@ class LightningIndexer(DSAIndexer):
             # [s / tp, b, q_lora_rank] -> [s, b, q_lora_rank]
             q_latent = gather_from_sequence_parallel_region(q_latent, group=tp_group)
         # From here on s is this rank's tokens: s / tp where tokens are shared out.
+        rotation = self._rope.rotation(layout.queries)
+        key = self.k_norm(self.linear_wk(hidden_states)[0]).unsqueeze(2)  # [s, b, 1, dim]
+        key = self._rotate_positions(key, rotation)
+        if self.config.dsa_indexer_rotate_activation:
+            key = rotate_activation(key)
+        gathering = layout.gather(key.squeeze(2))
         query = self.linear_wq_b(q_latent)[0]  # [s, b, heads * dim]
         query = query.unflatten(-1, (self.index_n_heads, self.index_head_dim))  # [s, b, heads, dim]
-        key = self.k_norm(self.linear_wk(hidden_states)[0]).unsqueeze(2)  # [s, b, 1, dim]
-        rotation = self._rope.rotation(layout.queries)
-        query, key = (self._rotate_positions(tensor, rotation) for tensor in (query, key))
+        query = self._rotate_positions(query, rotation)
         if self.config.dsa_indexer_rotate_activation:
-            query, key = rotate_activation(query), rotate_activation(key)
+            query = rotate_activation(query)
         weights = self.linear_weights_proj(hidden_states)[0].float()  # [s, b, heads]
         weights = weights * self.index_n_heads**-0.5
-        key = layout.gather(key.squeeze(2))  # [t, b, dim]
+        key = gathering.wait()  # [t, b, dim]
         return IndexerInputs(query, key, weights)
 
     def select(self, inputs: IndexerInputs, queries: QueryPositions) -> Tensor:

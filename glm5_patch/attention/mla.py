@@ -97,26 +97,19 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
 
     def _project(self, q_latent: Tensor, kv_latent: Tensor, k_rope: Tensor, packed_seq_params):
         """The core's query, latent and up-projection, with positions rotated in."""
-        dims, width = self.dims, self.dims.nope + self.dims.rope
-        query = self.linear_q_up_proj(q_latent)[0]  # [s, b, n * width]
+        dims, tp_group = self.dims, self.pg_collection.tp
+        sequence_parts = tp_group.size() if self.config.sequence_parallel else 1
         layout = Layout.of(
             self.config,
             self.pg_collection.cp,
             packed_seq_params,
-            len(query),
-            query.device,
+            len(q_latent) * sequence_parts,
+            q_latent.device,
             self.token_group,
         )
         rotation = self._rope.rotation(layout.queries)
-        query = layout.all_heads(query, width)  # [own, b, tp, n, width]
-        # [own, b, tp, n, nope], [own, b, tp, n, rope]
-        q_nope, q_rope = query.split([dims.nope, dims.rope], dim=-1)
-        rotated = self._rope.rotate(q_rope.flatten(2, 3), rotation)  # [own, b, tp * n, rope]
-        query = torch.cat([q_nope, rotated.view(q_rope.shape)], dim=-1)
-        query = query.flatten(2, 3)  # [own, b, tp * n, width]
 
         # The heads, or tokens, of every rank see the whole latent: its gradient is their sum.
-        tp_group = self.pg_collection.tp
         if layout.token_group is None and tp_group.size() > 1:
             latent = torch.cat([kv_latent, k_rope], dim=-1)  # [s, b, latent + rope]
             if self.config.sequence_parallel:
@@ -128,8 +121,19 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
             kv_latent, k_rope = latent.split([dims.latent, dims.rope], dim=-1)
         k_rope = self._rope.rotate(k_rope.unsqueeze(2), rotation)  # [own, b, 1, rope]
         latent = torch.cat([kv_latent.unsqueeze(2), k_rope], dim=-1)  # [own, b, 1, latent + rope]
-        latent = layout.gather(latent)  # [t, b, 1, latent + rope]
-        return query, latent, layout.gather_heads(self._up_projection(query))
+        # What is gathered comes while the queries are projected.
+        latent = layout.gather(latent)
+        up_projection = layout.gather_heads(self._up_projection(q_latent).t())
+
+        query = self.linear_q_up_proj(q_latent)[0]  # [s, b, n * (nope + rope)]
+        query = layout.all_heads(query, dims.nope + dims.rope)  # [own, b, tp, n, nope + rope]
+        # [own, b, tp, n, nope], [own, b, tp, n, rope]
+        q_nope, q_rope = query.split([dims.nope, dims.rope], dim=-1)
+        rotated = self._rope.rotate(q_rope.flatten(2, 3), rotation)  # [own, b, tp * n, rope]
+        query = torch.cat([q_nope, rotated.view(q_rope.shape)], dim=-1)
+        query = query.flatten(2, 3)  # [own, b, tp * n, nope + rope]
+        # [t, b, 1, latent + rope], [latent, tp * n * (nope + value)]
+        return query, latent.wait(), up_projection.wait().t()
 
     def _up_projection(self, like: Tensor) -> Tensor:
         """What ``linear_kv_up_proj`` multiplies by, [latent, n * (nope + value)].

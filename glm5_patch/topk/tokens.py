@@ -13,9 +13,8 @@ from typing import NamedTuple
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
-    all_gather_last_dim_from_tensor_parallel_region,
     all_to_all,
-    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
 )
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -148,14 +147,14 @@ class Layout(NamedTuple):
             carrier.layout = layout
         return layout
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        """[own, ...] of every rank -> the whole sequence in natural order; gradients go back
-        summed."""
+    def gather(self, tensor: Tensor) -> Gathering:
+        """Start to gather [own, ...] of every rank; what comes is the whole sequence in natural
+        order, [t, ...]. Gradients go back summed."""
+        if self.split is None:
+            return Gathering(tensor, self.token_group)
         if self.token_group is not None:
-            tensor = gather_from_sequence_parallel_region(
-                tensor.contiguous(), group=self.token_group
-            )
-        return tensor if self.split is None else self.split.gather(tensor)
+            tensor = Gathering(tensor, self.token_group).wait()
+        return self.split.gather(tensor)
 
     def all_heads(self, tensor: Tensor, width: int) -> Tensor:
         """This rank's heads of all tokens, [s, b, n * width] -> all heads of its own tokens, a view
@@ -176,12 +175,53 @@ class Layout(NamedTuple):
         # [tp, own, b, n * width] -> [s, b, n * width]
         return all_to_all(self.token_group, by_rank.contiguous()).flatten(0, 1)
 
-    def gather_heads(self, tensor: Tensor) -> Tensor:
-        """[..., n * width] of this rank's heads -> [..., tp * n * width] of all heads; gradients go
-        back summed."""
-        if self.token_group is None:
-            return tensor
-        return all_gather_last_dim_from_tensor_parallel_region(tensor, group=self.token_group)
+    def gather_heads(self, tensor: Tensor) -> Gathering:
+        """Start to gather [n * width, ...] of every rank's heads; what comes is of all heads,
+        [tp * n * width, ...]. Gradients go back summed."""
+        return Gathering(tensor, self.token_group)
+
+
+class Gathering:
+    """A gather along dimension 0 that has begun: what is launched before ``wait`` runs beside
+    it."""
+
+    def __init__(self, tensor: Tensor, group: ProcessGroup | None, order: Tensor | None = None):
+        """Begin.
+
+        Args:
+            tensor: this rank's part.
+            group: the ranks; None: this one alone.
+            order: int64, how to put the parts' rows in order; None: they are.
+        """
+        self._order, self._work = order, None
+        self._tensor = tensor
+        if group is not None:
+            self._tensor = _StartedGather.apply(tensor.contiguous(), group, self)
+
+    def begun(self, work: torch.distributed.Work) -> None:
+        self._work = work
+
+    def wait(self) -> Tensor:
+        """What was gathered. The host does not wait for a GPU, its stream does."""
+        if self._work is not None:
+            self._work.wait()
+        tensor = self._tensor
+        return tensor if self._order is None else tensor.index_select(0, self._order)
+
+
+class _StartedGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, group, gathering):
+        ctx.group = group
+        gathered = tensor.new_empty((group.size() * len(tensor), *tensor.shape[1:]))
+        gathering.begun(
+            torch.distributed.all_gather_into_tensor(gathered, tensor, group=group, async_op=True)
+        )
+        return gathered
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return reduce_scatter_to_sequence_parallel_region(gradient, group=ctx.group), None, None
 
 
 def real_queries(packed_seq_params, queries: QueryPositions) -> Tensor | None:
@@ -236,10 +276,13 @@ class ContextParallel:
         length = local_length * group.size()
         bounds = document_bounds(packed_seq_params, length)
         held = {ZIGZAG: _zigzag, CONTIGUOUS: _contiguous}[order]
-        positions = [held(bounds, rank, group.size()) for rank in range(group.size())]
+        # Of one document all is made on the device, which the host need not wait for; of many the
+        # small pieces are cheaper on the host.
+        places = device if len(bounds) == 2 else "cpu"
+        positions = [held(bounds, rank, group.size(), places) for rank in range(group.size())]
         own = positions[group.rank()]
         self.queries = QueryPositions(
-            document_starts(bounds)[own].to(device),
+            document_starts(bounds, places)[own].to(device),
             own.to(device),
             length,
             longest_document(bounds),
@@ -247,19 +290,19 @@ class ContextParallel:
         """What the queries of this rank see."""
         self._order = torch.cat(positions).argsort().to(device)
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        """[s / cp, ...] of every rank -> [s, ...] in natural order; gradients go back summed."""
-        gathered = gather_from_sequence_parallel_region(tensor.contiguous(), group=self.group)
-        return gathered.index_select(0, self._order)
+    def gather(self, tensor: Tensor) -> Gathering:
+        """Start to gather [s / cp, ...] of every rank; what comes is [s, ...] in natural order.
+        Gradients go back summed."""
+        return Gathering(tensor, self.group, self._order)
 
 
-def _contiguous(bounds: list[int], rank: int, size: int) -> Tensor:
+def _contiguous(bounds: list[int], rank: int, size: int, device) -> Tensor:
     part = bounds[-1] // size
-    return torch.arange(rank * part, (rank + 1) * part)
+    return torch.arange(rank * part, (rank + 1) * part, device=device)
 
 
-def _zigzag(bounds: list[int], rank: int, size: int) -> Tensor:
-    parts = [torch.empty(0, dtype=torch.int64)]
+def _zigzag(bounds: list[int], rank: int, size: int, device) -> Tensor:
+    parts = [torch.empty(0, dtype=torch.int64, device=device)]
     for begin, end in zip(bounds, bounds[1:]):
         chunk, rest = divmod(end - begin, 2 * size)
         if rest:
@@ -268,5 +311,6 @@ def _zigzag(bounds: list[int], rank: int, size: int) -> Tensor:
                 f"{size} ranks; pad it to a multiple of {2 * size} (cu_seqlens_q_padded)"
             )
         for number in (rank, 2 * size - 1 - rank):
-            parts.append(torch.arange(begin + number * chunk, begin + (number + 1) * chunk))
+            first = begin + number * chunk
+            parts.append(torch.arange(first, first + chunk, device=device))
     return torch.cat(parts)
