@@ -37,7 +37,8 @@ class CrossLayerDSAttention(MegatronModule):
     """megatron-core 0.19 on asks for it: whether ``forward`` takes ``x`` and ``qr``."""
 
     observer: Callable[[int, Tensor], None] | None = None
-    """Called with the layer number and the top-k that each forward attends to; for metrics."""
+    """Called with the layer number and the top-k that each forward attends to, of this rank's
+    queries; for metrics."""
 
     def __init__(
         self,

@@ -115,8 +115,8 @@ class LightningIndexer(DSAIndexer):
         return self.forward_with_scores(x, qr, mask, packed_seq_params)[1]
 
     def forward_with_scores(self, x, qr, mask=None, packed_seq_params=None):
-        """The host's slots, see ``forward``: scores [b, s, t] (-inf where invisible) and top-k. For
-        looking: the scores alone take memory quadratic in s, and the attention never asks for
+        """The host's slots, see ``forward``: scores [b, s, t] (-inf where invisible) and top-k of
+        this rank's queries. For looking: the scores alone take memory quadratic in s, and the attention never asks for
         them."""
         return self._scores_and_topk(x, qr, packed_seq_params)
 

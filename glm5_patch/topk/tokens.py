@@ -31,6 +31,10 @@ from ..ops.query_positions import (
 )
 from .carrier import current_carrier
 
+DEALT_FROM = 16384
+"""Keys of the longest document from which on rows of index scores are dealt out evenly. Below, the
+exchange costs what it saves."""
+
 
 class Shared(NamedTuple):
     """What the ranks of tensor parallelism share out in sparse attention."""
@@ -94,6 +98,8 @@ class Layout(NamedTuple):
     """The ranks that share the tokens out; None: this rank has them all."""
     real: Tensor | None = None
     """int64: the queries of this rank that are not padding; None: all of them."""
+    deal: Deal | None = None
+    """How rows of index scores are dealt out; None: each rank has those of its own queries."""
     num_real: float | None = None
     """How many queries of all the ranks that share the tokens out are not padding; on average over
     the context-parallel ranks, since data parallelism averages what they find."""
@@ -127,11 +133,12 @@ class Layout(NamedTuple):
             order = config.dsa_context_parallel_order
             split = ContextParallel(cp_group, packed_seq_params, length, device, order)
         everyone = split.queries if split else QueryPositions.of(packed_seq_params, length, device)
-        own, queries = slice(None), everyone
+        own, queries, deal = slice(None), everyone, None
         if token_group is not None:
             part = length // token_group.size()
             own = slice(token_group.rank() * part, (token_group.rank() + 1) * part)
             queries = everyone.of_queries(own)
+            deal = Deal(everyone, token_group) if everyone.most_keys >= DEALT_FROM else None
         is_real = real_queries(packed_seq_params, everyone)  # bool [s]
         real, num_real = None, length
         if is_real is not None:
@@ -142,7 +149,7 @@ class Layout(NamedTuple):
             is_real = is_real[own]
             real = is_real.nonzero().squeeze(1)
             real = None if len(real) == len(is_real) else real
-        layout = cls(queries, everyone, split, token_group, real, num_real)
+        layout = cls(queries, everyone, split, token_group, real, deal, num_real)
         if carrier is not None:
             carrier.layout = layout
         return layout
@@ -179,6 +186,58 @@ class Layout(NamedTuple):
         """Start to gather [n * width, ...] of every rank's heads; what comes is of all heads,
         [tp * n * width, ...]. Gradients go back summed."""
         return Gathering(tensor, self.token_group)
+
+
+class Deal:
+    """Rows of index scores dealt out evenly between the ranks that share the tokens out.
+
+    A row costs as much as its query sees keys, so the last of four ranks would have 1.75 times the
+    mean. Here each rank has a chunk of rows from either end.
+    """
+
+    def __init__(self, everyone: QueryPositions, group: ProcessGroup) -> None:
+        """Work out who sends what.
+
+        Args:
+            everyone: the queries of all ranks.
+            group: the ranks.
+        """
+        size, rank = group.size(), group.rank()
+        own = len(everyone.starts) // size
+        lengths = own // 2, own - own // 2  # each rank's rows are two chunks
+        received = rank, 2 * size - 1 - rank
+        self._group = group
+        self._sent_to, self._received_from = [0] * size, [0] * size
+        for half in (0, 1):
+            chunk = 2 * rank + half
+            self._sent_to[min(chunk, 2 * size - 1 - chunk)] += lengths[half]
+        # What is sent lies in the order of the ranks; of the later rows the last goes to the first.
+        self._first = lengths[0] if 2 * rank >= size else 0
+        rows = []
+        for chunk in received:
+            owner, half = divmod(chunk, 2)
+            self._received_from[owner] += lengths[half]
+            first = owner * own + half * lengths[0]
+            rows.append(torch.arange(first, first + lengths[half], device=everyone.starts.device))
+        self.queries = everyone.of_queries(torch.cat(rows))
+        """Those of the rows that this rank has been dealt."""
+
+    def out(self, tensor: Tensor) -> Tensor:
+        """[own, ...] of this rank's queries -> [own, ...] of the rows that it is dealt."""
+        tensor = tensor.roll(-self._first, 0) if self._first else tensor
+        return self._exchange(tensor, self._sent_to, self._received_from)
+
+    def back(self, tensor: Tensor) -> Tensor:
+        """The way back."""
+        tensor = self._exchange(tensor, self._received_from, self._sent_to)
+        return tensor.roll(self._first, 0) if self._first else tensor
+
+    def _exchange(self, tensor: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        found = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        torch.distributed.all_to_all_single(
+            found, tensor.contiguous(), received, sent, group=self._group
+        )
+        return found
 
 
 class Gathering:

@@ -48,6 +48,8 @@ class Case:
     """What tensor parallelism shares out: ``GLM5_PATCH_TP``."""
     heads: int = 6
     """Attention heads of the model."""
+    deals: bool = False
+    """Whether rows of index scores are dealt out, as they are in long sequences."""
     adapters: bool = False
     """On every projection of attention and indexer."""
     settings: dict = field(default_factory=dict)
@@ -222,6 +224,24 @@ def _shared_out_cases():
                 shares=shares,
                 settings={**settings, **RECOMPUTE["core_attn"]},
             )
+    for tp, layout in itertools.product((2, 4), ("", ", thd")):
+        yield Case(
+            f"TP {tp} + SP, dealt, indexer loss, recompute full{layout}",
+            tp=tp,
+            thd=bool(layout),
+            indexer_loss=0.1,
+            deals=True,
+            settings={**SP, **FULL},
+            **(dict(heads=8) if tp == 4 else {}),
+        )
+    yield Case(
+        "CP 2 x TP 2 + SP, dealt, indexer loss",
+        cp=2,
+        tp=2,
+        indexer_loss=0.1,
+        deals=True,
+        settings={**CP, **SP},
+    )
     padded = dict(thd=True, even_packs=True, padding=True, indexer_loss=0.1)
     yield Case("TP 2 + SP, padding, indexer loss", tp=2, settings=SP, **padded)
     yield Case(
@@ -267,6 +287,7 @@ TP 2 + SP, heads, indexer loss, recompute none, thd
 TP 4 + SP, indexer loss, recompute full, thd
 CP 2 x TP 2 + SP, auto, indexer loss, recompute core_attn, thd
 TP 2 + SP, padding, indexer loss
+TP 4 + SP, dealt, indexer loss, recompute full, thd
 CP 2, contiguous, padding, indexer loss
 MTP, TP 2 + SP, auto, indexer loss
 TP 2 + SP, auto, adapters, indexer loss, recompute core_attn

@@ -40,6 +40,7 @@ from glm5_patch.config.huggingface import HFConfig
 from glm5_patch.errors import PipelineSplitError
 from glm5_patch.testing import cpu_host
 from glm5_patch.testing.parity import recorded
+from glm5_patch.topk import tokens as where_tokens_stand
 from tests.distributed.adapters import adapt
 from tests.distributed.cases import CHECKPOINT, CONTIGUOUS, READERS, Case
 from tests.tiny import hf_config, megatron_config, packed, tokens
@@ -50,6 +51,7 @@ PACKS = ([1, 20, 27], [48], [0, 9, 39], [30, 18])
 EVEN_PACKS = ([4, 20, 24], [48], [0, 8, 40], [32, 16])
 REAL = ([3, 18, 0], [20], [0, 8, 10], [21, 0])
 """Tokens of the documents of even packs that are not padding, where there is padding."""
+DEALT_FROM = where_tokens_stand.DEALT_FROM
 LEARNING_RATE, ADAM_EPS = 1000.0, 1.0  # updates well above the rounding of the parameters
 
 TIMEOUT_MINUTES = 4
@@ -94,6 +96,7 @@ def configuration(case: Case):
     if case.pp > 1:
         settings["pipeline_dtype"] = torch.float32
     os.environ[env.TENSOR_PARALLEL] = case.shares
+    where_tokens_stand.DEALT_FROM = 0 if case.deals else DEALT_FROM
     hf = HFConfig(hf_config(num_attention_heads=case.heads).to_dict())
     config = megatron_config(
         hf,

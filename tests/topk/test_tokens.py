@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from glm5_patch.errors import GLM5PatchError
+from glm5_patch.ops.query_positions import QueryPositions
 from glm5_patch.topk import tokens as context_parallel
-from glm5_patch.topk.tokens import ContextParallel, Layout, shared_out, token_group
+from glm5_patch.topk.tokens import ContextParallel, Deal, Layout, shared_out, token_group
 from tests.tiny import packed
 
 
@@ -107,6 +108,39 @@ def test_padding_counts_among_the_ranks_that_share_tokens_out():
     first, last = (layout(rank, 2, pack=pack) for rank in range(2))
     assert first.real is None and last.real.tolist() == [0, 1, 2]
     assert first.num_real == last.num_real == 11
+
+
+@pytest.mark.parametrize("own", [8, 7])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_rows_of_index_scores_are_dealt_out_evenly(size, own, monkeypatch):
+    """Every rank's queries see as many keys as another's, and come back to whom they belong."""
+    everyone = QueryPositions.of(None, own * size, "cpu")
+    deals = [Deal(everyone, Group(rank, size)) for rank in range(size)]
+    dealt = [deal.queries.places for deal in deals]
+    assert sorted(torch.cat(dealt).tolist()) == [*range(own * size)]
+    seen = [int((places + 1).sum()) for places in dealt]
+    assert max(seen) - min(seen) <= own * size  # of about own * own * size / 2
+    rows = [torch.arange(own) + rank * own for rank in range(size)]
+    sent: list = []
+
+    def exchange(found, tensor, received, sent_to, group):
+        """What all ranks send to this one, in their order, once all have sent."""
+        sent.append(tensor.split(sent_to))
+        if len(sent) > size:
+            parts = [pieces[group.rank()] for pieces in sent[:size]]
+            assert [len(part) for part in parts] == received
+            found.copy_(torch.cat(parts))
+
+    def exchanged(way, tensors):
+        sent.clear()
+        for deal, tensor in zip(deals, tensors):
+            getattr(deal, way)(tensor)
+        return [getattr(deal, way)(tensor) for deal, tensor in zip(deals, tensors)]
+
+    monkeypatch.setattr(torch.distributed, "all_to_all_single", exchange)
+    out = exchanged("out", rows)
+    assert all(torch.equal(*pair) for pair in zip(out, dealt))
+    assert all(torch.equal(*pair) for pair in zip(exchanged("back", out), rows))
 
 
 def configuration(tp=2, sequence_parallel=True):
