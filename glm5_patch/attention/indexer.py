@@ -116,8 +116,8 @@ class LightningIndexer(DSAIndexer):
 
     def forward_with_scores(self, x, qr, mask=None, packed_seq_params=None):
         """The host's slots, see ``forward``: scores [b, s, t] (-inf where invisible) and top-k of
-        this rank's queries. For looking: the scores alone take memory quadratic in s, and the attention never asks for
-        them."""
+        this rank's queries. For looking: the scores alone take memory quadratic in s, and the
+        attention never asks for them."""
         return self._scores_and_topk(x, qr, packed_seq_params)
 
     def _scores_and_topk(self, hidden_states: Tensor, q_latent: Tensor, packed_seq_params):
