@@ -133,6 +133,8 @@ class Comparison:
 
     def run(self) -> None:
         for split in splits(torch.distributed.get_world_size()):
+            if self.options.only and not split.alone and split.name not in self.options.only:
+                continue
             with initialised(split):
                 self._split(split)
             gc.collect()
@@ -227,6 +229,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=3, help="timed, of each split and length (3)")
     parser.add_argument("--experts", type=int, default=8, help="routed experts (8)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--only", nargs="+", help="these splits, such as 'TP 4, tokens'; and 1 GPU")
     parser.add_argument("--profile", action="store_true", help="where a step's time goes")
     parser.add_argument("--output", type=Path, help="write multi_gpu.json there")
     options = parser.parse_args()
