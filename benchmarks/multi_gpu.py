@@ -1,77 +1,55 @@
-"""A GLM-5.2-shaped model of 7 layers over any number of GPUs, under torchrun.
+"""Ways of splitting a GLM-5.2-shaped model over the GPUs of one host, beside one GPU, in one run.
 
-    python benchmarks/multi_gpu.py                                     one GPU: the reference
-    torchrun --nproc-per-node 4 benchmarks/multi_gpu.py --tp 4 --ep 4
-    torchrun --nproc-per-node 4 benchmarks/multi_gpu.py --tp 2 --pp 2
-    torchrun --nproc-per-node 4 benchmarks/multi_gpu.py --tp 2 --cp 2 --thd
-    torchrun --nproc-per-node 2 benchmarks/multi_gpu.py --pp 2 --first-stage 4
+    torchrun --nproc-per-node 4 benchmarks/multi_gpu.py [--lengths 8192 32768] [--output DIR]
+    torchrun --nproc-per-node 2 benchmarks/multi_gpu.py --device cpu
 
-Layers 1, 2, 3 and 7 compute their top-k; the others have no indexer, in the model and in the
-checkpoint. A random checkpoint is written to --folder once, in Hugging Face's format. Every run
-loads it, each rank its part; takes a first step, whose gradients it compares with those that the
-run on one device kept in --folder (--thd is a batch of its own, and wants a run of its own); trains
-10 full steps, saves a distributed checkpoint, and trains 10 more with adapters on the latent
-projections and all else frozen. Full recompute, megatron-core's schedules, no Transformer Engine.
-With --pp 2 the first stage has 6 layers. With --first-stage 4 the second one starts on layer 5, a
-skip layer, and the first one sends it the top-k. A run prints tokens per second of fused and of
-blocked kernels, the share of the layers' forward that is sparse attention, the share of a step that
-sending the top-k takes, and each rank's peak memory, and exits 1 if a check fails. On the CPU
-(gloo, fp32, tiny widths): --device cpu.
+Seven layers of GLM-5.2's width, of which 1, 2, 3 and 7 compute their top-k, few experts, random
+weights, bf16, full recompute, two microbatches a step, the indexer's loss, megatron-core's
+schedule, modules of the local backend. "1 GPU" runs on every rank by itself. "tokens" and "heads"
+are what tensor parallelism shares out (GLM5_PATCH_TP). Experts are split between all ranks wherever
+there are several.
+
+A rate is of the median of the timed steps, per GPU and as a share of one GPU's; memory is the peak
+of the worst rank. At the first length the gradients of a step are compared with one GPU's twice:
+with the same top-k, recorded there and replayed here, which must agree; and with the split's own,
+where the selected keys that differ are counted: bf16 rounds near ties differently in every split,
+so that distance says nothing about an implementation. --profile shows where a step's time goes on
+rank 0. Exits 1 if a check fails. On the CPU (gloo, fp32, tiny widths) it checks, and times nothing
+worth reading.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
-import shutil
+import re
+import statistics
 import sys
 import time
-from contextlib import nullcontext
+from collections import defaultdict
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from split_model import MICROBATCHES, Model, Split, initialised, splits
 
 import glm5_patch
-from glm5_patch.attention.build import gpt_model, transformer_config
-from glm5_patch.checkpoint.names import expected_tensors, own_part, pieces
-from glm5_patch.checkpoint.reader import HFCheckpoint
-from glm5_patch.checkpoint.writer import write_shards
-from glm5_patch.config.costs import topk_bytes_per_token
-from glm5_patch.config.huggingface import HFConfig
+from glm5_patch.checkpoint.names import own_part
 from glm5_patch.testing import cpu_host
-from glm5_patch.training.phases import set_phase
+from glm5_patch.testing.parity import kept_share
+from glm5_patch.topk.source import Selection
 
-STEPS, MICROBATCHES, RANK = 10, 2, 16
-BOUND = {"cuda": 3e-2, "cpu": 5e-6}
-"""Of the gradients' relative distance: in bf16 the order of sums moves a few selected keys."""
-SHAPE = {
-    "model_type": "glm_moe_dsa",
-    "num_hidden_layers": 7,
-    "first_k_dense_replace": 3,
-    "index_topk_freq": 4,
-    "index_skip_topk_offset": 3,
-    "num_nextn_predict_layers": 0,
-    "vocab_size": 32768,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 8e6},
+BOUND = {"cuda": 1e-2, "cpu": 5e-6}
+"""Of the gradients' relative distance with the same top-k."""
+KINDS = {
+    "communication": "nccl",
+    "sparse and dense attention": "^(forward|backward|row_terms|add_pairs)$|flash|fmha|sdpa",
+    "selection and indexer loss": "^(scores|candidates|topk|target|loss)$|sort",
+    "matrix products": "gemm|nvjet|cutlass|xmma",
 }
-TINY = dict(
-    vocab_size=128,
-    hidden_size=64,
-    intermediate_size=96,
-    moe_intermediate_size=32,
-    num_attention_heads=4,
-    q_lora_rank=48,
-    kv_lora_rank=32,
-    qk_nope_head_dim=24,
-    qk_rope_head_dim=16,
-    v_head_dim=32,
-    index_topk=16,
-    index_head_dim=32,
-    index_n_heads=4,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-)
+"""Patterns of the names of kernels, the first that fits; the rest is elementwise work."""
 
 
 def say(line: str) -> None:
@@ -79,434 +57,204 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-class Adapter(torch.nn.Module):
-    """A low-rank addition to a linear layer whose weight every rank has whole."""
+class Reference:
+    """One GPU's step: its gradients by the tensors that make them, and its top-k."""
 
-    def __init__(self, linear, rank: int = RANK):
-        super().__init__()
-        self.to_wrap = linear
-        rows, columns = linear.weight.shape
-        like = dict(device=linear.weight.device, dtype=linear.weight.dtype)
-        down = torch.randn(rank, columns, generator=torch.Generator().manual_seed(0))
-        self.adapter = torch.nn.ParameterDict(
-            {
-                "down": torch.nn.Parameter((down * columns**-0.5).to(**like)),
-                "up": torch.nn.Parameter(torch.zeros(rows, rank, **like)),
-            }
-        )
-        for parameter in self.adapter.values():
-            parameter.sequence_parallel = linear.config.sequence_parallel
+    def __init__(self, model: Model, length: int):
+        self.topk_indices: dict[tuple[int, int], torch.Tensor] = {}
+        with self._observed(model):
+            model.step(length)
+        self.gradients = {
+            sources: parameter.main_grad.to(model.dtype).cpu()
+            for _, parameter, sources in model.gradients()
+        }
 
-    def forward(self, x):
-        output, bias = self.to_wrap(x)
-        return output + x @ self.adapter["down"].T @ self.adapter["up"].T, bias
+    @contextmanager
+    def _observed(self, model: Model):
+        def keep(layer_number, topk_indices):
+            key = model.microbatch, layer_number
+            if key not in self.topk_indices:  # else a recompute
+                self.topk_indices[key] = topk_indices.cpu()
+
+        computing = [core for core in model.cores() if core.topk_source.computes]
+        for core in computing:
+            core.observer = keep
+        yield
+        for core in computing:
+            del core.observer
+
+    @contextmanager
+    def replayed(self, model: Model, differing: list[float]):
+        """Layers attend to the recorded keys; the share that they would not have selected is
+        appended."""
+        with ExitStack() as undo:
+            for core in model.cores():
+                self._replay(core, model, differing)
+                undo.callback(delattr, core.topk_source, "selection")
+            yield
+
+    def _replay(self, core, model: Model, differing: list[float]) -> None:
+        source = core.topk_source
+        select = source.selection  # of the class
+
+        def selection(indexer, hidden_states, q_latent, layout, wants_inputs=False):
+            found, inputs = select(indexer, hidden_states, q_latent, layout, wants_inputs)
+            recorded = self.topk_indices[model.microbatch, source.source]
+            recorded = recorded[:, layout.queries.places.cpu()].to(found.device)
+            if source.computes and not torch.is_grad_enabled():
+                differing.append(1 - kept_share(found, recorded))
+            return Selection(recorded, inputs)
+
+        source.selection = selection
+
+    def distance(self, model: Model) -> float:
+        """Relative L2, over the parameters of all ranks."""
+        squares = torch.zeros(2, dtype=torch.float64, device=model.device)
+        for name, parameter, sources in model.gradients():
+            whole = self.gradients[sources].chunk(len(sources))
+            expected = own_part(name, whole, parameter).to(model.device).float()
+            squares[0] += (parameter.main_grad.float() - expected).square().sum()
+            squares[1] += expected.square().sum()
+        torch.distributed.all_reduce(squares)
+        return (squares[0] / squares[1]).sqrt().item()
 
 
-class Run:
-    """One split of the model."""
+class Comparison:
+    """All splits, one after another."""
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.device = options, torch.device(options.device)
-        self.dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-        shape = {**SHAPE, "n_routed_experts": options.experts}
-        self.hf = HFConfig({**shape, **TINY} if options.device == "cpu" else shape)
-        self.source = options.folder / "checkpoint"
+        self.on_gpu = options.device == "cuda"
+        self.reference: Reference | None = None
+        self.rates: dict[int, float] = {}
+        """Tokens a second of one GPU, by length."""
+        self.rows: list[dict] = []
         self.failed: list[str] = []
 
-    @property
-    def topk_crosses(self) -> bool:
-        """Whether the second stage starts on a skip layer."""
-        schedule, first = self.hf.schedule, self.options.first_stage
-        return self.options.pp == 2 and not schedule.computes(first + 1)
-
-    def check(self, what: str, measured: str, passed: bool) -> None:
-        say(f"{'ok    ' if passed else 'FAILED'} {what}: {measured}")
-        if not passed:
-            self.failed.append(what)
-
-    def write_checkpoint(self) -> None:
-        """Once, by rank 0: indexers on computing layers only."""
-        if torch.distributed.get_rank() == 0 and not self.source.exists():
-            say(f"writing a random checkpoint to {self.source}")
-            generator = torch.Generator(self.device).manual_seed(0)
-            unfinished = self.source.with_name(".checkpoint.unfinished")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-            tensors = {
-                name: self._random(name, shape, generator)
-                for name, shape in expected_tensors(self.hf).items()
-            }
-            write_shards(tensors, unfinished)
-            del tensors
-            (unfinished / "config.json").write_text(json.dumps(self.hf.raw))
-            unfinished.rename(self.source)
-        torch.distributed.barrier()
-
-    def _random(self, name: str, shape, generator) -> torch.Tensor:
-        values = torch.randn(shape, generator=generator, device=self.device)
-        if name.endswith("bias"):
-            values *= 0.1
-        elif len(shape) == 1:
-            values = values * 0.1 + 1
-        else:
-            values *= shape[-1] ** -0.5
-        return values.to(self.dtype).cpu()
-
-    def build(self):
-        """This rank's model, loaded."""
-        from megatron.core import parallel_state
-        from megatron.core.distributed import finalize_model_grads
-
-        options = self.options
-        first = options.first_stage
-        stages = dict(
-            num_layers_in_first_pipeline_stage=first,
-            num_layers_in_last_pipeline_stage=self.hf.num_hidden_layers - first,
-            dsa_topk_across_stages=self.topk_crosses,
-        )
-        config = transformer_config(
-            self.hf,
-            transformer_impl="local",
-            params_dtype=self.dtype,
-            pipeline_dtype=self.dtype,
-            bf16=self.dtype == torch.bfloat16,
-            use_cpu_initialization=options.device == "cpu",
-            perform_initialization=False,
-            moe_token_dispatcher_type="allgather" if options.device == "cpu" else "alltoall",
-            tensor_model_parallel_size=options.tp,
-            sequence_parallel=options.tp > 1,
-            expert_model_parallel_size=options.ep,
-            expert_tensor_parallel_size=options.etp,
-            pipeline_model_parallel_size=options.pp,
-            deallocate_pipeline_outputs=True,
-            context_parallel_size=options.cp,
-            **(stages if options.pp == 2 else {}),
-            **(dict(cp_comm_type="allgather") if options.cp > 1 else {}),
-            recompute_granularity="full",
-            recompute_method="uniform",
-            recompute_num_layers=1,
-            dsa_indexer_loss_coeff=0.001,
-            dsa_indexer_use_sparse_loss=True,
-        )
-        config.finalize_model_grads_func = finalize_model_grads
-        model = gpt_model(
-            self.hf,
-            config,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
-        )
-        report = HFCheckpoint(self.source).load_into(model)
-        indexers = sorted(
-            layer.layer_number
-            for layer in model.decoder.layers
-            if layer.self_attention.core_attention.indexer is not None
-        )
-        everywhere = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everywhere, indexers)
-        found = sorted({number for one in everywhere for number in one})
-        say(f"loaded: {report}")
-        self.check("layers with an indexer", f"{found}", found == [1, 2, 3, 7])
-        return model
-
-    def wrap(self, model):
-        """With the gradient buffers of megatron-core's data parallelism."""
-        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-
-        settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-        return DistributedDataParallel(model.config, settings, model)
-
-    def batch(self):
-        """This rank's microbatches: ids, labels, positions and pack; the same on every split."""
-        from megatron.core import parallel_state
-        from megatron.core.packed_seq_params import PackedSeqParams
-
-        s, size = self.options.seq_length, parallel_state.get_context_parallel_world_size()
-        rank = parallel_state.get_context_parallel_rank()
-        dp, dp_rank = (
-            parallel_state.get_data_parallel_world_size(),
-            parallel_state.get_data_parallel_rank(),
-        )
-        for number in range(dp_rank, MICROBATCHES * max(1, dp), dp):
-            generator = torch.Generator().manual_seed(number % MICROBATCHES)
-            ids = torch.randint(self.hf.vocab_size, (1, s), generator=generator)
-            lengths = [s // 4, s // 2, s // 4] if self.options.thd else [s]
-            documents = torch.arange(s).split(lengths)
-            chunks = [document.chunk(2 * size) for document in documents]
-            own = torch.cat([torch.cat([c[rank], c[2 * size - 1 - rank]]) for c in chunks])
-            positions = torch.cat([torch.arange(n) for n in lengths])
-            pack = None
-            if self.options.thd:
-                bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int()
-                bounds = bounds.to(self.device)
-                pack = PackedSeqParams(
-                    qkv_format="thd",
-                    cu_seqlens_q=bounds,
-                    cu_seqlens_kv=bounds,
-                    max_seqlen_q=max(lengths),
-                    max_seqlen_kv=max(lengths),
-                )
-            labels = ids.roll(-1, 1)
-            rows = (ids[:, own], labels[:, own], positions[own][None])
-            yield (*(row.to(self.device) for row in rows), pack)
-
-    def forward_backward(self, ddp) -> float:
-        """One step's loss, gradients in the buffers; the loss on every rank."""
-        from megatron.core import parallel_state
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-
-        def loss(output):
-            cp = parallel_state.get_context_parallel_world_size()
-            own = output.float().sum() / (output.numel() * cp)
-            whole = own.detach().clone()
-            torch.distributed.all_reduce(whole, group=parallel_state.get_context_parallel_group())
-            return own, {"loss": whole}
-
-        def step(iterator, model):
-            ids, labels, positions, pack = next(iterator)
-            return model(ids, positions, None, labels=labels, packed_seq_params=pack), loss
-
-        ddp.train()
-        ddp.zero_grad_buffer()
-        rows = list(self.batch())
-        found = get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=iter(rows),
-            model=ddp,
-            num_microbatches=len(rows),
-            seq_length=self.options.seq_length,
-            micro_batch_size=1,
-            decoder_seq_length=self.options.seq_length,
-            forward_only=False,
-        )
-        mean = sum(one["loss"].item() for one in found) / max(1, len(found))
-        everywhere = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everywhere, mean if found else None)
-        means = [one for one in everywhere if one is not None]
-        return sum(means) / len(means)
-
-    def compare_gradients(self, ddp) -> None:
-        """With those of one GPU, which keeps its own for the others."""
-        path = self.options.folder / f"gradients-{'thd' if self.options.thd else 'bshd'}.pt"
-        own = {
-            sources: parameter.main_grad
-            for _, parameter, sources in pieces(ddp.module)
-            if hasattr(parameter, "main_grad")
-        }
-        if torch.distributed.get_world_size() == 1:
-            torch.save({s: g.to(self.dtype).cpu() for s, g in own.items()}, path)
-            say(f"the gradients of one device are kept in {path}")
-            return
-        if not path.exists():
-            self.check("gradients", f"no {path}: run on one device first", False)
-            return
-        reference = torch.load(path, mmap=True)
-        squares = torch.zeros(2, dtype=torch.float64)
-        for name, parameter, sources in pieces(ddp.module):
-            if sources not in own:
+    def run(self) -> None:
+        for split in splits(torch.distributed.get_world_size()):
+            if self.options.only and not split.alone and split.name not in self.options.only:
                 continue
-            whole = reference[sources].chunk(len(sources))
-            expected = own_part(name, whole, parameter).to(self.device).float()
-            squares[0] += (own[sources].float() - expected).square().sum().item()
-            squares[1] += expected.square().sum().item()
-        squares = squares.to(self.device)
-        torch.distributed.all_reduce(squares)
-        error = (squares[0] / squares[1]).sqrt().item()
-        bound = BOUND[self.options.device]
-        self.check("gradients of the first step", f"{error:.1e} from one device's", error <= bound)
+            with initialised(split):
+                self._split(split)
+            gc.collect()
+            if self.on_gpu:
+                torch.cuda.empty_cache()
 
-    def train(self, ddp, label: str, rate: float) -> None:
-        parameters = [p for p in ddp.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0, foreach=False)
-        losses = []
-        for number in range(STEPS):
-            losses.append(self.forward_backward(ddp))
-            for parameter in parameters:
-                parameter.grad = parameter.main_grad.to(parameter.dtype)
-            optimizer.step()
-            optimizer.zero_grad()
-            say(f"{label}: step {number + 1} of {STEPS}, loss {losses[-1]:.4f}")
-        text = f"{losses[0]:.4f} -> {losses[-1]:.4f}"
-        self.check(f"{label}: the loss falls", text, losses[-1] < losses[0])
+    def _split(self, split: Split) -> None:
+        model = Model(split, self.options.device, self.options.experts)
+        first = self.options.lengths[0]
+        gradients = {}
+        if split.alone:
+            self.reference = Reference(model, first)
+        else:
+            gradients = self._gradients(model, first)
+        for length in self.options.lengths:
+            row = {"split": split.name, "tokens": length, **self._measured(model, length)}
+            if length == first:
+                row |= gradients
+            self.rows.append(row)
+            say(json.dumps(row))
+        if self.options.profile and self.on_gpu:
+            self._profile(model, first)
 
-    def seconds(self, run, times: int = 3) -> float:
-        run()
+    def _gradients(self, model: Model, length: int) -> dict:
+        differing: list[float] = []
+        with self.reference.replayed(model, differing):
+            model.step(length)
+        replayed = self.reference.distance(model)
+        model.fill()
+        model.step(length)
+        own = self.reference.distance(model)
+        shares = torch.tensor([sum(differing), len(differing)], device=self.device)
+        torch.distributed.all_reduce(shares)
+        if not replayed <= BOUND[self.options.device]:
+            self.failed.append(f"{model.split.name}: gradients off by {replayed:.1e}")
+        return {
+            "gradients, same top-k": float(f"{replayed:.2g}"),
+            "gradients, own top-k": float(f"{own:.2g}"),
+            "selected keys that differ": float(f"{(shares[0] / shares[1]).item():.2g}"),
+        }
+
+    def _measured(self, model: Model, length: int) -> dict:
+        model.step(length)  # kernels compile, communicators connect
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        seconds = statistics.median(self._timed(model, length) for _ in range(self.options.steps))
+        ranks = 1 if model.split.alone else torch.distributed.get_world_size()
+        copies = 1 if model.split.alone else model.split.dp
+        rate = length * MICROBATCHES * copies / seconds / ranks
+        if model.split.alone:
+            self.rates[length] = rate
+        peak = torch.tensor(
+            torch.cuda.max_memory_allocated() / 2**30 if self.on_gpu else 0.0, device=self.device
+        )
+        torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
+        return {
+            "tokens/s a GPU": round(rate),
+            "of one GPU": round(rate / self.rates[length], 3),
+            "peak GiB": round(peak.item(), 1),
+        }
+
+    def _timed(self, model: Model, length: int) -> float:
         self._wait()
         start = time.perf_counter()
-        for _ in range(times):
-            run()
+        model.step(length)
         self._wait()
-        return (time.perf_counter() - start) / times
+        return time.perf_counter() - start
 
     def _wait(self) -> None:
-        if self.device.type == "cuda":
+        if self.on_gpu:
             torch.cuda.synchronize()
         torch.distributed.barrier()
 
-    def measure(self, ddp) -> None:
-        tokens = self.options.seq_length * MICROBATCHES * self.options.dp
-        rates = {}
-        # On megatron-core 0.19 what they replace is the host's own code, of quadratic memory.
-        comparable = glm5_patch.status()["dsa_spec"].state == "applied"
-        for kernels in ("auto", "torch") if comparable else ("auto",):
-            os.environ["GLM5_PATCH_KERNELS"] = kernels
-            seconds = self.seconds(lambda: self.forward_backward(ddp))
-            rates[kernels] = seconds
-            say(
-                f"kernels {kernels}: {tokens / seconds:.0f} tokens/s, {seconds * 1e3:.0f} ms a step"
-            )
-        os.environ["GLM5_PATCH_KERNELS"] = "auto"
-        if comparable:
-            say(f"fused kernels: {rates['torch'] / rates['auto']:.2f} times the blocked ones' rate")
-        say(f"sparse attention: {self._attention_share(ddp):.0%} of a forward on this rank")
-        if self.topk_crosses:
-            self._say_what_sending_takes(rates["auto"])
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated() / 2**30
-            peaks = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(peaks, peak)
-            say("peak memory per rank: " + ", ".join(f"{gib:.1f} GiB" for gib in peaks))
+    def _profile(self, model: Model, length: int) -> None:
+        """Milliseconds of one step by kind of kernel; communication may overlap the rest."""
+        from torch.profiler import ProfilerActivity, profile
 
-    def _say_what_sending_takes(self, step_seconds: float) -> None:
-        """Of a step: each microbatch's top-k crosses once, beside the hidden states."""
-        from megatron.core import parallel_state
-
-        options, h = self.options, self.hf.hidden_size
-        longest = options.seq_length // 2 if options.thd else options.seq_length
-        extra = topk_bytes_per_token(self.hf.index_topk, longest) // self.dtype.itemsize
-        tokens = options.seq_length // options.cp // options.tp
-        group = parallel_state.get_pipeline_model_parallel_group()
-        ranks = torch.distributed.get_process_group_ranks(group)
-
-        def crossing(width):
-            tensor = torch.zeros(tokens, 1, width, dtype=self.dtype, device=self.device)
-
-            def run():
-                if parallel_state.is_pipeline_first_stage():
-                    torch.distributed.send(tensor, ranks[1], group)
-                else:
-                    torch.distributed.recv(tensor, ranks[0], group)
-
-            return self.seconds(run, times=20)
-
-        hidden, both = crossing(h), crossing(h + extra)
-        share = MICROBATCHES * (both - hidden) / step_seconds
-        say(
-            f"sending one microbatch: hidden states {hidden * 1e3:.2f} ms, with the top-k "
-            f"{both * 1e3:.2f} ms; the top-k takes {share:.2%} of a step"
-        )
-
-    def _attention_share(self, ddp) -> float:
-        """Of rank 0's layers, by their time alone."""
-        spent = {"layer": 0.0, "core": 0.0}
-        handles = []
-
-        def timed(module, kind):
-            def before(*_):
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize()
-                module.started = time.perf_counter()
-
-            def after(*_):
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize()
-                spent[kind] += time.perf_counter() - module.started
-
-            handles.append(module.register_forward_pre_hook(before))
-            handles.append(module.register_forward_hook(after))
-
-        for layer in ddp.module.decoder.layers:
-            timed(layer, "layer")
-            timed(layer.self_attention.core_attention, "core")
-        self.forward_backward(ddp)
-        for handle in handles:
-            handle.remove()
-        return spent["core"] / spent["layer"]
-
-    def save(self, model) -> None:
-        from megatron.core import dist_checkpointing
-
-        folder = self.options.folder / "trained"
-        if torch.distributed.get_rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        torch.distributed.barrier()
-        dist_checkpointing.save(model.sharded_state_dict(), str(folder))
-        say(f"saved to {folder}")
-
-    def all(self) -> list[str]:
-        self.write_checkpoint()
-        model = self.build()
-        ddp = self.wrap(model)
-        self.forward_backward(ddp)
-        self.compare_gradients(ddp)
-        self.measure(ddp)
-        self.train(ddp, "full", 1e-4 if self.device.type == "cuda" else 1e-3)
-        self.save(model)
-        for layer in model.decoder.layers:
-            attention = layer.self_attention
-            for name in ("linear_q_down_proj", "linear_kv_down_proj"):
-                setattr(attention, name, Adapter(getattr(attention, name)))
-        set_phase(model, "frozen_indexer")
-        if model.pre_process:  # a checkpoint whose input needs no gradient has none for its weights
-            model.embedding.register_forward_hook(lambda *call: call[-1].requires_grad_())
-        self.train(self.wrap(model), "LoRA", 1e-3)
-        return self.failed
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            model.step(length)
+            torch.cuda.synchronize()
+        spent: dict[str, float] = defaultdict(float)
+        for event in found.key_averages():
+            name = event.key.lower()
+            kind = next((k for k, pattern in KINDS.items() if re.search(pattern, name)), "other")
+            spent[kind] += event.self_device_time_total / 1e3
+        say(json.dumps({"split": model.split.name, "ms": {k: round(v) for k, v in spent.items()}}))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    for name in ("tp", "pp", "ep", "cp"):
-        parser.add_argument(f"--{name}", type=int, default=1)
-    parser.add_argument(
-        "--first-stage", type=int, default=6, choices=range(1, 7), help="its layers of --pp 2 (6)"
-    )
-    parser.add_argument("--thd", action="store_true", help="packs of three documents")
+    parser.add_argument("--lengths", type=int, nargs="+", help="8192 32768; 64 on the CPU")
+    parser.add_argument("--steps", type=int, default=3, help="timed, of each split and length (3)")
+    parser.add_argument("--experts", type=int, default=8, help="routed experts (8)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--experts", type=int, default=16, help="routed experts (16)")
-    parser.add_argument("--seq-length", type=int, help="tokens of a microbatch (8192; 64 on cpu)")
-    parser.add_argument("--folder", type=Path, default=Path("multi-gpu"))
+    parser.add_argument("--only", nargs="+", help="these splits, such as 'TP 4, tokens'; and 1 GPU")
+    parser.add_argument("--profile", action="store_true", help="where a step's time goes")
+    parser.add_argument("--output", type=Path, help="write multi_gpu.json there")
     options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
+    on_cpu = options.device == "cpu"
+    if not on_cpu and not torch.cuda.is_available():
         print("benchmarks/multi_gpu.py needs a CUDA device, or --device cpu", file=sys.stderr)
         return 2
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    split = options.tp * options.pp * options.cp
-    if world % split:
-        print(f"--tp * --pp * --cp is {split}, which {world} ranks can't hold", file=sys.stderr)
-        return 2
-    options.dp = world // split
-    options.etp = 1 if options.ep > 1 else options.tp
-    options.seq_length = options.seq_length or (8192 if options.device == "cuda" else 64)
-    on_cpu = options.device == "cpu"
+    options.lengths = options.lengths or ([64] if on_cpu else [8192, 32768])
     if on_cpu:
         torch.set_num_threads(1)
         cpu_host.enable()
     else:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if world == 1:
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(
-            "gloo" if on_cpu else "nccl", store=store, rank=0, world_size=1
-        )
-    else:
-        torch.distributed.init_process_group("gloo" if on_cpu else "nccl")
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("gloo" if on_cpu else "nccl")
     glm5_patch.require()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=options.tp,
-        pipeline_model_parallel_size=options.pp,
-        context_parallel_size=options.cp,
-        expert_model_parallel_size=options.ep,
-        expert_tensor_parallel_size=options.etp,
-    )
-    model_parallel_cuda_manual_seed(1)
+    comparison = Comparison(options)
     with cpu_host.CudaLiterals() if on_cpu else nullcontext():
-        failed = Run(options).all()
-    say(f"FAILED: {', '.join(failed)}" if failed else f"passed on {world} ranks")
+        comparison.run()
+    if options.output and not on_cpu and torch.distributed.get_rank() == 0:
+        import record
+
+        record.write(options.output / "multi_gpu.json", rows=comparison.rows)
+    say("FAILED: " + "; ".join(comparison.failed) if comparison.failed else "all gradients agree")
     torch.distributed.destroy_process_group()
-    return int(bool(failed))
+    return int(bool(comparison.failed))
 
 
 if __name__ == "__main__":

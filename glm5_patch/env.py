@@ -11,6 +11,8 @@
                               for its kernels)
 ``GLM5_PATCH_KERNELS=torch``  select the backend of sparse attention: ``auto``, ``triton``,
                               ``gluon``, ``cudnn``, ``flash_mla``, ``torch``
+``GLM5_PATCH_TP=heads``       select what the ranks of tensor parallelism share out: ``tokens``,
+                              ``heads``, or ``auto`` (tokens under sequence parallelism)
 ============================= =====================================================
 
 A wrong value has no effect, and ``problems`` names it.
@@ -31,9 +33,11 @@ STRICT = "GLM5_PATCH_STRICT"
 LOG = "GLM5_PATCH_LOG"
 KERNELS = "GLM5_PATCH_KERNELS"
 ATTENTION = "GLM5_PATCH_ATTENTION"
+TENSOR_PARALLEL = "GLM5_PATCH_TP"
 
 _KERNELS = ("auto", "triton", "gluon", "cudnn", "flash_mla", "torch")
 _ATTENTION = ("auto", "plugin", "host")
+_TENSOR_PARALLEL = ("auto", "tokens", "heads")
 _ON = ("1", "true", "on", "yes")
 _OFF = ("0", "false", "off", "no")
 _LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -43,6 +47,7 @@ _CHOICES = {
     LOG: _LEVELS,
     KERNELS: _KERNELS,
     ATTENTION: _ATTENTION,
+    TENSOR_PARALLEL: _TENSOR_PARALLEL,
 }
 _NAMES = (*_CHOICES, DISABLE)
 
@@ -122,6 +127,15 @@ def attention() -> str:
         GLM5PatchError: a value that it does not have.
     """
     return _asked(ATTENTION)
+
+
+def tensor_parallel() -> str:
+    """What ``GLM5_PATCH_TP`` asks for.
+
+    Raises:
+        GLM5PatchError: a value that it does not have.
+    """
+    return _asked(TENSOR_PARALLEL)
 
 
 def installed_version(distribution: str) -> str | None:

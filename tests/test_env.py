@@ -22,6 +22,7 @@ def clean(monkeypatch):
         ("GLM5_PATCH_STRICT", "maybe", "GLM5_PATCH_STRICT='maybe' must be one of"),
         ("GLM5_PATCH_LOG", "Debgu", "GLM5_PATCH_LOG='Debgu' must be .*did you mean 'debug'"),
         ("GLM5_PATCH_KERNELS", "Tritn", "GLM5_PATCH_KERNELS='Tritn' .*did you mean 'triton'"),
+        ("GLM5_PATCH_TP", "token", "GLM5_PATCH_TP='token' .*did you mean 'tokens'"),
         ("GLM5_PATCH_DISABLE", "gate,Gaet", "names 'Gaet', .*did you mean 'gate'"),
         ("GLM5_PATCH_DISABLED", "gate", "GLM5_PATCH_DISABLED is not .*'GLM5_PATCH_DISABLE'"),
         ("glm5_patch", "0", "glm5_patch is not a variable .*did you mean 'GLM5_PATCH'"),

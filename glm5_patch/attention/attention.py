@@ -21,7 +21,7 @@ from ..ops.query_positions import visible_topk
 from ..ops.sparse_attention.inputs import AttentionInputs, MLADims
 from ..ops.sparse_attention.operation import sparse_attention
 from ..topk.source import TopkSource
-from ..topk.tokens import Layout
+from ..topk.tokens import Layout, token_group
 from .mask import require_causal
 
 
@@ -37,7 +37,8 @@ class CrossLayerDSAttention(MegatronModule):
     """megatron-core 0.19 on asks for it: whether ``forward`` takes ``x`` and ``qr``."""
 
     observer: Callable[[int, Tensor], None] | None = None
-    """Called with the layer number and the top-k that each forward attends to; for metrics."""
+    """Called with the layer number and the top-k that each forward attends to, of this rank's
+    queries; for metrics."""
 
     def __init__(
         self,
@@ -73,6 +74,7 @@ class CrossLayerDSAttention(MegatronModule):
             self.softmax_scale = softmax_scale
         self.dims = MLADims.of(config)
         self.cp_group = None if pg_collection is None else pg_collection.cp
+        self.token_group = token_group(config, pg_collection)
         self.indexer = None
         if self.topk_source.computes:
             self.indexer = build_module(
@@ -93,7 +95,7 @@ class CrossLayerDSAttention(MegatronModule):
     ) -> Tensor:
         """The host's slots; see ``attend``, whose names say what stands in them."""
         return self.attend(
-            query,  # [s, b, n, nope + rope]
+            query,  # [s, b, n, nope + rope]; where tokens are shared out, [s / tp, b, tp * n, ...]
             latent=key,  # [t, b, 1, latent + rope]
             up_projection=value,  # [latent, n * (nope + value)]
             hidden_states=x,  # [s, b, h]
@@ -114,8 +116,11 @@ class CrossLayerDSAttention(MegatronModule):
     ) -> Tensor:
         """Sparse attention of one layer.
 
+        In the shapes s and n are this rank's: all tokens and its heads, or its tokens and all heads
+        where tokens are shared out.
+
         Args:
-            query: [s, b, n, nope + rope]; heads of this tensor-parallel rank.
+            query: [s, b, n, nope + rope].
             latent: [t, b, 1, latent + rope]; under context parallelism of the whole sequence.
             up_projection: makes keys and values of the latent, [latent, n * (nope + value)].
             hidden_states: [s, b, h] ([s / tp, b, h] under sequence parallelism).
@@ -125,19 +130,27 @@ class CrossLayerDSAttention(MegatronModule):
             packed_seq_params: documents of a pack.
 
         Returns:
-            [s, b, n * value].
+            [s, b, n * value] of all tokens and this rank's heads.
 
         Raises:
             MissingTopkError: a skip layer found no top-k of its source.
             GLM5PatchError: query and latent differ in length (a KV cache), or the mask is another.
         """
-        layout = Layout.of(self.config, self.cp_group, packed_seq_params, len(query), query.device)
+        sharers = 1 if self.token_group is None else self.token_group.size()
+        layout = Layout.of(
+            self.config,
+            self.cp_group,
+            packed_seq_params,
+            len(query) * sharers,
+            query.device,
+            self.token_group,
+        )
         if layout.queries.keys != len(latent):
             raise GLM5PatchError(
                 f"layer {self.layer_number}: {len(query)} queries for {len(latent)} keys; "
                 "decoding with a KV cache is not supported, run whole sequences"
             )
-        require_causal(attention_mask, layout.queries)
+        require_causal(attention_mask, layout.everyone)
         # No gradient flows from the indexer into the model.
         hidden_states, q_latent = hidden_states.detach(), q_latent.detach()
         wants_loss = (
@@ -167,8 +180,8 @@ class CrossLayerDSAttention(MegatronModule):
         )
         output = sparse_attention(attention)  # [s, b, n * value]
         if wants_loss:
-            output = self._attach_loss(output, indexer_inputs, attention, layout.real)
-        return output
+            output = self._attach_loss(output, indexer_inputs, attention, layout)
+        return layout.own_heads(output)
 
     @property
     def _loss_coefficient(self) -> float:
@@ -179,31 +192,32 @@ class CrossLayerDSAttention(MegatronModule):
         output: Tensor,
         indexer_inputs: IndexerInputs,
         attention: AttentionInputs,
-        real: Tensor | None,
+        layout: Layout,
     ) -> Tensor:
-        """Add the indexer's loss to what the output carries.
-
-        Args:
-            real: int64, the queries that are not padding, which teaches the indexer nothing; None:
-                all of them.
-        """
+        """Add the indexer's loss to what the output carries. Padding teaches the indexer
+        nothing."""
+        real = layout.real
         if real is not None:
-            if not len(real):
-                return output
             attention = attention.of_queries(real)
             indexer_inputs = indexer_inputs._replace(
                 query=indexer_inputs.query[real],  # [real, b, heads, dim]
                 weights=indexer_inputs.weights[real],  # [real, b, heads]
             )
-        loss = index_loss(
-            indexer_inputs,
-            attention,
-            index_scale=self.indexer.softmax_scale,
-            coefficient=self._loss_coefficient,
-            sparse=self.config.dsa_indexer_use_sparse_loss,
-            per_token=self.config.calculate_per_token_loss,
-            tp_group=self.indexer.pg_collection.tp,
-        )
+        if len(attention.query):
+            heads_are_shared_out = self.token_group is None
+            loss = index_loss(
+                indexer_inputs,
+                attention,
+                index_scale=self.indexer.softmax_scale,
+                coefficient=self._loss_coefficient,
+                sparse=self.config.dsa_indexer_use_sparse_loss,
+                per_token=self.config.calculate_per_token_loss,
+                mean_over=layout.num_real,
+                tp_group=self.indexer.pg_collection.tp if heads_are_shared_out else None,
+            )
+        else:
+            # Other ranks wait for this one in the backward of the gathered key.
+            loss = sum(tensor[:0].sum() for tensor in indexer_inputs)
         self._log(loss)
         return DSAIndexerLossAutoScaler.apply(output, loss)
 
@@ -222,5 +236,9 @@ class CrossLayerDSAttention(MegatronModule):
         if values is not None and len(values) < slots:
             tracker["values"] = torch.cat([values, values.new_zeros(slots - len(values))])
         DSAIndexerLossLoggingHelper.save_loss_to_tracker(
-            loss=loss, layer_number=number, num_layers=slots
+            loss=loss,
+            layer_number=number,
+            num_layers=slots,
+            reduce_group=self.token_group,
+            avg_group=self.cp_group if self.config.context_parallel_size > 1 else None,
         )

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..ops.index_topk.operation import index_topk
 from ..ops.index_topk.reference import IndexerInputs, block_scores
 from ..ops.query_positions import QueryPositions, visible_keys
-from ..topk.tokens import Layout
+from ..topk.tokens import Layout, token_group
 from .rope import Rope, Rotation
 
 
@@ -43,15 +43,23 @@ class LightningIndexer(DSAIndexer):
                 hidden_size=self.index_head_dim,
                 eps=config.dsa_indexer_k_norm_epsilon,
             )
-        for parameter in self.parameters():
-            # The same on every tensor-parallel rank, from the same gathered inputs.
-            parameter.average_gradients_across_tp_domain = True
+        self.token_group = token_group(config, self.pg_collection)
+        self._mark_parameters()
         self._rope = Rope(
             config,
             self.rotary_pos_emb,
             self.pg_collection.cp,
             interleaved=config.dsa_indexer_rope_interleaved,
         )
+
+    def _mark_parameters(self) -> None:
+        """Tell the host how the tensor-parallel ranks' gradients of the indexer make up one: where
+        tokens are shared out, each is the part of the rank's own tokens; else all are equal."""
+        for parameter in self.parameters():
+            if not getattr(parameter, "tensor_model_parallel", False):
+                # The host looks at the first before the second.
+                parameter.average_gradients_across_tp_domain = self.token_group is None
+                parameter.sequence_parallel = self.token_group is not None
 
     def inputs(self, hidden_states: Tensor, q_latent: Tensor, layout: Layout) -> IndexerInputs:
         """Project and rotate.
@@ -60,23 +68,33 @@ class LightningIndexer(DSAIndexer):
             hidden_states: [s, b, h], or [s / tp, b, h] under sequence parallelism.
             q_latent: normalised, [s, b, q_lora_rank] likewise.
             layout: where the tokens stand.
+
+        Returns:
+            Queries and weights of this rank's tokens, and the keys of the whole sequence.
         """
-        if self.config.sequence_parallel and self.pg_collection.tp.size() > 1:
-            tp_group = self.pg_collection.tp
+        if torch.is_grad_enabled():
+            self._mark_parameters()  # adapters come after the module is built
+        tp_group = self.pg_collection.tp
+        if self.token_group is None and self.config.sequence_parallel and tp_group.size() > 1:
             # [s / tp, b, h] -> [s, b, h]
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=tp_group)
             # [s / tp, b, q_lora_rank] -> [s, b, q_lora_rank]
             q_latent = gather_from_sequence_parallel_region(q_latent, group=tp_group)
+        # From here on s is this rank's tokens: s / tp where tokens are shared out.
+        rotation = self._rope.rotation(layout.queries)
+        key = self.k_norm(self.linear_wk(hidden_states)[0]).unsqueeze(2)  # [s, b, 1, dim]
+        key = self._rotate_positions(key, rotation)
+        if self.config.dsa_indexer_rotate_activation:
+            key = rotate_activation(key)
+        gathering = layout.gather(key.squeeze(2))
         query = self.linear_wq_b(q_latent)[0]  # [s, b, heads * dim]
         query = query.unflatten(-1, (self.index_n_heads, self.index_head_dim))  # [s, b, heads, dim]
-        key = self.k_norm(self.linear_wk(hidden_states)[0]).unsqueeze(2)  # [s, b, 1, dim]
-        rotation = self._rope.rotation(layout.queries)
-        query, key = (self._rotate_positions(tensor, rotation) for tensor in (query, key))
+        query = self._rotate_positions(query, rotation)
         if self.config.dsa_indexer_rotate_activation:
-            query, key = rotate_activation(query), rotate_activation(key)
+            query = rotate_activation(query)
         weights = self.linear_weights_proj(hidden_states)[0].float()  # [s, b, heads]
         weights = weights * self.index_n_heads**-0.5
-        key = layout.gather(key.squeeze(2))  # [t, b, dim]
+        key = gathering.wait()  # [t, b, dim]
         return IndexerInputs(query, key, weights)
 
     def select(self, inputs: IndexerInputs, queries: QueryPositions) -> Tensor:
@@ -97,17 +115,23 @@ class LightningIndexer(DSAIndexer):
         return self.forward_with_scores(x, qr, mask, packed_seq_params)[1]
 
     def forward_with_scores(self, x, qr, mask=None, packed_seq_params=None):
-        """The host's slots, see ``forward``: scores [b, s, t] (-inf where invisible) and top-k. For
-        looking: the scores alone take memory quadratic in s, and the attention never asks for
-        them."""
+        """The host's slots, see ``forward``: scores [b, s, t] (-inf where invisible) and top-k of
+        this rank's queries. For looking: the scores alone take memory quadratic in s, and the
+        attention never asks for them."""
         return self._scores_and_topk(x, qr, packed_seq_params)
 
     def _scores_and_topk(self, hidden_states: Tensor, q_latent: Tensor, packed_seq_params):
         tp_size = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
-        s, device = len(hidden_states) * tp_size, hidden_states.device
-        layout = Layout.of(self.config, self.pg_collection.cp, packed_seq_params, s, device)
+        layout = Layout.of(
+            self.config,
+            self.pg_collection.cp,
+            packed_seq_params,
+            len(hidden_states) * tp_size,
+            hidden_states.device,
+            self.token_group,
+        )
         inputs = self.inputs(hidden_states, q_latent, layout)
-        queries, whole = layout.queries, slice(0, s)
+        queries, whole = layout.queries, slice(0, len(layout.queries.starts))
         scores = block_scores(inputs, whole, queries.end(whole), self.softmax_scale)  # [b, s, t]
         scores = scores.masked_fill(~visible_keys(whole, queries), float("-inf"))
         return scores, self.select(inputs, queries)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import GLM5PatchError
 from ..ops.sparse_attention.inputs import MLADims
-from ..topk.tokens import Layout
+from ..topk.tokens import Layout, token_group
 from .rope import Rope
 
 
@@ -32,6 +32,7 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
         """Raises GLM5PatchError where the latent can't be split evenly between ranks."""
         super().__init__(config, *args, **kwargs)
         self.dims = MLADims.of(config)
+        self.token_group = token_group(config, self.pg_collection)
         self._rope = Rope(config, self.rotary_pos_emb, self.pg_collection.cp)
         tp_size = self.pg_collection.tp.size()
         if config.sequence_parallel and self.dims.latent % tp_size:
@@ -60,7 +61,8 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
             In the host's order: query [s, b, n, nope + rope], latent [t, b, 1, latent + rope],
             up-projection [latent, n * (nope + value)], and the normalised latents of the query
             [s, b, q_lora_rank] and of keys and values [s, b, latent], both [s / tp, ...] under
-            sequence parallelism.
+            sequence parallelism. Where tokens are shared out, the query is of this rank's tokens,
+            and n are all heads.
 
         Raises:
             GLM5PatchError: decoding with a KV cache.
@@ -95,32 +97,43 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
 
     def _project(self, q_latent: Tensor, kv_latent: Tensor, k_rope: Tensor, packed_seq_params):
         """The core's query, latent and up-projection, with positions rotated in."""
-        dims = self.dims
-        query = self.linear_q_up_proj(q_latent)[0]  # [s, b, n * (nope + rope)]
-        query = query.unflatten(-1, (-1, dims.nope + dims.rope))  # [s, b, n, nope + rope]
+        dims, tp_group = self.dims, self.pg_collection.tp
+        sequence_parts = tp_group.size() if self.config.sequence_parallel else 1
         layout = Layout.of(
-            self.config, self.pg_collection.cp, packed_seq_params, len(query), query.device
+            self.config,
+            self.pg_collection.cp,
+            packed_seq_params,
+            len(q_latent) * sequence_parts,
+            q_latent.device,
+            self.token_group,
         )
         rotation = self._rope.rotation(layout.queries)
-        # [s, b, n, nope], [s, b, n, rope]
-        q_nope, q_rope = query.split([dims.nope, dims.rope], dim=-1)
-        q_rope = self._rope.rotate(q_rope, rotation)
-        query = torch.cat([q_nope, q_rope], dim=-1)  # [s, b, n, nope + rope]
 
-        # Every rank's heads see the whole latent, and its gradient is the sum over all heads.
-        latent = torch.cat([kv_latent, k_rope], dim=-1)  # [s, b, latent + rope]
-        if self.config.sequence_parallel:
-            # [s / tp, b, latent + rope] -> [s, b, latent + rope]
-            latent = gather_from_sequence_parallel_region(latent, group=self.pg_collection.tp)
-        else:
-            latent = copy_to_tensor_model_parallel_region(latent, group=self.pg_collection.tp)
-        latent = latent.unsqueeze(2)  # [s, b, 1, latent + rope]
-        # [s, b, 1, latent], [s, b, 1, rope]
-        kv_latent, k_rope = latent.split([dims.latent, dims.rope], dim=-1)
-        k_rope = self._rope.rotate(k_rope, rotation)
-        latent = torch.cat([kv_latent, k_rope], dim=-1)  # [s, b, 1, latent + rope]
-        latent = layout.gather(latent)  # [t, b, 1, latent + rope]
-        return query, latent, self._up_projection(query)
+        # The heads, or tokens, of every rank see the whole latent: its gradient is their sum.
+        if layout.token_group is None and tp_group.size() > 1:
+            latent = torch.cat([kv_latent, k_rope], dim=-1)  # [s, b, latent + rope]
+            if self.config.sequence_parallel:
+                # [s / tp, b, latent + rope] -> [s, b, latent + rope]
+                latent = gather_from_sequence_parallel_region(latent, group=tp_group)
+            else:
+                latent = copy_to_tensor_model_parallel_region(latent, group=tp_group)
+            # [s, b, latent], [s, b, rope]
+            kv_latent, k_rope = latent.split([dims.latent, dims.rope], dim=-1)
+        k_rope = self._rope.rotate(k_rope.unsqueeze(2), rotation)  # [own, b, 1, rope]
+        latent = torch.cat([kv_latent.unsqueeze(2), k_rope], dim=-1)  # [own, b, 1, latent + rope]
+        # What is gathered comes while the queries are projected.
+        latent = layout.gather(latent)
+        up_projection = layout.gather_heads(self._up_projection(q_latent).t())
+
+        query = self.linear_q_up_proj(q_latent)[0]  # [s, b, n * (nope + rope)]
+        query = layout.all_heads(query, dims.nope + dims.rope)  # [own, b, tp, n, nope + rope]
+        # [own, b, tp, n, nope], [own, b, tp, n, rope]
+        q_nope, q_rope = query.split([dims.nope, dims.rope], dim=-1)
+        rotated = self._rope.rotate(q_rope.flatten(2, 3), rotation)  # [own, b, tp * n, rope]
+        query = torch.cat([q_nope, rotated.view(q_rope.shape)], dim=-1)
+        query = query.flatten(2, 3)  # [own, b, tp * n, nope + rope]
+        # [t, b, 1, latent + rope], [latent, tp * n * (nope + value)]
+        return query, latent.wait(), up_projection.wait().t()
 
     def _up_projection(self, like: Tensor) -> Tensor:
         """What ``linear_kv_up_proj`` multiplies by, [latent, n * (nope + value)].

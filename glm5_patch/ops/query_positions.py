@@ -37,7 +37,7 @@ class QueryPositions(NamedTuple):
         token sees it.
         """
         bounds = document_bounds(packed_seq_params, seqlen)
-        return cls(document_starts(bounds).to(device), longest=longest_document(bounds))
+        return cls(document_starts(bounds, device), longest=longest_document(bounds))
 
     @property
     def keys(self) -> int:
@@ -66,10 +66,10 @@ class QueryPositions(NamedTuple):
 
     def after(self, count: int) -> QueryPositions:
         """Without the first queries."""
-        return QueryPositions(self.starts[count:], self.places[count:], self.keys, self.longest)
+        return self.of_queries(slice(count, None))
 
-    def of_queries(self, queries: Tensor) -> QueryPositions:
-        """Some queries alone, int64; the keys stay."""
+    def of_queries(self, queries: Tensor | slice) -> QueryPositions:
+        """Some queries alone, int64 or a slice; the keys stay."""
         return QueryPositions(self.starts[queries], self.places[queries], self.keys, self.longest)
 
     @property
@@ -107,10 +107,12 @@ def document_bounds(packed_seq_params: PackedSeqParams | None, seqlen: int) -> l
     return bounds
 
 
-def document_starts(bounds: list[int]) -> Tensor:
-    """The position where each token's document starts, int64 [s] on the CPU."""
+def document_starts(bounds: list[int], device="cpu") -> Tensor:
+    """The position where each token's document starts, int64 [s]."""
+    if len(bounds) == 2:  # made on the device, so that the host need not wait for a copy
+        return torch.zeros(bounds[1], dtype=torch.int64, device=device)
     bounds = torch.tensor(bounds)
-    return bounds[:-1].repeat_interleave(bounds.diff())
+    return bounds[:-1].repeat_interleave(bounds.diff()).to(device)
 
 
 def longest_document(bounds: list[int]) -> int:

@@ -70,7 +70,8 @@ def _settings(config: Any) -> tuple:
     from ..config.schedule import IndexSchedule
 
     kernels = getattr(config, "dsa_kernel_backend", "none")
-    return IndexSchedule.from_megatron(config), config.params_dtype, kernels
+    split = config.tensor_model_parallel_size, config.sequence_parallel
+    return IndexSchedule.from_megatron(config), config.params_dtype, kernels, split
 
 
 def _foreign(summary: Summary) -> str:
@@ -160,8 +161,19 @@ def describe(config: Any, *, of_plugin: bool = True) -> str:
         f"{states.count(State.APPLIED)} patches applied, "
         f"{states.count(State.NOT_NEEDED)} not needed; {IndexSchedule.from_megatron(config)}; "
         f"{describe_conventions(config)}; "
-        f"sparse attention by {attention}"
+        f"sparse attention by {attention}{_shared_out(config, of_plugin)}"
     )
+
+
+def _shared_out(config: Any, of_plugin: bool) -> str:
+    """What the ranks of tensor parallelism share out, and why."""
+    if config.tensor_model_parallel_size == 1:
+        return ""
+    from ..topk.tokens import Shared, shared_out
+
+    shared = shared_out(config) if of_plugin else Shared(False, "megatron-core's attention")
+    what = "tokens" if shared.tokens else "heads"
+    return f"; tensor parallelism shares out {what} ({shared.reason})"
 
 
 def sparse_attention_by(dtype: torch.dtype, host_backend: str | None = None) -> str:

@@ -125,14 +125,25 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", metavar="DIR", help="keep the trained checkpoint here")
     demo.set_defaults(run=_demo)
 
-    plan = commands.add_parser("plan", help="list the valid pipeline splits of a model, best first")
+    plan = commands.add_parser(
+        "plan",
+        help="list the valid pipeline splits of a model, or the kinds of parallelism, best first",
+    )
     plan.add_argument(
         "--config",
         required=True,
         metavar="PATH",
         help="a config.json (any file name), or the directory that holds it",
     )
-    plan.add_argument("--pp", type=_positive, required=True, help="pipeline parallel size")
+    asked = plan.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--pp", type=_positive, help="pipeline parallel size, to split by layers")
+    asked.add_argument("--gpus", type=_positive, help="GPUs, to compare TP, CP, EP and PP on")
+    plan.add_argument(
+        "--tokens", type=_positive, default=32768, help="of a sequence, with --gpus (32768)"
+    )
+    plan.add_argument(
+        "--gpu-memory", type=_positive, default=80, metavar="GIB", help="with --gpus (80)"
+    )
     plan.add_argument(
         "--vpp", type=_positive, default=1, help="virtual stages of each rank (default: 1)"
     )

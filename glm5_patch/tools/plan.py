@@ -1,4 +1,4 @@
-"""``glm5-patch plan``: the valid pipeline splits of a checkpoint, best first."""
+"""``glm5-patch plan --pp``: the valid pipeline splits of a checkpoint, best first."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..config.huggingface import HFConfig
 from ..config.pipeline_split import Split, best_splits, check_split, chunk_label, equal_middle_split
 from ..config.schedule import IndexSchedule
 from ..errors import PipelineSplitError
+from . import plan_parallel
 from .report import Result, print_table, print_text
 
 FLAG = "--" + ACROSS_STAGES.replace("_", "-")
@@ -26,6 +27,8 @@ def run(options: argparse.Namespace) -> Result:
     """
     path = Path(options.config)
     hf = HFConfig.from_directory(path) if path.is_dir() else HFConfig.from_file(path)
+    if options.gpus:
+        return plan_parallel.run(hf, options)
     costs = estimate(hf, options.seq_length)
     chunks = options.pp * options.vpp
     crosses = options.topk_across_stages

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from .. import __version__
-from ..env import Switches, installed_version
+from ..env import TENSOR_PARALLEL, Switches, installed_version, tensor_parallel
 from ..errors import GLM5PatchError
 from .report import Result, print_table, print_text
 
@@ -24,6 +24,11 @@ _DISTRIBUTIONS = (
     "nvidia-cudnn-frontend",
     "flash_mla",
 )
+_SHARED_OUT = {
+    "auto": "tokens under sequence parallelism, else heads",
+    "tokens": "tokens",
+    "heads": "heads",
+}
 _VARIABLES = ("GLM5_PATCH", "TORCH_DEVICE_BACKEND_AUTOLOAD", "CUDA_VISIBLE_DEVICES")
 
 
@@ -44,6 +49,7 @@ def of_installation() -> Result:
     data = {
         "versions": versions(),
         "healthy": healthy,
+        "tensor_parallel": _shared_out(),
         "findings": [finding._asdict() for finding in findings],
         "patches": [
             {"id": row[0], "state": row[1], "target": row[2], "seam": patch.seam}
@@ -55,6 +61,7 @@ def of_installation() -> Result:
         print_table(("package", "version"), list(data["versions"].items()))
         print_findings(findings)
         print_table(("patch", "state", "target", "attribute"), rows)
+        print_text(f"tensor parallelism shares out: {data['tensor_parallel']}")
         print("glm5-patch status --import imports the hosts and shows the state of each patch")
 
     return Result(int(not healthy), data, show)
@@ -95,6 +102,7 @@ def of_hosts() -> Result:
         "active": active,
         "problem": problem,
         "kernels": kernels,
+        "tensor_parallel": _shared_out(),
         "backends": [row._asdict() for row in backends],
         "patches": [row._asdict() for row in rows],
     }
@@ -104,12 +112,22 @@ def of_hosts() -> Result:
         print(f"glm5-patch {__version__}: {state} in a process that imports torch")
         print_table(("patch", "state", "reason"), [row.cells() for row in rows])
         print_text(f"sparse attention in bf16: {kernels or 'unknown, see the problem'}")
+        print_text(f"tensor parallelism shares out: {data['tensor_parallel']}")
         if backends:
             print_table(("operation", "backend", "takes", "here"), backends)
         if problem:
             print(f"problem: {problem}", file=sys.stderr)
 
     return Result(1 if problem or not active else 0, data, show)
+
+
+def _shared_out() -> str:
+    """What tensor parallelism shares out in sparse attention, as far as no model is known."""
+    try:
+        asked = tensor_parallel()
+    except GLM5PatchError as error:
+        return f"unknown: {error}"
+    return f"{_SHARED_OUT[asked]} ({TENSOR_PARALLEL}={asked})"
 
 
 def explain(patch_id: str | None) -> Result:

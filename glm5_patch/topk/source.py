@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from ..config.schedule import IndexSchedule
@@ -96,7 +97,7 @@ class TopkSource:
         if selects or wants_inputs:
             inputs = indexer.inputs(hidden_states, q_latent, layout)
         if selects:
-            topk_indices = indexer.select(inputs, layout.queries)  # int32 [b, s, k]
+            topk_indices = _select(indexer, inputs, layout)  # int32 [b, s, k]
             if carrier is not None:
                 carrier.publish(self.layer_number, topk_indices, self.schedule)
         return Selection(topk_indices, inputs)
@@ -109,3 +110,14 @@ class TopkSource:
         if carrier.arrived is not None and carrier.published(self.source) is None:
             carrier.adopt(self.layer_number, self.source, self.index_topk, self.schedule)
         return carrier.read(self.layer_number, self.source)
+
+
+def _select(indexer: Indexer, inputs: IndexerInputs, layout: Layout) -> Tensor:
+    """The top-k of this rank's queries, int32 [b, s, k]; other ranks may select for some."""
+    deal = layout.deal
+    if deal is None:
+        return indexer.select(inputs, layout.queries)
+    with torch.no_grad():
+        dealt = IndexerInputs(deal.out(inputs.query), inputs.key, deal.out(inputs.weights))
+        topk_indices = indexer.select(dealt, deal.queries)
+        return deal.back(topk_indices.transpose(0, 1)).transpose(0, 1).contiguous()

@@ -1,8 +1,9 @@
 """Where the tokens of one batch stand: worked out once a forward, for all its layers.
 
-Under context parallelism queries stay where they are. What the keys are made of is gathered: the
-indexer's key, and the key-value latent with its rotary part (576 wide, where the keys and values of
-64 heads are 32768).
+Context parallelism splits a sequence between ranks, and tensor parallelism splits a rank's part of
+it again where its ranks share tokens out. Queries stay where they are. What the keys are made of is
+gathered: the indexer's key, and the key-value latent with its rotary part (576 wide, where the keys
+and values of 64 heads are 32768).
 """
 
 from __future__ import annotations
@@ -10,9 +11,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    all_to_all,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from .. import env
 from ..config.fields import CONTIGUOUS, ZIGZAG
 from ..errors import GLM5PatchError
 from ..ops.query_positions import (
@@ -24,41 +31,260 @@ from ..ops.query_positions import (
 )
 from .carrier import current_carrier
 
+DEALT_FROM = 16384
+"""Keys of the longest document from which on rows of index scores are dealt out evenly. Below, the
+exchange costs what it saves."""
+
+
+class Shared(NamedTuple):
+    """What the ranks of tensor parallelism share out in sparse attention."""
+
+    tokens: bool
+    """Each rank has all heads of its own tokens; else its own heads of all tokens."""
+    reason: str
+
+
+def shared_out(config) -> Shared:
+    """What ``GLM5_PATCH_TP`` asks for, or the better of what is possible.
+
+    A query reads all its selected latents for however few heads a rank has, so tokens are shared
+    out wherever the hidden states are split by them already: under sequence parallelism.
+
+    Raises:
+        GLM5PatchError: tokens are asked for, and the hidden states are not split.
+    """
+    asked = env.tensor_parallel()
+    if asked == "heads":
+        return Shared(False, f"{env.TENSOR_PARALLEL}=heads")
+    if config.sequence_parallel:
+        return Shared(True, f"{env.TENSOR_PARALLEL}={asked}")
+    if asked == "tokens" and config.tensor_model_parallel_size > 1:
+        raise GLM5PatchError(
+            f"{env.TENSOR_PARALLEL}=tokens with sequence_parallel=False and "
+            f"tensor_model_parallel_size={config.tensor_model_parallel_size}: the hidden states "
+            "are not split by tokens; set sequence_parallel=True (--sequence-parallel), or "
+            f"{env.TENSOR_PARALLEL}=auto"
+        )
+    return Shared(False, "sequence_parallel=False")
+
+
+def token_group(config, pg_collection) -> ProcessGroup | None:
+    """The tensor-parallel ranks that share the tokens of a sequence out; None where one rank has
+    them all, or they share the heads out.
+
+    Raises:
+        GLM5PatchError: as of ``shared_out``.
+    """
+    if config.tensor_model_parallel_size == 1 or not shared_out(config).tokens:
+        return None
+    groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp"])
+    return groups.tp
+
 
 class Layout(NamedTuple):
-    """The tokens of this rank among those of the batch."""
+    """The tokens of this rank among those of the batch.
+
+    In the shapes, s is the length of a context-parallel rank's part, and own that of this rank's:
+    s / tp where tokens are shared out, else s.
+    """
 
     queries: QueryPositions
+    """Of this rank, [own]."""
+    everyone: QueryPositions
+    """Of all the ranks that share the tokens out, [s]."""
     split: ContextParallel | None = None
-    """If the sequence is split between ranks."""
+    """If the sequence is split by context parallelism."""
+    token_group: ProcessGroup | None = None
+    """The ranks that share the tokens out; None: this rank has them all."""
     real: Tensor | None = None
     """int64: the queries of this rank that are not padding; None: all of them."""
+    deal: Deal | None = None
+    """How rows of index scores are dealt out; None: each rank has those of its own queries."""
+    num_real: float | None = None
+    """How many queries of all the ranks that share the tokens out are not padding; on average over
+    the context-parallel ranks, since data parallelism averages what they find."""
 
     @classmethod
-    def of(cls, config, cp_group, packed_seq_params, local_length: int, device) -> Layout:
+    def of(
+        cls,
+        config,
+        cp_group,
+        packed_seq_params,
+        length: int,
+        device,
+        token_group: ProcessGroup | None = None,
+    ) -> Layout:
         """The layout of the forward that is running; bounds of a pack are read from the device
-        once."""
+        once.
+
+        Args:
+            config: of the model.
+            cp_group: the context-parallel group.
+            packed_seq_params: documents of a pack.
+            length: s, the tokens of a context-parallel rank.
+            device: of the indices.
+            token_group: see ``token_group``.
+        """
         carrier = current_carrier()
         if carrier is not None and carrier.layout is not None:
             return carrier.layout
+        split = None
         if config.context_parallel_size > 1:
             order = config.dsa_context_parallel_order
-            split = ContextParallel(cp_group, packed_seq_params, local_length, device, order)
-            layout = cls(split.queries, split)
-        else:
-            layout = cls(QueryPositions.of(packed_seq_params, local_length, device))
-        layout = layout._replace(real=real_queries(packed_seq_params, layout.queries))
+            split = ContextParallel(cp_group, packed_seq_params, length, device, order)
+        everyone = split.queries if split else QueryPositions.of(packed_seq_params, length, device)
+        own, queries, deal = slice(None), everyone, None
+        if token_group is not None:
+            part = length // token_group.size()
+            own = slice(token_group.rank() * part, (token_group.rank() + 1) * part)
+            queries = everyone.of_queries(own)
+            deal = Deal(everyone, token_group) if everyone.most_keys >= DEALT_FROM else None
+        is_real = real_queries(packed_seq_params, everyone)  # bool [s]
+        real, num_real = None, length
+        if is_real is not None:
+            total = is_real.sum()
+            if split is not None:
+                torch.distributed.all_reduce(total, group=cp_group)
+            num_real = total.item() / config.context_parallel_size
+            is_real = is_real[own]
+            real = is_real.nonzero().squeeze(1)
+            real = None if len(real) == len(is_real) else real
+        layout = cls(queries, everyone, split, token_group, real, deal, num_real)
         if carrier is not None:
             carrier.layout = layout
         return layout
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        """[s / cp, ...] of every rank -> [s, ...] in natural order."""
-        return tensor if self.split is None else self.split.gather(tensor)
+    def gather(self, tensor: Tensor) -> Gathering:
+        """Start to gather [own, ...] of every rank; what comes is the whole sequence in natural
+        order, [t, ...]. Gradients go back summed."""
+        if self.split is None:
+            return Gathering(tensor, self.token_group)
+        if self.token_group is not None:
+            tensor = Gathering(tensor, self.token_group).wait()
+        return self.split.gather(tensor)
+
+    def all_heads(self, tensor: Tensor, width: int) -> Tensor:
+        """This rank's heads of all tokens, [s, b, n * width] -> all heads of its own tokens, a view
+        [own, b, tp, n, width]; tp is 1 where heads are shared out."""
+        s, b, _ = tensor.shape
+        if self.token_group is None:
+            return tensor.unflatten(-1, (1, -1, width))
+        size = self.token_group.size()
+        received = all_to_all(self.token_group, tensor)  # [s, b, n * width], from rank to rank
+        return received.view(size, s // size, b, -1, width).permute(1, 2, 0, 3, 4)
+
+    def own_heads(self, tensor: Tensor) -> Tensor:
+        """All heads of this rank's tokens, [own, b, tp * n * width] -> its heads of all tokens,
+        [s, b, n * width]."""
+        if self.token_group is None:
+            return tensor
+        by_rank = tensor.unflatten(-1, (self.token_group.size(), -1)).movedim(2, 0)
+        # [tp, own, b, n * width] -> [s, b, n * width]
+        return all_to_all(self.token_group, by_rank.contiguous()).flatten(0, 1)
+
+    def gather_heads(self, tensor: Tensor) -> Gathering:
+        """Start to gather [n * width, ...] of every rank's heads; what comes is of all heads,
+        [tp * n * width, ...]. Gradients go back summed."""
+        return Gathering(tensor, self.token_group)
+
+
+class Deal:
+    """Rows of index scores dealt out evenly between the ranks that share the tokens out.
+
+    A row costs as much as its query sees keys, so the last of four ranks would have 1.75 times the
+    mean. Here each rank has a chunk of rows from either end.
+    """
+
+    def __init__(self, everyone: QueryPositions, group: ProcessGroup) -> None:
+        """Work out who sends what.
+
+        Args:
+            everyone: the queries of all ranks.
+            group: the ranks.
+        """
+        size, rank = group.size(), group.rank()
+        own = len(everyone.starts) // size
+        lengths = own // 2, own - own // 2  # each rank's rows are two chunks
+        received = rank, 2 * size - 1 - rank
+        self._group = group
+        self._sent_to, self._received_from = [0] * size, [0] * size
+        for half in (0, 1):
+            chunk = 2 * rank + half
+            self._sent_to[min(chunk, 2 * size - 1 - chunk)] += lengths[half]
+        # What is sent lies in the order of the ranks; of the later rows the last goes to the first.
+        self._first = lengths[0] if 2 * rank >= size else 0
+        rows = []
+        for chunk in received:
+            owner, half = divmod(chunk, 2)
+            self._received_from[owner] += lengths[half]
+            first = owner * own + half * lengths[0]
+            rows.append(torch.arange(first, first + lengths[half], device=everyone.starts.device))
+        self.queries = everyone.of_queries(torch.cat(rows))
+        """Those of the rows that this rank has been dealt."""
+
+    def out(self, tensor: Tensor) -> Tensor:
+        """[own, ...] of this rank's queries -> [own, ...] of the rows that it is dealt."""
+        tensor = tensor.roll(-self._first, 0) if self._first else tensor
+        return self._exchange(tensor, self._sent_to, self._received_from)
+
+    def back(self, tensor: Tensor) -> Tensor:
+        """The way back."""
+        tensor = self._exchange(tensor, self._received_from, self._sent_to)
+        return tensor.roll(self._first, 0) if self._first else tensor
+
+    def _exchange(self, tensor: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        found = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        torch.distributed.all_to_all_single(
+            found, tensor.contiguous(), received, sent, group=self._group
+        )
+        return found
+
+
+class Gathering:
+    """A gather along dimension 0 that has begun: what is launched before ``wait`` runs beside
+    it."""
+
+    def __init__(self, tensor: Tensor, group: ProcessGroup | None, order: Tensor | None = None):
+        """Begin.
+
+        Args:
+            tensor: this rank's part.
+            group: the ranks; None: this one alone.
+            order: int64, how to put the parts' rows in order; None: they are.
+        """
+        self._order, self._work = order, None
+        self._tensor = tensor
+        if group is not None:
+            self._tensor = _StartedGather.apply(tensor.contiguous(), group, self)
+
+    def begun(self, work: torch.distributed.Work) -> None:
+        self._work = work
+
+    def wait(self) -> Tensor:
+        """What was gathered. The host does not wait for a GPU, its stream does."""
+        if self._work is not None:
+            self._work.wait()
+        tensor = self._tensor
+        return tensor if self._order is None else tensor.index_select(0, self._order)
+
+
+class _StartedGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, group, gathering):
+        ctx.group = group
+        gathered = tensor.new_empty((group.size() * len(tensor), *tensor.shape[1:]))
+        gathering.begun(
+            torch.distributed.all_gather_into_tensor(gathered, tensor, group=group, async_op=True)
+        )
+        return gathered
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return reduce_scatter_to_sequence_parallel_region(gradient, group=ctx.group), None, None
 
 
 def real_queries(packed_seq_params, queries: QueryPositions) -> Tensor | None:
-    """The queries of a pack that are not padding, int64, or None where there is no padding.
+    """Which queries of a pack are not padding, bool [s], or None where nothing tells of padding.
 
     ``real_token_mask_q`` (bool [s], megatron-core 0.19's name) says which they are. Without it the
     lengths in ``cu_seqlens_q`` do, where ``cu_seqlens_q_padded`` says how documents are padded.
@@ -70,20 +296,16 @@ def real_queries(packed_seq_params, queries: QueryPositions) -> Tensor | None:
         return None
     mask = getattr(packed_seq_params, "real_token_mask_q", None)
     if mask is None:
-        mask = _real_by_lengths(packed_seq_params, queries)
-        if mask is None:
-            return None
-    else:
-        mask = mask.flatten().bool().to(queries.starts.device)
-        if len(mask) == queries.keys:
-            mask = mask[queries.places]
-        elif len(mask) != len(queries.starts):
-            raise GLM5PatchError(
-                f"real_token_mask_q has {len(mask)} entries for {len(queries.starts)} tokens on "
-                f"this rank, {queries.keys} in the pack; give it one entry for each token"
-            )
-    real = mask.nonzero().squeeze(1)
-    return None if len(real) == len(mask) else real
+        return _real_by_lengths(packed_seq_params, queries)
+    mask = mask.flatten().bool().to(queries.starts.device)
+    if len(mask) == queries.keys:
+        return mask[queries.places]
+    if len(mask) != len(queries.starts):
+        raise GLM5PatchError(
+            f"real_token_mask_q has {len(mask)} entries for {len(queries.starts)} tokens on "
+            f"this rank, {queries.keys} in the pack; give it one entry for each token"
+        )
+    return mask
 
 
 def _real_by_lengths(packed_seq_params, queries: QueryPositions) -> Tensor | None:
@@ -113,10 +335,13 @@ class ContextParallel:
         length = local_length * group.size()
         bounds = document_bounds(packed_seq_params, length)
         held = {ZIGZAG: _zigzag, CONTIGUOUS: _contiguous}[order]
-        positions = [held(bounds, rank, group.size()) for rank in range(group.size())]
+        # Of one document all is made on the device, which the host need not wait for; of many the
+        # small pieces are cheaper on the host.
+        places = device if len(bounds) == 2 else "cpu"
+        positions = [held(bounds, rank, group.size(), places) for rank in range(group.size())]
         own = positions[group.rank()]
         self.queries = QueryPositions(
-            document_starts(bounds)[own].to(device),
+            document_starts(bounds, places)[own].to(device),
             own.to(device),
             length,
             longest_document(bounds),
@@ -124,19 +349,19 @@ class ContextParallel:
         """What the queries of this rank see."""
         self._order = torch.cat(positions).argsort().to(device)
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        """[s / cp, ...] of every rank -> [s, ...] in natural order; gradients go back summed."""
-        gathered = gather_from_sequence_parallel_region(tensor.contiguous(), group=self.group)
-        return gathered.index_select(0, self._order)
+    def gather(self, tensor: Tensor) -> Gathering:
+        """Start to gather [s / cp, ...] of every rank; what comes is [s, ...] in natural order.
+        Gradients go back summed."""
+        return Gathering(tensor, self.group, self._order)
 
 
-def _contiguous(bounds: list[int], rank: int, size: int) -> Tensor:
+def _contiguous(bounds: list[int], rank: int, size: int, device) -> Tensor:
     part = bounds[-1] // size
-    return torch.arange(rank * part, (rank + 1) * part)
+    return torch.arange(rank * part, (rank + 1) * part, device=device)
 
 
-def _zigzag(bounds: list[int], rank: int, size: int) -> Tensor:
-    parts = [torch.empty(0, dtype=torch.int64)]
+def _zigzag(bounds: list[int], rank: int, size: int, device) -> Tensor:
+    parts = [torch.empty(0, dtype=torch.int64, device=device)]
     for begin, end in zip(bounds, bounds[1:]):
         chunk, rest = divmod(end - begin, 2 * size)
         if rest:
@@ -145,5 +370,6 @@ def _zigzag(bounds: list[int], rank: int, size: int) -> Tensor:
                 f"{size} ranks; pad it to a multiple of {2 * size} (cu_seqlens_q_padded)"
             )
         for number in (rank, 2 * size - 1 - rank):
-            parts.append(torch.arange(begin + number * chunk, begin + (number + 1) * chunk))
+            first = begin + number * chunk
+            parts.append(torch.arange(first, first + chunk, device=device))
     return torch.cat(parts)

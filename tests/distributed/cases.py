@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass, field
 
 FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
@@ -38,6 +39,8 @@ class Case:
     thd: bool = False
     even_packs: bool = False
     """Documents that context parallelism can cut into equal chunks."""
+    padding: bool = False
+    """Packs whose second half is padding."""
     indexer_loss: float | None = None
     distributed_optimizer: bool = False
     forward_only: bool = False
@@ -45,7 +48,26 @@ class Case:
     bf16: bool = False
     stale: bool = False
     """Stages get the top-k of the microbatch before, so that the comparison can fail."""
+    shares: str = "auto"
+    """What tensor parallelism shares out: ``GLM5_PATCH_TP``."""
+    heads: int = 6
+    """Attention heads of the model."""
+    deals: bool = False
+    """Whether rows of index scores are dealt out, as they are in long sequences."""
+    adapters: bool = False
+    """On every projection of attention and indexer."""
     settings: dict = field(default_factory=dict)
+
+    @property
+    def shares_tokens(self) -> bool:
+        """Whether each tensor-parallel rank selects for its own tokens alone."""
+        return self.tp > 1 and self.shares != "heads" and "sequence_parallel" in self.settings
+
+    @property
+    def model(self) -> str:
+        """Cases of the same model have the same weights."""
+        mtp = "mtp" if "mtp_num_layers" in self.settings else "plain"
+        return f"{mtp}-{self.heads}-heads{'-adapters' if self.adapters else ''}"
 
     @property
     def world(self) -> int:
@@ -54,9 +76,10 @@ class Case:
     @property
     def batch(self) -> str:
         """Cases of the same batch and model have the same loss and gradients."""
-        mtp = "mtp" if "mtp_num_layers" in self.settings else "plain"
         thd = ("even-thd" if self.even_packs else "thd") if self.thd else "bshd"
-        return f"{mtp}-{thd}-{self.indexer_loss or 0}-{self.microbatches}{'-bf16' * self.bf16}"
+        padding = "-padding" if self.padding else ""
+        model = f"{self.model}{'-bf16' * self.bf16}"
+        return f"{model}-{thd}{padding}-{self.indexer_loss or 0}-{self.microbatches}"
 
     def alone(self) -> Case:
         """The same batch and model in one process, without recompute."""
@@ -65,9 +88,12 @@ class Case:
             self.batch,
             thd=self.thd,
             even_packs=self.even_packs,
+            padding=self.padding,
             indexer_loss=self.indexer_loss,
             microbatches=self.microbatches,
             bf16=self.bf16,
+            heads=self.heads,
+            adapters=self.adapters,
             settings=settings,
         )
 
@@ -167,12 +193,111 @@ def _cases():
     )
 
 
-CASES = tuple(_cases())
+def _shared_out_cases():
+    """Tensor parallelism under sequence parallelism: tokens shared out, and heads."""
+    for tp, layout in itertools.product((2, 4), ("", ", thd")):
+        thd = bool(layout)
+        heads = dict(heads=8) if tp == 4 else {}
+        for mode, recompute in RECOMPUTE.items():
+            settings = {**SP, **recompute}
+            yield Case(
+                f"TP {tp} + SP, indexer loss, recompute {mode}{layout}",
+                tp=tp,
+                thd=thd,
+                indexer_loss=0.1,
+                settings=settings,
+                **heads,
+            )
+        for recompute in ("none", "full"):
+            yield Case(
+                f"TP {tp} + SP, heads, indexer loss, recompute {recompute}{layout}",
+                tp=tp,
+                thd=thd,
+                indexer_loss=0.1,
+                shares="heads",
+                settings={**SP, **RECOMPUTE[recompute]},
+                **heads,
+            )
+    for order, layout in itertools.product(("", ", contiguous"), ("", ", thd")):
+        pack = dict(thd=bool(layout), even_packs=bool(layout) and not order)
+        settings = {**CP, **SP, **(CONTIGUOUS if order else {})}
+        for shares in ("auto", "heads"):
+            yield Case(
+                f"CP 2 x TP 2 + SP{order}, {shares}, indexer loss, recompute core_attn{layout}",
+                cp=2,
+                tp=2,
+                **pack,
+                indexer_loss=0.1,
+                shares=shares,
+                settings={**settings, **RECOMPUTE["core_attn"]},
+            )
+    for tp, layout in itertools.product((2, 4), ("", ", thd")):
+        yield Case(
+            f"TP {tp} + SP, dealt, indexer loss, recompute full{layout}",
+            tp=tp,
+            thd=bool(layout),
+            indexer_loss=0.1,
+            deals=True,
+            settings={**SP, **FULL},
+            **(dict(heads=8) if tp == 4 else {}),
+        )
+    yield Case(
+        "CP 2 x TP 2 + SP, dealt, indexer loss",
+        cp=2,
+        tp=2,
+        indexer_loss=0.1,
+        deals=True,
+        settings={**CP, **SP},
+    )
+    padded = dict(thd=True, even_packs=True, padding=True, indexer_loss=0.1)
+    yield Case("TP 2 + SP, padding, indexer loss", tp=2, settings=SP, **padded)
+    yield Case(
+        "TP 2 + SP, heads, padding, indexer loss", tp=2, settings=SP, shares="heads", **padded
+    )
+    yield Case("CP 2, padding, indexer loss", cp=2, settings=CP, **padded)
+    settings = {**CP, **CONTIGUOUS}
+    yield Case("CP 2, contiguous, padding, indexer loss", cp=2, settings=settings, **padded)
+    settings = {**CP, **SP, **FULL}
+    yield Case(
+        "CP 2 x TP 2 + SP, padding, indexer loss, recompute full",
+        cp=2,
+        tp=2,
+        settings=settings,
+        **padded,
+    )
+    for shares in ("auto", "heads"):
+        yield Case(
+            f"MTP, TP 2 + SP, {shares}, indexer loss",
+            tp=2,
+            indexer_loss=0.1,
+            shares=shares,
+            settings={**MTP, **SP},
+        )
+        for mode in ("none", "full", "core_attn", "mla_up_proj"):
+            yield Case(
+                f"TP 2 + SP, {shares}, adapters, indexer loss, recompute {mode}",
+                tp=2,
+                indexer_loss=0.1,
+                shares=shares,
+                adapters=True,
+                settings={**SP, **RECOMPUTE[mode]},
+            )
+
+
+CASES = (*_cases(), *_shared_out_cases())
 
 _SOME = """
 TP 2, forward, thd
 TP 2 + SP, thd
 TP 2 + SP, indexer loss
+TP 2 + SP, heads, indexer loss, recompute none, thd
+TP 4 + SP, indexer loss, recompute full, thd
+CP 2 x TP 2 + SP, auto, indexer loss, recompute core_attn, thd
+TP 2 + SP, padding, indexer loss
+TP 4 + SP, dealt, indexer loss, recompute full, thd
+CP 2, contiguous, padding, indexer loss
+MTP, TP 2 + SP, auto, indexer loss
+TP 2 + SP, auto, adapters, indexer loss, recompute core_attn
 PP 2, recompute full, thd
 PP 2, recompute block
 PP 2, recompute core_attn

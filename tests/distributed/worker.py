@@ -9,6 +9,7 @@ has run before.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 import warnings
@@ -31,6 +32,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossLoggingHelper
 
+from glm5_patch import env
 from glm5_patch.attention.build import mtp_block_spec
 from glm5_patch.checkpoint.reader import HFCheckpoint
 from glm5_patch.checkpoint.writer import save
@@ -38,7 +40,9 @@ from glm5_patch.config.huggingface import HFConfig
 from glm5_patch.errors import PipelineSplitError
 from glm5_patch.testing import cpu_host
 from glm5_patch.testing.parity import recorded
+from glm5_patch.topk import tokens as where_tokens_stand
 from glm5_patch.topk.stages import StageTopk
+from tests.distributed.adapters import adapt
 from tests.distributed.cases import CHECKPOINT, CONTIGUOUS, READERS, Case
 from tests.tiny import hf_config, megatron_config, packed, tokens
 
@@ -46,6 +50,9 @@ BATCH, LENGTH = 2, 48
 PACKS = ([1, 20, 27], [48], [0, 9, 39], [30, 18])
 """Lengths of the documents of microbatches: one token, one document, an empty one."""
 EVEN_PACKS = ([4, 20, 24], [48], [0, 8, 40], [32, 16])
+REAL = ([3, 18, 0], [20], [0, 8, 10], [21, 0])
+"""Tokens of the documents of even packs that are not padding, where there is padding."""
+DEALT_FROM = where_tokens_stand.DEALT_FROM
 LEARNING_RATE, ADAM_EPS = 1000.0, 1.0  # updates well above the rounding of the parameters
 
 TIMEOUT_MINUTES = 4
@@ -108,7 +115,9 @@ def configuration(case: Case):
         settings["pipeline_dtype"] = torch.bfloat16 if case.bf16 else torch.float32
     if case.bf16:
         settings.update(params_dtype=torch.bfloat16, bf16=True)
-    hf = HFConfig(hf_config().to_dict())
+    os.environ[env.TENSOR_PARALLEL] = case.shares
+    where_tokens_stand.DEALT_FROM = 0 if case.deals else DEALT_FROM
+    hf = HFConfig(hf_config(num_attention_heads=case.heads).to_dict())
     config = megatron_config(
         hf,
         tensor_model_parallel_size=case.tp,
@@ -145,7 +154,9 @@ def build(case: Case, folder: Path) -> list[DistributedDataParallel]:
                 mtp_block_spec=mtp_block_spec(config, spec, vp_stage),
             )
         )
-    load(models, folder / f"{'mtp' if config.mtp_num_layers else 'plain'}.pt")
+    for model in models if case.adapters else ():
+        adapt(model)
+    load(models, folder / f"{case.model}.pt")
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=case.distributed_optimizer)
     return [DistributedDataParallel(config, ddp_config, model) for model in models]
 
@@ -210,6 +221,11 @@ def batches(case: Case):
             packs = EVEN_PACKS if case.even_packs else PACKS
             lengths = packs[number % len(packs)]
             ids, pack = tokens(number, 1, LENGTH), packed(lengths)
+            if case.padding:
+                pack.cu_seqlens_q_padded = pack.cu_seqlens_kv_padded = pack.cu_seqlens_q
+                pack.cu_seqlens_q = pack.cu_seqlens_kv = packed(
+                    REAL[number % len(REAL)]
+                ).cu_seqlens_q
             positions = torch.cat([torch.arange(n) for n in lengths])[None]
         else:
             ids, pack = tokens(number, BATCH, LENGTH), None
@@ -291,25 +307,26 @@ def compare(case: Case, chunks, losses, topk_indices, folder: Path) -> dict:
     own_losses = reference["losses"][parallel_state.get_data_parallel_rank() :: _dp_size()]
     result = {
         "loss": max((abs(a / b - 1) for a, b in zip(losses, own_losses)), default=0.0),
-        "topk_equal": _same_on_all_tensor_parallel_ranks(topk_indices),
+        "topk_equal": _same_on_all_tensor_parallel_ranks(topk_indices, case.shares_tokens),
     }
     if case.forward_only:
         return result
-    if case.cp == _dp_size() == 1:  # else a rank logs the mean of its own tokens
+    if _dp_size() == 1:
         result["logged"] = max(
             (abs(loss / reference["logged"][n] - 1) for n, loss in logged_indexer_losses().items()),
             default=0.0,
         )
     expected = {n: part(n, reference["gradients"][n], value) for n, value in values.items()}
     if case.distributed_optimizer:
-        before = torch.load(folder / "plain.pt")
+        before = torch.load(folder / f"{case.model}.pt")
         values = {n: value - part(n, before[n], value) for n, value in values.items()}
         expected = {n: _adam_update(gradient) for n, gradient in expected.items()}
     return {**result, **_distance(values, expected)}
 
 
 def logged_indexer_losses() -> dict[int, float]:
-    """Layer number -> what this rank has logged of its indexer."""
+    """Layer number -> what is logged of its indexer, as the host adds it up over the ranks."""
+    DSAIndexerLossLoggingHelper.reduce_loss_in_tracker()
     values = DSAIndexerLossLoggingHelper.tracker.get("values", torch.zeros(0)).tolist()
     return {number: loss for number, loss in enumerate(values, 1) if loss}
 
@@ -371,10 +388,17 @@ def _distance(values, expected) -> dict:
     }
 
 
-def _same_on_all_tensor_parallel_ranks(found) -> bool:
+def _same_on_all_tensor_parallel_ranks(found, shares_tokens: bool) -> bool:
+    """Whether all ranks select the same keys; where they share the tokens out, whether each selects
+    for an equal part of them."""
     group = parallel_state.get_tensor_model_parallel_group()
     everyone = [None] * group.size()
     torch.distributed.all_gather_object(everyone, found, group=group)
+    if shares_tokens:
+        own = LENGTH // group.size() // parallel_state.get_context_parallel_world_size()
+        return all(
+            topk.shape[1] == own for rank in everyone for one in rank for topk in one.values()
+        )
     return all(
         mine.keys() == others.keys() and all(torch.equal(mine[n], others[n]) for n in mine)
         for other in everyone
@@ -404,7 +428,7 @@ def emptied(case: Case, folder: Path):
 
 def differing(model, folder: Path) -> list[str]:
     """The tensors that are not what was saved."""
-    whole = torch.load(folder / "plain.pt")
+    whole = torch.load(folder / f"{Case('alone').model}.pt")
     return [n for n, t in tensors([model]) if not torch.equal(t, part(n, whole[n], t))]
 
 

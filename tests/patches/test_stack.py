@@ -5,6 +5,8 @@ import pytest
 from glm5_patch.attention.build import gpt_model
 from glm5_patch.errors import GLM5PatchError
 from glm5_patch.patches import MACHINE
+from glm5_patch.patches.announce import describe
+from glm5_patch.patches.megatron_core.building.dsa_spec import attention_stack
 from glm5_patch.tools.verify import forward
 from tests.patches.test_recompute import MODES, gradients, microbatches
 from tests.tiny import megatron_config, megatron_model, relative, saved, tokens
@@ -48,6 +50,31 @@ def test_an_unknown_value_is_refused(checkpoint, monkeypatch):
     monkeypatch.setenv(SWITCH, "hosts")
     with pytest.raises(GLM5PatchError, match="'hosts' must be one of auto, plugin, host"):
         megatron_model(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "asked, what",
+    [("auto", "tokens (GLM5_PATCH_TP=auto)"), ("heads", "heads (GLM5_PATCH_TP=heads)")],
+)
+def test_the_line_says_what_tensor_parallelism_shares_out(checkpoint, monkeypatch, asked, what):
+    monkeypatch.setenv("GLM5_PATCH_TP", asked)
+    config = megatron_config(
+        checkpoint.config, tensor_model_parallel_size=2, sequence_parallel=True
+    )
+    assert describe(config).endswith(f"; tensor parallelism shares out {what}")
+    of_host = "shares out heads (megatron-core's attention)"
+    assert describe(config, of_plugin=False).endswith(of_host)
+    assert "shares out" not in describe(megatron_config(checkpoint.config))
+
+
+def test_the_hosts_attention_shares_no_tokens_out(checkpoint, monkeypatch):
+    monkeypatch.setenv("GLM5_PATCH_TP", "tokens")
+    monkeypatch.setenv(SWITCH, "host")
+    config = megatron_config(
+        checkpoint.config, tensor_model_parallel_size=2, sequence_parallel=True
+    )
+    with pytest.raises(GLM5PatchError, match="GLM5_PATCH_TP=tokens with .*host.*set it to plugin"):
+        attention_stack(config, wrong=None)
 
 
 @pytest.mark.parametrize("seed", range(2))

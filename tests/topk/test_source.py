@@ -36,7 +36,8 @@ class CountingIndexer:
 
 
 def layout(length=LENGTH):
-    return Layout(QueryPositions.of(None, length, "cpu"))
+    queries = QueryPositions.of(None, length, "cpu")
+    return Layout(queries, queries)
 
 
 def selection(source, indexer, length=LENGTH, wants_inputs=False):

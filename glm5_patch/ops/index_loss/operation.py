@@ -19,6 +19,7 @@ def index_loss(
     coefficient: float,
     sparse: bool,
     per_token: bool,
+    mean_over: float | None = None,
     tp_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Scaled KL divergence of the indexer's distribution from the attention's, a scalar.
@@ -33,6 +34,8 @@ def index_loss(
         coefficient: ``dsa_indexer_loss_coeff``.
         sparse: both distributions over the selected keys only, not over all visible ones.
         per_token: the sum over the queries instead of their mean (``calculate_per_token_loss``).
+        mean_over: how many queries of a sequence the mean is of; None: s. Where ranks share the
+            queries out it is more, and each one's loss is its part of the mean.
         tp_group: of the ranks that share the attention's heads out; None: one rank has all.
     """
     s, b = attention.query.shape[:2]
@@ -41,7 +44,8 @@ def index_loss(
         latent=attention.latent.detach(),
         up_projection=attention.up_projection.detach(),
     )
-    loss_scale = coefficient if per_token else coefficient / (s * b)
+    mean_over = s if mean_over is None else mean_over
+    loss_scale = coefficient if per_token else coefficient / (mean_over * b)
     settings = LossSettings(index_scale, loss_scale, sparse, tp_group)
     widths = dict(attention.call.widths) | dict(inputs.call.widths)
     call = attention.call._replace(widths=tuple(widths.items())).sized(sparse=int(sparse))

@@ -79,6 +79,11 @@ def attention_stack(config, wrong: str | None) -> Stack:
             f"dsa_context_parallel_order={order!r} with {reason}: megatron-core's own sparse "
             f"attention takes {ZIGZAG!r} alone; {unset}"
         )
+    if env.tensor_parallel() == "tokens" and config.tensor_model_parallel_size > 1:
+        raise GLM5PatchError(
+            f"{env.TENSOR_PARALLEL}=tokens with {reason}: megatron-core's own sparse attention "
+            f"shares out heads alone; {unset}, or set {env.TENSOR_PARALLEL}=auto"
+        )
     return Stack(False, reason)
 
 
