@@ -11,7 +11,8 @@ there are several.
 
 A rate is of the median of the timed steps, per GPU and as a share of one GPU's; memory is the peak
 of the worst rank. At the first length the gradients of a step are compared with one GPU's twice:
-with the same top-k, recorded there and replayed here, which must agree; and with the split's own,
+with the same keys and experts, recorded there and replayed here, which must agree; and with the
+split's own,
 where the selected keys that differ are counted: bf16 rounds near ties differently in every split,
 so that distance says nothing about an implementation. --profile shows where a step's time goes on
 rank 0. Exits 1 if a check fails. On the CPU (gloo, fp32, tiny widths) it checks, and times nothing
@@ -42,7 +43,7 @@ from glm5_patch.testing.parity import kept_share
 from glm5_patch.topk.source import Selection
 
 BOUND = {"cuda": 1e-2, "cpu": 5e-6}
-"""Of the gradients' relative distance with the same top-k."""
+"""Of the gradients' relative distance with the same keys and experts."""
 KINDS = {
     "communication": "nccl",
     "sparse and dense attention": "^(forward|backward|row_terms|add_pairs)$|flash|fmha|sdpa",
@@ -61,8 +62,11 @@ class Reference:
     """One GPU's step: its gradients by the tensors that make them, and its top-k."""
 
     def __init__(self, model: Model, length: int):
+        self.length = length
         self.topk_indices: dict[tuple[int, int], torch.Tensor] = {}
-        with self._observed(model):
+        self.experts: dict[tuple[int, int], torch.Tensor] = {}
+        """[tokens, experts of a token] by microbatch and layer."""
+        with self._observed(model), routed_by(model, self._record):
             model.step(length)
         self.gradients = {
             sources: parameter.main_grad.to(model.dtype).cpu()
@@ -87,11 +91,23 @@ class Reference:
     def replayed(self, model: Model, differing: list[float]):
         """Layers attend to the recorded keys; the share that they would not have selected is
         appended."""
+        rows = model.routed_positions(self.length)
+
+        def experts(key, scores, topk, choose):
+            chosen = self.experts[key][rows].to(scores.device)
+            return scores.gather(1, chosen), chosen
+
         with ExitStack() as undo:
+            undo.enter_context(routed_by(model, experts))
             for core in model.cores():
                 self._replay(core, model, differing)
                 undo.callback(delattr, core.topk_source, "selection")
             yield
+
+    def _record(self, key, scores, topk, choose):
+        probs, chosen = choose(scores, topk)
+        self.experts[key] = chosen.cpu()
+        return probs, chosen
 
     def _replay(self, core, model: Model, differing: list[float]) -> None:
         source = core.topk_source
@@ -117,6 +133,30 @@ class Reference:
             squares[1] += expected.square().sum()
         torch.distributed.all_reduce(squares)
         return (squares[0] / squares[1]).sqrt().item()
+
+
+class Routing:
+    """What a router of megatron-core asks for its experts."""
+
+    def __init__(self, model: Model, layer_number: int, answer):
+        self.model, self.layer_number, self.answer = model, layer_number, answer
+
+    def get_replay_topk(self, scores, topk, num_groups, group_topk, default_compute_topk):
+        def choose(scores, topk):
+            return default_compute_topk(scores, topk, num_groups, group_topk)
+
+        return self.answer((self.model.microbatch, self.layer_number), scores, topk, choose)
+
+
+@contextmanager
+def routed_by(model: Model, answer):
+    """Every router gets its experts from ``answer(key, scores, topk, choose)``."""
+    routers = list(model.routers())
+    for layer_number, router in routers:
+        router.router_replay = Routing(model, layer_number, answer)
+    yield
+    for _, router in routers:
+        router.router_replay = None
 
 
 class Comparison:
@@ -157,6 +197,7 @@ class Comparison:
             say(json.dumps(row))
         if self.options.profile and self.on_gpu:
             self._profile(model, first)
+        model.close()
 
     def _gradients(self, model: Model, length: int) -> dict:
         differing: list[float] = []
@@ -171,8 +212,8 @@ class Comparison:
         if not replayed <= BOUND[self.options.device]:
             self.failed.append(f"{model.split.name}: gradients off by {replayed:.1e}")
         return {
-            "gradients, same top-k": float(f"{replayed:.2g}"),
-            "gradients, own top-k": float(f"{own:.2g}"),
+            "gradients, same keys and experts": float(f"{replayed:.2g}"),
+            "gradients, own": float(f"{own:.2g}"),
             "selected keys that differ": float(f"{(shares[0] / shares[1]).item():.2g}"),
         }
 

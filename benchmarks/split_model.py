@@ -157,15 +157,39 @@ class Model:
         """The sparse attention of each layer."""
         return [layer.self_attention.core_attention for layer in self.ddp.module.decoder.layers]
 
+    def routers(self):
+        """The router of each MoE layer, by layer number."""
+        for layer in self.ddp.module.decoder.layers:
+            if hasattr(layer.mlp, "router"):
+                yield layer.layer_number, layer.mlp.router
+
+    def close(self) -> None:
+        """Let go of the model: the hooks of megatron-core's buckets hold it through cycles that
+        Python's collector does not see."""
+        self.ddp.grad_accs.clear()
+
+    def positions(self, length: int) -> torch.Tensor:
+        """Of this context-parallel rank's tokens, in zigzag order."""
+        from megatron.core import parallel_state
+
+        cp, rank = self.split.cp, parallel_state.get_context_parallel_rank()
+        chunks = torch.arange(length).chunk(2 * cp)
+        return torch.cat([chunks[rank], chunks[2 * cp - 1 - rank]])
+
+    def routed_positions(self, length: int) -> torch.Tensor:
+        """Of the tokens that routers of this rank get: under sequence parallelism a share."""
+        from megatron.core import parallel_state
+
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        return self.positions(length).chunk(self.split.tp)[rank]
+
     def _microbatches(self, length: int):
-        """This rank's: number, ids, labels and positions, in zigzag order."""
+        """This rank's: number, ids, labels and positions."""
         from megatron.core import parallel_state
 
         dp, dp_rank = self.split.dp, parallel_state.get_data_parallel_rank()
-        cp, cp_rank = self.split.cp, parallel_state.get_context_parallel_rank()
         numbers = range(MICROBATCHES) if self.split.alone else range(dp_rank, MICROBATCHES * dp, dp)
-        chunks = torch.arange(length).chunk(2 * cp)
-        own = torch.cat([chunks[cp_rank], chunks[2 * cp - 1 - cp_rank]])
+        own = self.positions(length)
         for number in (number % MICROBATCHES for number in numbers):
             generator = torch.Generator().manual_seed(number)
             ids = torch.randint(self.hf.vocab_size, (1, length), generator=generator)
