@@ -258,7 +258,8 @@ def convert(
         "layers": list(layers),
         "files": fingerprint(own),
     }
-    staging = Staging(output, manifest, needed=sum(path.stat().st_size for path in own))
+    needed = sum(path.stat().st_size for path in own)
+    staging = Staging(output, manifest, needed, source.directory)
     if staging.complete:
         return Conversion(layers, len(names))
     for path in own:

@@ -18,7 +18,7 @@ from ..errors import CheckpointError
 from .dequantize import dequantized
 from .files import CheckpointFiles
 from .headers import Stored
-from .names import own_slices, pieces
+from .names import mtp_layers_of, parts
 from .quantization import is_scale
 from .survey import CheckpointReport
 
@@ -80,8 +80,8 @@ class HFCheckpoint(CheckpointFiles):
         Raises:
             CheckpointError: a parameter of the model has no tensor, or one of another shape.
         """
-        chunks = [unwrapped(chunk) for chunk in (model if _is_list(model) else [model])]
-        report = self.report_for(max(chunk.config.mtp_num_layers or 0 for chunk in chunks))
+        chunks = chunks_of(model)
+        report = self.report_for(max(mtp_layers_of(chunk.config) for chunk in chunks))
         by_file: dict[Path, list[_Read]] = {}
         with torch.no_grad():
             for chunk in chunks:
@@ -102,17 +102,10 @@ class HFCheckpoint(CheckpointFiles):
             raise CheckpointError(f"{path}: damaged or truncated: {error}") from None
 
     def _reads(self, model: torch.nn.Module) -> Iterator[_Read]:
-        for name, target, sources in pieces(model):
-            absent = [source for source in sources if source not in self.shapes]
-            if absent:
-                raise CheckpointError(f"{self.directory}: {name} needs {absent[0]}")
-            rows = target.shape[0] // len(sources)
-            for number, source in enumerate(sources):
-                part = target.narrow(0, number * rows, rows)
-                slices = own_slices(name, self.shapes[source], part.shape)
-                present = slices[0].stop - slices[0].start
-                part[present:] = 0  # a padded vocabulary
-                yield _Read(source, slices, part[:present])
+        for part in parts(model, self.shapes):
+            present = part.slices[0].stop - part.slices[0].start
+            part.tensor[present:] = 0  # a padded vocabulary
+            yield _Read(part.source, part.slices, part.tensor[:present])
 
     def _load_file(self, path: Path, reads: list[_Read]) -> Path:
         """Read the parts in the order in which they lie in the file."""
@@ -151,17 +144,19 @@ class HFCheckpoint(CheckpointFiles):
             return dequantized(tensor, scales.get_tensor(scale.name), self.block, slices)
 
 
-def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+def chunks_of(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
+    """The models of a rank, without wrappers: one, or its virtual pipeline chunks."""
+    several = isinstance(model, (Sequence, torch.nn.ModuleList))
+    return [_unwrapped(chunk) for chunk in (model if several else [model])]
+
+
+def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     """The GPTModel inside wrappers such as ``DistributedDataParallel`` and ``Float16Module``."""
     while not hasattr(model, "decoder") and isinstance(
         getattr(model, "module", None), torch.nn.Module
     ):
         model = model.module
     return model
-
-
-def _is_list(model: object) -> bool:
-    return isinstance(model, Sequence) or isinstance(model, torch.nn.ModuleList)
 
 
 def _place(stored: Stored) -> tuple[int, int, int]:

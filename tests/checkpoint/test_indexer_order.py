@@ -314,7 +314,9 @@ def test_a_full_disk_is_named(published, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(writer, "save_file", full)
     arguments = ["convert", published.directory, tmp_path / "out", "--from", "rope-last"]
     done = run(capsys, *arguments, code=2)
-    assert "No space left" in done["error"] and "the same command continues" in done["error"]
+    assert (
+        "No space left" in done["error"] and "the same command finishes the output" in done["error"]
+    )
 
 
 def test_nothing_is_overwritten(published, tmp_path):
