@@ -37,7 +37,7 @@ class _Stack:
         return Finding(True, "the host has no store that belongs to one forward")
 
     def apply(self, module, seams) -> None:
-        seams.wrap_call(self._stack(module), with_carrier)
+        seams.wrap_call(self._stack(module), self._around)
         seams.wrap(self._stack(module), "__init__", self._init, reads=("config",))
 
     def still_right(self, module) -> Finding | None:
@@ -47,6 +47,7 @@ class _Stack:
         return getattr(module, self.attribute.partition(".")[0])
 
     _init = staticmethod(gated)
+    _around = staticmethod(with_carrier)
 
 
 class HybridCarrier(_Stack, Patch):
@@ -81,6 +82,28 @@ def _building_mtp(wrapped, instance, args, kwargs):
         return gated(wrapped, instance, args, kwargs)
 
 
+def _with_iteration(wrapped, instance, args, kwargs):
+    from ....topk.carrier import current_carrier
+    from ....topk.mtp import link_iteration
+
+    def linked(*args, **kwargs):
+        carrier = current_carrier()
+        if carrier is not None:
+            link_iteration(carrier)
+        return wrapped(*args, **kwargs)
+
+    return with_carrier(linked, instance, args, kwargs)
+
+
+def _all_iterations(wrapped, instance, args, kwargs):
+    from ....topk.mtp import shares_iterations, sharing_iterations
+
+    if not shares_iterations(instance.config):
+        return wrapped(*args, **kwargs)
+    with sharing_iterations():
+        return wrapped(*args, **kwargs)
+
+
 class MTPCarrier(_Stack, Patch):
     id = "mtp_carrier"
     module = "megatron.core.transformer.multi_token_prediction"
@@ -92,7 +115,12 @@ class MTPCarrier(_Stack, Patch):
     def needed(self, module) -> Finding:
         return Finding(True, "these layers are numbered, and keep their top-k, as the decoder's")
 
+    def apply(self, module, seams) -> None:
+        super().apply(module, seams)
+        seams.wrap_call(module.MultiTokenPredictionBlock, _all_iterations)
+
     def guards(self, config) -> bool:
         return bool(config.mtp_num_layers)
 
     _init = staticmethod(_building_mtp)
+    _around = staticmethod(_with_iteration)
