@@ -124,7 +124,8 @@ class Staging(StagedFiles):
 
         Args:
             output: a directory that does not exist, or is empty.
-            manifest: what the output is made of and how; JSON.
+            manifest: what the output is made of and how; JSON. ``files`` of it is the
+                ``fingerprint`` of the source.
             needed: bytes that will be written in all.
             source: the checkpoint that it is made of.
             anew: what an interrupted run of the same kind left is removed and not continued.
@@ -166,7 +167,16 @@ class Staging(StagedFiles):
             self.partial.mkdir(exist_ok=True)
 
     def publish(self, names: Collection[str]) -> None:
-        """Give the output its name. Only ``names`` of the hidden directory are kept."""
+        """Give the output its name. Only ``names`` of the hidden directory are kept.
+
+        Raises:
+            CheckpointError: a file of the source has changed since the manifest was made.
+        """
+        for path, noted in self._manifest.get("files", {}).items():
+            if not os.path.exists(path) or fingerprint([Path(path)])[path] != noted:
+                raise CheckpointError(
+                    f"{path}: changed while it was read; remove {self.partial} and try again"
+                )
         with _named_errors(self.output):
             for path in sorted(self.partial.rglob("*"), reverse=True):
                 if not path.is_dir() and str(path.relative_to(self.partial)) not in names:

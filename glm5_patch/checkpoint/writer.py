@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config.huggingface import HFConfig
@@ -143,8 +141,7 @@ class _Plan:
         for name, shape in names.items():
             dtype = candidates[name][0].dtype if name in candidates else _stored(source, name)
             entries.append(Entry(name, dtype, shape))
-        # The widest first: then each tensor of a file is aligned, as safetensors wants it.
-        entries.sort(key=lambda entry: -entry.dtype.itemsize)
+        entries.sort(key=_width)
         loads = [0] * len(offers)
         self.tasks: list[_Task] = []
         for entry in entries:
@@ -308,13 +305,18 @@ def write_shards(
     """
     for file, entries in files.items():
         with staged.file(file) as target:
-            _write_file(target, entries, tensors)
+            _write_file(target, entries, tensors, {"format": "pt"})
     for tensor in tensors:
         raise AssertionError(f"{tuple(tensor.shape)} is in no file")
 
 
-def _write_file(path: Path, entries: Iterable[Entry], tensors: Iterator[Tensor]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _write_file(
+    path: Path,
+    entries: Iterable[Entry],
+    tensors: Iterator[Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for entry in entries:
         begin, end = end, end + entry.nbytes
@@ -353,9 +355,14 @@ def write_weight_map(weight_map: dict[str, str], total_size: int, staging: Stage
         target.write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write one safetensors file. A disk error raises OSError."""
-    try:
-        save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(str(error)) from None
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file. The same tensors give the same bytes, which safetensors' own
+    writer does not promise: it writes metadata in any order."""
+    entries = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    entries.sort(key=_width)
+    _write_file(path, entries, (tensors[entry.name] for entry in entries), metadata)
+
+
+def _width(entry: Entry) -> int:
+    """The widest first: then each tensor of a file is aligned, as safetensors wants it."""
+    return -entry.dtype.itemsize
