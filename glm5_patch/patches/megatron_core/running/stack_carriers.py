@@ -6,6 +6,10 @@ megatron-core 0.16 and 0.17 call the ``HybridStack`` of later releases ``MambaSt
 
 from __future__ import annotations
 
+import inspect
+
+from ....config.fields import is_glm5
+from ....errors import GLM5PatchError
 from ....patching.patch import Finding, Patch
 from ..building.gate import gated
 from ..carrying import opens_carriers, with_carrier
@@ -104,6 +108,25 @@ def _all_iterations(wrapped, instance, args, kwargs):
         return wrapped(*args, **kwargs)
 
 
+def _takes_padding_mask(function) -> bool:
+    parameters = inspect.signature(function).parameters
+    kinds = {parameter.kind for parameter in parameters.values()}
+    return "padding_mask" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _without_padding_mask(wrapped, instance, args, kwargs):
+    """Full recompute of an MTP layer. megatron-core 0.18 calls it with ``padding_mask``, which it
+    does not take, and ends in a TypeError of every model."""
+    if not is_glm5(instance.config) or "padding_mask" not in kwargs:
+        return wrapped(*args, **kwargs)
+    if kwargs["padding_mask"] is not None:
+        raise GLM5PatchError(
+            "recompute_granularity='full' with a padding_mask: this megatron-core can't recompute "
+            "an MTP layer with one; set recompute_granularity='selective'"
+        )
+    return wrapped(*args, **{k: v for k, v in kwargs.items() if k != "padding_mask"})
+
+
 class MTPCarrier(_Stack, Patch):
     id = "mtp_carrier"
     module = "megatron.core.transformer.multi_token_prediction"
@@ -118,6 +141,9 @@ class MTPCarrier(_Stack, Patch):
     def apply(self, module, seams) -> None:
         super().apply(module, seams)
         seams.wrap_call(module.MultiTokenPredictionBlock, _all_iterations)
+        layer = module.MultiTokenPredictionLayer
+        if not _takes_padding_mask(layer._checkpointed_forward):
+            seams.wrap(layer, "_checkpointed_forward", _without_padding_mask)
 
     def guards(self, config) -> bool:
         return bool(config.mtp_num_layers)
