@@ -2,10 +2,10 @@
 
     python benchmarks/checkpoint.py [--gigabytes 20] [--ranks 4] [--folder .]
 
-Writes a synthetic checkpoint, reads it once as fast as one sequential reader can, and lets each
-pipeline rank load its part of it, one rank after the other and each in a process of its own (all
-at once need the memory of all). The page cache is dropped before each. Needs no GPU. The disk is
-read before and after the ranks, because the rate of a shared machine changes.
+Writes a synthetic checkpoint and lets each pipeline rank load its part of it, one rank after the
+other and each in a process of its own (all at once need the memory of all). One sequential reader
+shows the disk's rate before and after each rank, because a shared machine's changes. The page cache
+is dropped before each reading. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def make(directory: Path, gigabytes: float, ranks: int) -> int:
 
     one, two = (sum(entry.nbytes for entry in entries(n)) for n in (1, 2))
     layers = max(1, round((gigabytes * 1e9 - one) / (two - one) + 1) // ranks) * ranks
-    listed = sorted(entries(layers), key=lambda entry: -entry.dtype.itemsize)
+    listed = sorted(entries(layers), key=lambda entry: -entry.dtype.itemsize)  # aligned
     random = torch.randint(-(1 << 15), 1 << 15, (1 << 25,), dtype=torch.int16).view(torch.bfloat16)
 
     def tensors():
@@ -103,16 +103,27 @@ def uncached(directory: Path) -> list[Path]:
     return files
 
 
-def sequential_rate(directory: Path) -> float:
-    """GB/s of one reader, from the first file to the last."""
-    buffer, total = bytearray(BLOCK), 0
+def sequential_rate(directory: Path, first: float, last: float) -> float:
+    """GB/s of one reader.
+
+    Args:
+        directory: of the checkpoint.
+        first: where it starts to read, as a fraction of all bytes.
+        last: where it ends.
+    """
+    buffer, read, passed = bytearray(BLOCK), 0, 0
     files = uncached(directory)
+    total = sum(path.stat().st_size for path in files)
     start = time.perf_counter()
     for path in files:
+        size = path.stat().st_size
+        begin, end = (min(max(int(at * total) - passed, 0), size) for at in (first, last))
+        passed += size
         with open(path, "rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                total += count
-    return total / (time.perf_counter() - start) / 1e9
+            file.seek(begin)
+            while file.tell() < end and (count := file.readinto(buffer)):
+                read += count
+    return read / (time.perf_counter() - start) / 1e9
 
 
 def memory(field: str) -> int:
@@ -182,8 +193,8 @@ def main() -> None:
 
 
 def report(directory: Path, ranks: int, total: int) -> None:
-    rates = [sequential_rate(directory)]
-    print(f"{'rank':>4} {'own GB':>8} {'s':>7} {'GB/s':>6} {'peak GB':>8} {'above own GiB':>14}")
+    rates = [sequential_rate(directory, 0, 1 / ranks)]
+    print("rank   own GB       s   GB/s  peak GB  above own GiB   disk")
     spent = 0.0
     for rank in range(ranks):
         command = [sys.executable, "-W", "ignore", __file__, "--rank", str(rank)]

@@ -33,7 +33,8 @@ import glm5_patch
 from glm5_patch.attention.build import gpt_model, transformer_config
 from glm5_patch.checkpoint.names import expected_tensors, own_part, pieces
 from glm5_patch.checkpoint.reader import HFCheckpoint
-from glm5_patch.checkpoint.writer import write_shards
+from glm5_patch.checkpoint.staging import Staging
+from glm5_patch.checkpoint.writer import Entry, shards, write_index, write_shards
 from glm5_patch.config.huggingface import HFConfig
 from glm5_patch.testing import cpu_host
 from glm5_patch.training.phases import set_phase
@@ -119,17 +120,16 @@ class Run:
         if torch.distributed.get_rank() == 0 and not self.source.exists():
             say(f"writing a random checkpoint to {self.source}")
             generator = torch.Generator(self.device).manual_seed(0)
-            unfinished = self.source.with_name(".checkpoint.unfinished")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-            tensors = {
-                name: self._random(name, shape, generator)
-                for name, shape in expected_tensors(self.hf).items()
-            }
-            write_shards(tensors, unfinished)
-            del tensors
-            (unfinished / "config.json").write_text(json.dumps(self.hf.raw))
-            unfinished.rename(self.source)
+            entries = [
+                Entry(name, self.dtype, shape) for name, shape in expected_tensors(self.hf).items()
+            ]
+            staging = Staging(self.source, {"benchmark": str(self.source)}, anew=True)
+            (files,) = shards([entries])
+            tensors = (self._random(entry.name, entry.shape, generator) for entry in entries)
+            write_shards(files, tensors, staging)
+            with staging.file("config.json") as target:
+                target.write_text(json.dumps(self.hf.raw))
+            staging.publish({"config.json", *write_index(files, staging)})
         torch.distributed.barrier()
 
     def _random(self, name: str, shape, generator) -> torch.Tensor:

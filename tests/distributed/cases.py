@@ -148,7 +148,6 @@ def _cases():
         tp=2,
         settings={**INTERLEAVED, **SP, **FULL},
     )
-    # Full recompute of an MTP layer ends in a TypeError of megatron-core 0.18's own.
     yield Case(
         "MTP, PP 2, recompute core_attn",
         pp=2,
