@@ -4,14 +4,17 @@
     torchrun --nproc-per-node 4 benchmarks/multi_gpu_training.py --tp 4 --ep 4
     torchrun --nproc-per-node 4 benchmarks/multi_gpu_training.py --tp 2 --pp 2
     torchrun --nproc-per-node 4 benchmarks/multi_gpu_training.py --tp 2 --cp 2 --thd
+    torchrun --nproc-per-node 2 benchmarks/multi_gpu_training.py --pp 2 --first-stage 4
 
 Layers 1, 2, 3 and 7 compute their top-k; the others have no indexer, in the model and in the
 checkpoint. A random checkpoint is written to --folder once, in Hugging Face's format. Every run
 loads it, each rank its part; trains 10 full steps, saves a distributed checkpoint, and trains 10
 more with adapters on the latent projections and all else frozen. Full recompute, megatron-core's
-schedules, no Transformer Engine. It prints tokens per second of fused and of blocked kernels, the
-share of the layers' forward that is sparse attention, and each rank's peak memory, and exits 1 if a
-loss does not fall. On the CPU (gloo, fp32, tiny widths): --device cpu. multi_gpu.py compares
+schedules, no Transformer Engine. With --pp 2 the first stage has 6 layers; with --first-stage 4 the
+second one starts on layer 5, a skip layer, and the first one sends it the top-k. It prints tokens
+per second of fused and of blocked kernels, the share of the layers' forward that is sparse
+attention, the share of a step that sending the top-k takes, and each rank's peak memory, and exits
+1 if a loss does not fall. On the CPU (gloo, fp32, tiny widths): --device cpu. multi_gpu.py compares
 gradients and rates.
 """
 
@@ -33,7 +36,9 @@ import glm5_patch
 from glm5_patch.attention.build import gpt_model, transformer_config
 from glm5_patch.checkpoint.names import expected_tensors
 from glm5_patch.checkpoint.reader import HFCheckpoint
-from glm5_patch.checkpoint.writer import write_shards
+from glm5_patch.checkpoint.staging import Staging
+from glm5_patch.checkpoint.writer import Entry, shards, write_index, write_shards
+from glm5_patch.config.costs import topk_bytes_per_token
 from glm5_patch.config.huggingface import HFConfig
 from glm5_patch.testing import cpu_host
 from glm5_patch.training.phases import set_phase
@@ -80,6 +85,12 @@ class Run:
         self.source = options.folder / "checkpoint"
         self.failed: list[str] = []
 
+    @property
+    def topk_crosses(self) -> bool:
+        """Whether the second stage starts on a skip layer."""
+        schedule, first = self.hf.schedule, self.options.first_stage
+        return self.options.pp == 2 and not schedule.computes(first + 1)
+
     def check(self, what: str, measured: str, passed: bool) -> None:
         say(f"{'ok    ' if passed else 'FAILED'} {what}: {measured}")
         if not passed:
@@ -90,17 +101,16 @@ class Run:
         if torch.distributed.get_rank() == 0 and not self.source.exists():
             say(f"writing a random checkpoint to {self.source}")
             generator = torch.Generator(self.device).manual_seed(0)
-            unfinished = self.source.with_name(".checkpoint.unfinished")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-            tensors = {
-                name: self._random(name, shape, generator)
-                for name, shape in expected_tensors(self.hf).items()
-            }
-            write_shards(tensors, unfinished)
-            del tensors
-            (unfinished / "config.json").write_text(json.dumps(self.hf.raw))
-            unfinished.rename(self.source)
+            entries = [
+                Entry(name, self.dtype, shape) for name, shape in expected_tensors(self.hf).items()
+            ]
+            staging = Staging(self.source, {"benchmark": str(self.source)}, anew=True)
+            (files,) = shards([entries])
+            tensors = (self._random(entry.name, entry.shape, generator) for entry in entries)
+            write_shards(files, tensors, staging)
+            with staging.file("config.json") as target:
+                target.write_text(json.dumps(self.hf.raw))
+            staging.publish({"config.json", *write_index(files, staging)})
         torch.distributed.barrier()
 
     def _random(self, name: str, shape, generator) -> torch.Tensor:
@@ -119,7 +129,12 @@ class Run:
         from megatron.core.distributed import finalize_model_grads
 
         options = self.options
-        stages = dict(num_layers_in_first_pipeline_stage=6, num_layers_in_last_pipeline_stage=1)
+        first = options.first_stage
+        stages = dict(
+            num_layers_in_first_pipeline_stage=first,
+            num_layers_in_last_pipeline_stage=self.hf.num_hidden_layers - first,
+            dsa_topk_across_stages=self.topk_crosses,
+        )
         config = transformer_config(
             self.hf,
             transformer_impl="local",
@@ -134,6 +149,7 @@ class Run:
             expert_model_parallel_size=options.ep,
             expert_tensor_parallel_size=options.etp,
             pipeline_model_parallel_size=options.pp,
+            deallocate_pipeline_outputs=True,
             context_parallel_size=options.cp,
             **(stages if options.pp == 2 else {}),
             **(dict(cp_comm_type="allgather") if options.cp > 1 else {}),
@@ -283,11 +299,42 @@ class Run:
         if comparable:
             say(f"fused kernels: {rates['torch'] / rates['auto']:.2f} times the blocked ones' rate")
         say(f"sparse attention: {self._attention_share(ddp):.0%} of a forward on this rank")
+        if self.topk_crosses:
+            self._say_what_sending_takes(rates["auto"])
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**30
             peaks = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(peaks, peak)
             say("peak memory per rank: " + ", ".join(f"{gib:.1f} GiB" for gib in peaks))
+
+    def _say_what_sending_takes(self, step_seconds: float) -> None:
+        """Of a step: each microbatch's top-k crosses once, beside the hidden states."""
+        from megatron.core import parallel_state
+
+        options, h = self.options, self.hf.hidden_size
+        longest = options.seq_length // 2 if options.thd else options.seq_length
+        extra = topk_bytes_per_token(self.hf.index_topk, longest) // self.dtype.itemsize
+        tokens = options.seq_length // options.cp // options.tp
+        group = parallel_state.get_pipeline_model_parallel_group()
+        ranks = torch.distributed.get_process_group_ranks(group)
+
+        def crossing(width):
+            tensor = torch.zeros(tokens, 1, width, dtype=self.dtype, device=self.device)
+
+            def run():
+                if parallel_state.is_pipeline_first_stage():
+                    torch.distributed.send(tensor, ranks[1], group)
+                else:
+                    torch.distributed.recv(tensor, ranks[0], group)
+
+            return self.seconds(run, times=20)
+
+        hidden, both = crossing(h), crossing(h + extra)
+        share = MICROBATCHES * (both - hidden) / step_seconds
+        say(
+            f"sending one microbatch: hidden states {hidden * 1e3:.2f} ms, with the top-k "
+            f"{both * 1e3:.2f} ms; the top-k takes {share:.2%} of a step"
+        )
 
     def _attention_share(self, ddp) -> float:
         """Of rank 0's layers, by their time alone."""
@@ -350,6 +397,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     for name in ("tp", "pp", "ep", "cp"):
         parser.add_argument(f"--{name}", type=int, default=1)
+    parser.add_argument(
+        "--first-stage", type=int, default=6, choices=range(1, 7), help="its layers of --pp 2 (6)"
+    )
     parser.add_argument("--thd", action="store_true", help="packs of three documents")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--experts", type=int, default=16, help="routed experts (16)")

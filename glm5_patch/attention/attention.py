@@ -179,7 +179,7 @@ class CrossLayerDSAttention(MegatronModule):
             self.softmax_scale,
         )
         output = sparse_attention(attention)  # [s, b, n * value]
-        if wants_loss:
+        if wants_loss and indexer_inputs is not None:  # else another iteration's indexer selected
             output = self._attach_loss(output, indexer_inputs, attention, layout)
         return layout.own_heads(output)
 

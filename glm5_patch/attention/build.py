@@ -10,6 +10,8 @@ from ..config.fields import ALIASES
 from ..config.huggingface import HFConfig
 from ..errors import GLM5PatchError
 
+_REPEATED = "mtp_use_repeated_layer"
+
 
 def transformer_config(hf: HFConfig, **overrides: Any):
     """The ``MLATransformerConfig`` of a GLM-5 model.
@@ -20,7 +22,8 @@ def transformer_config(hf: HFConfig, **overrides: Any):
             ``transformer_impl``. They replace what the configuration says.
 
     Raises:
-        GLM5PatchError: the host's class lacks a field of GLM-5, so the plugin is not active.
+        GLM5PatchError: the host's class lacks a field of GLM-5, so the plugin is not active; or it
+            can't apply an MTP layer several times.
     """
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
@@ -31,6 +34,11 @@ def transformer_config(hf: HFConfig, **overrides: Any):
     try:
         return MLATransformerConfig(**{**fields, **overrides})
     except TypeError as error:
+        if f"'{_REPEATED}'" in str(error):
+            raise GLM5PatchError(
+                f"{_REPEATED}={overrides[_REPEATED]}: this megatron-core applies each MTP layer "
+                f"once; use 0.17 or later, or mtp_num_layers=1 without {_REPEATED}"
+            ) from error
         unknown = [name for name in fields if f"'{name}'" in str(error)]
         if not unknown:
             raise

@@ -13,7 +13,7 @@ import torch
 from ..config.huggingface import HFConfig
 from ..errors import CheckpointError
 from .dequantize import dequantized
-from .names import expected_tensors
+from .names import expected_tensors, mtp_layers_of
 from .quantization import SCALE, block_size, blocks_of, is_scale
 from .survey import Survey, missing_hint
 
@@ -197,4 +197,4 @@ def _config(hf_pretrained: Any) -> HFConfig:
 
 def _expected(hf_pretrained: Any, model: Any) -> set[str]:
     first = model[0] if isinstance(model, list) else model
-    return set(expected_tensors(_config(hf_pretrained), first.config.mtp_num_layers or 0))
+    return set(expected_tensors(_config(hf_pretrained), mtp_layers_of(first.config)))

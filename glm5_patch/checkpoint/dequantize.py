@@ -67,7 +67,7 @@ def write_dequantized(
         CheckpointError: nothing is quantised, ``output`` has files in it or can't be written, or
             another run's files are in the way.
     """
-    from .writer import write_index, write_tensors
+    from .writer import write_tensors, write_weight_map
 
     if not source.scales:
         raise CheckpointError(f"{source.directory}: no tensor is float8; nothing was written")
@@ -75,7 +75,8 @@ def write_dequantized(
     manifest = {"dequantize": str(source.directory.resolve()), "files": fingerprint(own)}
     # A byte of float8 becomes two.
     grown = sum(source.tensors[name].nbytes for name in source.scales)
-    staging = Staging(output, manifest, grown + sum(path.stat().st_size for path in own))
+    needed = grown + sum(path.stat().st_size for path in own)
+    staging = Staging(output, manifest, needed, source.directory)
     if staging.complete:
         return len(source.scales)
     weight_map, total = {}, 0
@@ -93,7 +94,7 @@ def write_dequantized(
     with staging.file("config.json") as target:
         target.write_text(json.dumps({**raw, "dtype": "bfloat16"}, indent=2) + "\n")
     if INDEX in {path.name for path in own}:
-        write_index(weight_map, total + grown, staging)
+        write_weight_map(weight_map, total + grown, staging)
     extra = list(source.extra_files())
     for path in extra:
         staging.copy(path, path.name)

@@ -246,13 +246,13 @@ def _by_expert(tensors: Mapping[str, Stored], experts: int) -> dict[str, Stored]
             )
         shape = (rows // len(parts), columns)
         for expert in range(experts):
-            for number, part in enumerate(parts):
-                own = f"{match[1]}.{expert}.{part}.weight"
+            for number, kind in enumerate(parts):
+                own = f"{match[1]}.{expert}.{kind}.weight"
                 if own in tensors:
                     raise CheckpointError(f"{stored.path}: {own} is there, and in {name} too")
-                found[own] = stored._replace(
-                    shape=shape, expert=expert, first_row=number * shape[0]
-                )
+                part = stored._replace(shape=shape)
+                begin = stored.begin + (expert * len(parts) + number) * part.nbytes
+                found[own] = part._replace(begin=begin)
     return found
 
 

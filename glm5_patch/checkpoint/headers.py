@@ -50,10 +50,6 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     begin: int
     """Its first byte in the file."""
-    expert: int | None = None
-    """The expert, if the tensor is a part of stacked experts, [experts, rows, columns]."""
-    first_row: int = 0
-    """The row of the stacked tensor where this part starts."""
 
     @property
     def nbytes(self) -> int:

@@ -258,7 +258,8 @@ def convert(
         "layers": list(layers),
         "files": fingerprint(own),
     }
-    staging = Staging(output, manifest, needed=sum(path.stat().st_size for path in own))
+    needed = sum(path.stat().st_size for path in own)
+    staging = Staging(output, manifest, needed, source.directory)
     if staging.complete:
         return Conversion(layers, len(names))
     for path in own:
@@ -280,9 +281,8 @@ def _write(
     if not any(source.files[tensor] == path for tensor in source.files if _is_ordered(tensor)):
         staging.copy(path, name)
         return
-    with source.open(path) as file:
-        metadata = {**source.headers[path].metadata, _RECORD: to}
-        tensors = {tensor: file.get_tensor(tensor) for tensor in file.keys()}
+    metadata = {**source.headers[path].metadata, _RECORD: to}
+    tensors = source.read_file(path)
     for tensor in names.intersection(tensors):
         tensors[tensor] = reordered(
             tensors[tensor], config.qk_rope_head_dim, config.index_head_dim, to

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config.huggingface import HFConfig
 from ..errors import CheckpointError
@@ -177,6 +177,10 @@ PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Their rows are tokens. megatron-core pads them to a multiple of the tensor-parallel ranks."""
 
 
+def _is_expert(parameter: str) -> bool:
+    return ".experts." in parameter
+
+
 def own_slices(name: str, whole: Sequence[int], own: Sequence[int]) -> tuple[slice, ...]:
     """Which part of a tensor this tensor-parallel rank holds.
 
@@ -191,7 +195,7 @@ def own_slices(name: str, whole: Sequence[int], own: Sequence[int]) -> tuple[sli
     """
     from megatron.core import parallel_state
 
-    if ".experts." in name:
+    if _is_expert(name):
         ranks = parallel_state.get_expert_tensor_parallel_world_size()
         rank = parallel_state.get_expert_tensor_parallel_rank()
     else:
@@ -244,6 +248,8 @@ def pieces(model: torch.nn.Module) -> Iterator[tuple[str, Tensor, tuple[str, ...
     tensors.update({n: t for n, t in model.named_buffers() if n.endswith("expert_bias")})
     for name, tensor in tensors.items():
         sources = _TOP_NAMES.get(name)
+        if sources == ("lm_head.weight",) and model.share_embeddings_and_output_weights:
+            sources = ("model.embed_tokens.weight",)  # a copy, on the last pipeline stage
         if match := _MEGATRON_LAYER.match(name):
             # layer_number counts from 1 over all pipeline stages.
             prefix = f"model.layers.{layers[int(match[1])].layer_number - 1}."
@@ -256,3 +262,58 @@ def pieces(model: torch.nn.Module) -> Iterator[tuple[str, Tensor, tuple[str, ...
         if sources is None:
             raise CheckpointError(f"{name}: no tensor of a GLM-5 checkpoint corresponds to it")
         yield name, tensor, sources
+
+
+class Part(NamedTuple):
+    """One tensor of the checkpoint, or what this rank holds of it."""
+
+    parameter: str
+    """The name of the parameter that it is a part of."""
+    source: str
+    """Hugging Face's name."""
+    tensor: Tensor
+    """A view of the parameter. A padded vocabulary has more rows than ``slices``."""
+    slices: tuple[slice, ...]
+    """Where it lies in the whole tensor."""
+    whole: tuple[int, ...]
+    """The shape of the whole tensor."""
+
+
+def parts(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Part]:
+    """What this rank's model holds of each tensor of a checkpoint.
+
+    Args:
+        model: without wrappers.
+        shapes: of the whole tensors, by Hugging Face's names.
+
+    Raises:
+        CheckpointError: a tensor that is not among them, or that is of another shape.
+    """
+    for name, parameter, sources in pieces(model):
+        absent = [source for source in sources if source not in shapes]
+        if absent:
+            raise CheckpointError(f"{name} needs {absent[0]}, which is not there")
+        rows = parameter.shape[0] // len(sources)
+        for number, source in enumerate(sources):
+            tensor = parameter.narrow(0, number * rows, rows)
+            whole = shapes[source]
+            yield Part(name, source, tensor, own_slices(name, whole, tensor.shape), whole)
+
+
+def split_group(parameter: str) -> Any:
+    """The process group that shares out a parameter: of tensor parallelism, or that of experts."""
+    from megatron.core import parallel_state
+
+    if _is_expert(parameter):
+        return parallel_state.get_expert_tensor_parallel_group()
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def mtp_layers_of(config: Any) -> int:
+    """How many MTP layers a model has: one if it is applied several times.
+
+    Args:
+        config: Megatron's.
+    """
+    layers = config.mtp_num_layers or 0
+    return min(layers, 1) if getattr(config, "mtp_use_repeated_layer", False) else layers

@@ -5,30 +5,43 @@ A checkpoint of a model with index sharing has indexer tensors on its computing 
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..config.json_file import unreadable
 from ..errors import CheckpointError
 from .dequantize import dequantized
 from .files import CheckpointFiles
 from .headers import Stored
-from .names import own_slices, pieces
+from .names import mtp_layers_of, parts
 from .quantization import is_scale
 from .survey import CheckpointReport
 
-_THREADS = 4
-_MAPPED_BYTES = 128 << 20
-"""Bytes after which a file is reopened: its mapped pages count as memory of the process."""
+_THREADS = 8
+_BLOCK_BYTES = 16 << 20
+"""What a thread reads at once."""
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": getattr(torch, "float8_e8m0fnu", None),
+}
 
 
 class _Read(NamedTuple):
-    """One part of one tensor of the checkpoint, and where it goes."""
+    """Rows of one tensor of the checkpoint, and where they go."""
 
     source: str
     slices: tuple[slice, ...]
@@ -48,17 +61,17 @@ class HFCheckpoint(CheckpointFiles):
         shape = self.shapes[name]
         slices = slices or self._whole(name)
         slices = tuple(slice(*part.indices(size)[:2]) for part, size in zip(slices, shape))
-        with self.open(self.tensors[name].path) as file:
-            return self._read(file, name, slices).clone()
+        with _Files() as files:
+            return self._read(files, name, slices).contiguous()
 
     def read_file(self, path: Path) -> dict[str, Tensor]:
         """Every tensor of one of its files, as it is stored; float8 as bf16, without the scales."""
-        with self.open(path) as file:
+        with _Files() as files:
             return {
-                name: self._read(file, name, self._whole(name))
+                name: self._read(files, name, self._whole(name))
                 if name in self.scales
-                else file.get_tensor(name)
-                for name in self.headers[path].tensors
+                else files.read(stored)
+                for name, stored in self.headers[path].tensors.items()
                 if not is_scale(name)
             }
 
@@ -75,97 +88,138 @@ class HFCheckpoint(CheckpointFiles):
         Args:
             model: this rank's, as built or wrapped (``DistributedDataParallel``,
                 ``Float16Module``), or the list of its virtual pipeline chunks.
-            advance: called with the name of each file when its tensors have been read.
+            advance: called for each file when its tensors have been read, with its name and the
+                rate so far.
 
         Raises:
             CheckpointError: a parameter of the model has no tensor, or one of another shape.
         """
-        chunks = [unwrapped(chunk) for chunk in (model if _is_list(model) else [model])]
-        report = self.report_for(max(chunk.config.mtp_num_layers or 0 for chunk in chunks))
-        by_file: dict[Path, list[_Read]] = {}
+        chunks = chunks_of(model)
+        report = self.report_for(max(mtp_layers_of(chunk.config) for chunk in chunks))
         with torch.no_grad():
             for chunk in chunks:
                 _keep_expert_bias_in_fp32(chunk)
-                for read in self._reads(chunk):
-                    by_file.setdefault(self.tensors[read.source].path, []).append(read)
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for path in pool.map(self._load_file, *zip(*sorted(by_file.items()))):
-                advance(path.name)
+            reads = [read for chunk in chunks for read in self._reads(chunk)]
+        self._load(reads, advance)
         return report
 
-    @staticmethod
-    def open(path: Path):
-        """One of its files; raises CheckpointError if it is damaged."""
-        try:
-            return safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: damaged or truncated: {error}") from None
+    def _load(self, reads: list[_Read], advance: Callable[[str], None]) -> None:
+        """Read blocks in the order in which they lie in the files, several at a time."""
+
+        def place(read: _Read) -> tuple[Path, int]:
+            stored = self.tensors[read.source]
+            return stored.path, stored.begin
+
+        with torch.no_grad():
+            blocks = [block for read in sorted(reads, key=place) for block in self._blocks(read)]
+        start, done = time.perf_counter(), 0
+        with _Files() as files, ThreadPoolExecutor(_THREADS) as pool:
+
+            def load(block: _Read) -> int:
+                with torch.no_grad():
+                    block.target.copy_(self._read(files, block.source, block.slices))
+                return block.target.numel() * block.target.element_size()
+
+            waiting = [pool.submit(load, block) for block in blocks]
+            try:
+                for number, (block, future) in enumerate(zip(blocks, waiting), 1):
+                    done += future.result()
+                    path = self.tensors[block.source].path
+                    if number == len(blocks) or path != self.tensors[blocks[number].source].path:
+                        rate = done / (time.perf_counter() - start) / 1e9
+                        advance(f"{path.name}, {rate:.2f} GB/s")
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _blocks(self, read: _Read) -> Iterator[_Read]:
+        """Parts of at most ``_BLOCK_BYTES``, or one row."""
+        stored, (rows, *others) = self.tensors[read.source], read.slices
+        step = max(1, _BLOCK_BYTES // max(1, stored.nbytes // max(1, stored.shape[0])))
+        for first in range(rows.start, rows.stop, step):
+            own = slice(first, min(first + step, rows.stop))
+            target = read.target[own.start - rows.start : own.stop - rows.start]
+            yield _Read(read.source, (own, *others), target)
 
     def _reads(self, model: torch.nn.Module) -> Iterator[_Read]:
-        for name, target, sources in pieces(model):
-            absent = [source for source in sources if source not in self.shapes]
-            if absent:
-                raise CheckpointError(f"{self.directory}: {name} needs {absent[0]}")
-            rows = target.shape[0] // len(sources)
-            for number, source in enumerate(sources):
-                part = target.narrow(0, number * rows, rows)
-                slices = own_slices(name, self.shapes[source], part.shape)
-                present = slices[0].stop - slices[0].start
-                part[present:] = 0  # a padded vocabulary
-                yield _Read(source, slices, part[:present])
-
-    def _load_file(self, path: Path, reads: list[_Read]) -> Path:
-        """Read the parts in the order in which they lie in the file."""
-        reads = sorted(reads, key=lambda read: _place(self.tensors[read.source]))
-        with torch.no_grad():
-            while reads:
-                mapped = 0
-                with self.open(path) as file:
-                    while reads and mapped < _MAPPED_BYTES:
-                        source, slices, target = reads.pop(0)
-                        target.copy_(self._read(file, source, slices))
-                        mapped += target.numel() * target.element_size()
-        return path
+        for part in parts(model, self.shapes):
+            present = part.slices[0].stop - part.slices[0].start
+            part.tensor[present:] = 0  # a padded vocabulary
+            yield _Read(part.source, part.slices, part.tensor[:present])
 
     def _whole(self, name: str) -> tuple[slice, ...]:
         return tuple(slice(0, size) for size in self.shapes[name])
 
-    def _read(self, file, name: str, slices: tuple[slice, ...]) -> Tensor:
-        stored = self.tensors[name]
-        try:
-            if not slices:
-                return file.get_tensor(stored.name)
-            if stored.expert is None:
-                tensor = file.get_slice(stored.name)[slices]
-            else:
-                rows, first = slices[0], stored.first_row
-                expert = slice(stored.expert, stored.expert + 1)
-                own = (expert, slice(first + rows.start, first + rows.stop), *slices[1:])
-                tensor = file.get_slice(stored.name)[own][0]
-        except SafetensorError as error:
-            raise CheckpointError(f"{stored.path}: damaged or truncated: {error}") from None
+    def _read(self, files: _Files, name: str, slices: tuple[slice, ...]) -> Tensor:
+        rows, *others = slices
+        tensor = files.read(self.tensors[name], rows)[(slice(None), *others)]
         scale = self.scales.get(name)
         if scale is None:
             return tensor
-        with self.open(scale.path) as scales:
-            return dequantized(tensor, scales.get_tensor(scale.name), self.block, slices)
+        return dequantized(tensor, files.read(scale), self.block, slices)
 
 
-def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+class _Files:
+    """Files that several threads read at any place. They are not mapped: a mapped file that gets
+    shorter kills the process, and its pages count as memory of the process."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+        self._closing = ExitStack()
+        self._lock = Lock()
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
+
+    def read(self, stored: Stored, rows: slice | None = None) -> Tensor:
+        """A tensor as it is stored, or some of its rows.
+
+        Raises:
+            CheckpointError: the file can't be read, or it is shorter than its header says.
+        """
+        count, *others = stored.shape
+        rows = rows or slice(0, count)
+        row_bytes = stored.nbytes // max(1, count)
+        size = (rows.stop - rows.start) * row_bytes
+        content = torch.empty(size, dtype=torch.uint8)
+        into, place = memoryview(content.numpy()), stored.begin + rows.start * row_bytes
+        try:
+            descriptor = self._descriptor(stored.path)
+            while into:
+                got = os.preadv(descriptor, [into], place)
+                if not got:
+                    raise CheckpointError(
+                        f"{stored.path}: damaged or truncated: it ends in {stored.name}"
+                    )
+                into, place = into[got:], place + got
+        except OSError as error:
+            raise unreadable(stored.path, error) from None
+        return content.view(_DTYPES[stored.dtype]).view(rows.stop - rows.start, *others)
+
+    def _descriptor(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = os.open(path, os.O_RDONLY)
+                self._closing.callback(os.close, self._open[path])
+            return self._open[path]
+
+
+def chunks_of(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
+    """The models of a rank, without wrappers: one, or its virtual pipeline chunks."""
+    several = isinstance(model, (Sequence, torch.nn.ModuleList))
+    return [_unwrapped(chunk) for chunk in (model if several else [model])]
+
+
+def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     """The GPTModel inside wrappers such as ``DistributedDataParallel`` and ``Float16Module``."""
     while not hasattr(model, "decoder") and isinstance(
         getattr(model, "module", None), torch.nn.Module
     ):
         model = model.module
     return model
-
-
-def _is_list(model: object) -> bool:
-    return isinstance(model, Sequence) or isinstance(model, torch.nn.ModuleList)
-
-
-def _place(stored: Stored) -> tuple[int, int, int]:
-    return stored.begin, stored.expert or 0, stored.first_row
 
 
 def _keep_expert_bias_in_fp32(model: torch.nn.Module) -> None:

@@ -92,6 +92,13 @@ class CheckpointReport:
 
 def missing_hint(name: str, hf: HFConfig) -> str:
     """Why a tensor should be there, if that is not plain."""
+    layer = LAYER.match(name)
+    if layer and int(layer[1]) >= hf.num_hidden_layers + hf.num_nextn_predict_layers:
+        return (
+            f": the model has MTP layer {int(layer[1]) - hf.num_hidden_layers + 1}, but "
+            f"num_nextn_predict_layers is {hf.num_nextn_predict_layers}; with "
+            "mtp_use_repeated_layer=True one layer is applied mtp_num_layers times"
+        )
     indexer = INDEXER.match(name)
     if not indexer:
         return ""

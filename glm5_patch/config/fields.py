@@ -81,6 +81,11 @@ class GLM5Fields:
     dsa_indexer_k_norm_epsilon: float | None = _setting(
         1e-6, "Epsilon of the indexer's k_norm; None: layernorm_epsilon."
     )
+    dsa_indexer_share_for_mtp_iteration: bool | None = _switch(
+        "dsa_indexer_share_for_mtp_iteration",
+        "With mtp_use_repeated_layer: the iterations of the MTP layer share the first one's top-k. "
+        "By default each computes its own.",
+    )
     dsa_context_parallel_order: Literal["zigzag", "contiguous"] = _setting(
         ZIGZAG, "How the batch was cut for context parallelism."
     )
@@ -118,6 +123,7 @@ _OF_OTHER_MODELS = {
     "dsa_indexer_types": (None,),
     "dsa_indexer_rope_interleaved": (None, False),
     "dsa_indexer_rotate_activation": (None, True),
+    "dsa_indexer_share_for_mtp_iteration": (None, False),
     "dsa_context_parallel_order": (None, ZIGZAG),
     ACROSS_STAGES: (None, False),
 }

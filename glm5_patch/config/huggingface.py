@@ -277,6 +277,7 @@ class HFConfig:
             "dsa_indexer_topk_freq": freq,
             "dsa_indexer_skip_topk_offset": offset,
             "dsa_indexer_rope_interleaved": self.indexer_rope_interleave,
+            "dsa_indexer_share_for_mtp_iteration": bool(self.index_share_for_mtp_iteration),
             "dsa_indexer_rotate_activation": False,
             "dsa_indexer_k_norm_epsilon": 1e-6,
             "num_moe_experts": self.n_routed_experts,

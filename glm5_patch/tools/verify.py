@@ -27,7 +27,7 @@ from ..config.huggingface import HFConfig
 from ..errors import GLM5PatchError
 from ..patches.announce import sparse_attention_by
 from ..testing.cpu_host import single_process
-from .report import Result, print_table, print_text, say
+from .report import Result, print_table, print_text, progress, say
 
 LOGITS_BOUND = 2e-5
 """fp32 logits against transformers, largest absolute difference over the largest logit."""
@@ -234,7 +234,8 @@ def _model(options: argparse.Namespace, checkpoint: HFCheckpoint) -> torch.nn.Mo
     )
     model = gpt_model(checkpoint.config, config)
     set_latent_norm_epsilon(model, HF_LATENT_NORM_EPSILON)  # only Hugging Face has this epsilon
-    checkpoint.load_into(model)
+    with progress("loading", len(set(checkpoint.files.values()))) as advance:
+        checkpoint.load_into(model, advance)
     return model
 
 

@@ -50,13 +50,15 @@ class TopkCarrier:
     """Likewise: how many entries of each row of it count, where a kernel says so."""
     arrived: StageTopk | None = None
     """What the stage before sent, until its first reader here decodes it."""
+    first_iteration: TopkCarrier | None = None
+    """Of an MTP layer whose iterations share one top-k: the carrier that has it, maybe this one."""
     _slots: dict[int, _Slot] = field(default_factory=dict)
     _in_checkpoint: bool = False
 
     def publish(self, layer_number: int, topk_indices: Tensor, schedule: IndexSchedule) -> None:
         """Keep a computing layer's top-k for the layers that reuse it."""
         readers = len(schedule.consumers(layer_number))
-        if readers or self._in_checkpoint:
+        if readers or self._in_checkpoint or self.first_iteration is self:
             self._slots[layer_number] = _Slot(topk_indices, readers, self._in_checkpoint)
 
     def adopt(

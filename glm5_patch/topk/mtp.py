@@ -1,7 +1,9 @@
 """Which layers belong to multi-token prediction: told by where they are built.
 
 megatron-core 0.16 numbers them after the decoder's layers, later releases from 1 again, so a
-number tells nothing. Each of them runs its own indexer and shares with no other layer.
+number tells nothing. Each of them runs its own indexer and shares with no other layer. One that is
+applied several times may share the top-k of its first application with the later ones
+(``index_share_for_mtp_iteration`` in config.json).
 """
 
 from __future__ import annotations
@@ -11,7 +13,48 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from .carrier import TopkCarrier
+
 _building: ContextVar[Any] = ContextVar("glm5_patch_building_mtp", default=None)
+
+
+class _Iterations:
+    """The applications of one MTP layer in one forward."""
+
+    first: TopkCarrier | None = None
+
+
+_iterations: ContextVar[_Iterations | None] = ContextVar("glm5_patch_mtp_iterations", default=None)
+
+
+def shares_iterations(config: Any) -> bool:
+    """Whether one MTP layer is applied several times, and they share one top-k."""
+    return bool(
+        getattr(config, "mtp_use_repeated_layer", False)
+        and (config.mtp_num_layers or 0) > 1
+        and getattr(config, "dsa_indexer_share_for_mtp_iteration", False)
+    )
+
+
+@contextmanager
+def sharing_iterations() -> Iterator[None]:
+    """For one forward of an MTP block: every iteration after the first reuses its top-k."""
+    token = _iterations.set(_Iterations())
+    try:
+        yield
+    finally:
+        _iterations.reset(token)
+
+
+def link_iteration(carrier: TopkCarrier) -> None:
+    """Let the carrier of a later iteration find that of the first one. A recompute, which runs
+    outside the forward, keeps its carrier and so the link."""
+    iterations = _iterations.get()
+    if iterations is None:
+        return
+    if iterations.first is None:
+        iterations.first = carrier
+    carrier.first_iteration = iterations.first
 
 
 @contextmanager

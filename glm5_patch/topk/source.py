@@ -37,7 +37,8 @@ class TopkSource:
     """Answers what the top-k of one layer is: computed by its own indexer, or carried from the
     computing layer whose top-k it reuses, on this pipeline stage or an earlier one.
 
-    A layer of multi-token prediction computes, and shares with no other layer.
+    A layer of multi-token prediction computes, and shares with no other layer. Applied several
+    times, it may share the top-k of its first application with the later ones.
     """
 
     def __init__(self, config, layer_number: int) -> None:
@@ -88,7 +89,13 @@ class TopkSource:
         every_key_fits = layout.queries.all_fit(self.index_topk)
         if not self.computes:
             return Selection(self._carried(every_key_fits), None)
-        carrier = None if self.is_mtp else current_carrier()
+        carrier = current_carrier()
+        if self.is_mtp:
+            first = None if carrier is None else carrier.first_iteration
+            if first is not carrier and first is not None:
+                topk_indices = None if every_key_fits else first.published(self.layer_number)
+                return Selection(topk_indices, None)
+            carrier = first
         # In a recompute the forward pass has published: both passes must attend to the same keys,
         # and a second selection costs time.
         topk_indices = None if carrier is None else carrier.published(self.layer_number)

@@ -78,7 +78,7 @@ def test_a_wrapped_model_and_a_list_of_chunks_are_loaded(world, checkpoint):
     checkpoint.load_into(float16(wrapped))
     seen = []
     checkpoint.load_into([float16(listed)], seen.append)
-    assert seen == ["model.safetensors"]
+    assert len(seen) == 1 and seen[0].startswith("model.safetensors, ") and "GB/s" in seen[0]
     for (name, a, _), (_, b, _), (_, c, _) in zip(*map(pieces, (plain, wrapped, listed))):
         assert torch.equal(a, b) and torch.equal(a, c), name
 

@@ -76,7 +76,7 @@ def test_dequantizing_goes_on_after_an_interruption(fp8, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(writer, "save_file", interrupted)
+        patched.setattr(writer, "write_tensors", interrupted)
         assert cli.main([*arguments, str(tmp_path / "again")]) == 130
     assert not (tmp_path / "again").exists()
     assert cli.main([*arguments, str(tmp_path / "again")]) == 0
@@ -88,7 +88,7 @@ def test_dequantizing_goes_on_after_an_interruption(fp8, tmp_path, monkeypatch):
 def test_a_source_that_changed_in_between_is_refused(fp8, tmp_path, monkeypatch, capsys):
     arguments = ["checkpoint", "dequantize", str(fp8), str(tmp_path / "out")]
     with monkeypatch.context() as patched:
-        patched.setattr(writer, "save_file", lambda *_, **__: 1 / 0)
+        patched.setattr(writer, "write_tensors", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             from glm5_patch.checkpoint.dequantize import write_dequantized
 

@@ -180,7 +180,6 @@ def _cases():
         tp=2,
         settings={**INTERLEAVED, **SP, **FULL},
     )
-    # Full recompute of an MTP layer ends in a TypeError of megatron-core 0.18's own.
     yield Case(
         "MTP, PP 2, recompute core_attn",
         pp=2,
@@ -323,6 +322,19 @@ CHECKPOINT = Case("PP 2 x TP 2 + SP, distributed checkpoint", pp=2, tp=2, settin
 """Saved so and loaded into one process, and the other way round."""
 READERS = (CHECKPOINT, next(case for case in CASES if case.name == "EP 2 x TP 2 + SP"))
 """Splits that load a Hugging Face directory, each rank its part."""
+SAVERS = (
+    *READERS,
+    Case("PP 2 x VPP 2", pp=2, vpp=2, settings=INTERLEAVED),
+    Case("MTP, EP 2", ep=2, settings=MTP),
+    Case("MTP, TP 2 + SP", tp=2, settings={**MTP, **SP}),
+    Case("MTP, PP 2 x DP 2", pp=2, dp=2, settings={**MTP, **UNEVEN}),
+)
+"""Splits that write a Hugging Face directory, each rank files of its own."""
+
+
+def source_of(case: Case) -> str:
+    """The folder of the Hugging Face directory that one process has saved of this model."""
+    return "hugging_face_mtp" if "mtp_num_layers" in case.settings else "hugging_face"
 
 
 def worlds_of(cases: list[Case]) -> dict[int, list[dict]]:

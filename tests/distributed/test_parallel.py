@@ -4,17 +4,21 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 import glm5_patch
+from glm5_patch.checkpoint.reader import HFCheckpoint
 from tests.distributed import run
 from tests.distributed.cases import (
     CASES,
     CHECKPOINT,
     READERS,
     RECOMPUTE,
+    SAVERS,
     SOME,
     SP,
     Case,
+    source_of,
 )
 
 LOSS = 5e-7
@@ -72,6 +76,22 @@ def test_splits_equal_one_process(cases, tmp_path):
         assert found[f"load {other}"]["computing"] == ["0", "1", "2", "6"]
     for case in READERS:
         assert found[f"read, {case.name}"].get("differ") == [], found[f"read, {case.name}"]
+    check_saved(found, tmp_path)
+
+
+def check_saved(found, folder):
+    """What every split wrote is what one process wrote, and each rank wrote its part of it."""
+    for case in SAVERS:
+        assert "error" not in found.get(f"save, {case.name}", {}), found[f"save, {case.name}"]
+        alone, split = (HFCheckpoint(folder / n) for n in (source_of(case), f"saved, {case.name}"))
+        assert split.shapes == alone.shapes and split.report.tensors
+        assert all(torch.equal(split.read(n), alone.read(n)) for n in alone.shapes), case.name
+        assert len(split.headers) == case.world  # each is small enough for one file
+        sizes = [path.stat().st_size for path in split.headers]
+        assert max(sizes) < 0.75 * sum(sizes), sizes
+    assert not list(folder.glob(".*partial*"))
+    assert found["save, refused"]["same"]
+    assert "exists and is not an empty directory" in found["save, refused"]["says"]
 
 
 @pytest.mark.nightly  # tests/patches/test_recompute.py has it in one process

@@ -37,13 +37,21 @@ from glm5_patch.attention.build import mtp_block_spec
 from glm5_patch.checkpoint.reader import HFCheckpoint
 from glm5_patch.checkpoint.writer import save
 from glm5_patch.config.huggingface import HFConfig
-from glm5_patch.errors import PipelineSplitError
+from glm5_patch.errors import CheckpointError, PipelineSplitError
 from glm5_patch.testing import cpu_host
 from glm5_patch.testing.parity import recorded
 from glm5_patch.topk import tokens as where_tokens_stand
 from glm5_patch.topk.stages import StageTopk
 from tests.distributed.adapters import adapt
-from tests.distributed.cases import CHECKPOINT, CONTIGUOUS, READERS, Case
+from tests.distributed.cases import (
+    CHECKPOINT,
+    CONTIGUOUS,
+    MTP,
+    READERS,
+    SAVERS,
+    Case,
+    source_of,
+)
 from tests.tiny import hf_config, megatron_config, packed, tokens
 
 BATCH, LENGTH = 2, 48
@@ -134,6 +142,16 @@ def configuration(case: Case):
 
 def build(case: Case, folder: Path) -> list[DistributedDataParallel]:
     """This rank's model chunks, with their part of the weights."""
+    models = built(case)
+    for model in models if case.adapters else ():
+        adapt(model)
+    load(models, folder / f"{case.model}.pt")
+    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=case.distributed_optimizer)
+    return [DistributedDataParallel(model.config, ddp_config, model) for model in models]
+
+
+def built(case: Case, padding: int = 0) -> list[GPTModel]:
+    """This rank's model chunks, with so many tokens more than the configuration has."""
     hf, config = configuration(case)
     models = []
     for vp_stage in range(case.vpp) if case.vpp else (None,):
@@ -145,7 +163,7 @@ def build(case: Case, folder: Path) -> list[DistributedDataParallel]:
             GPTModel(
                 config=config,
                 transformer_layer_spec=spec,
-                vocab_size=hf.vocab_size,
+                vocab_size=hf.vocab_size + padding,
                 max_sequence_length=4096,
                 pre_process=parallel_state.is_pipeline_first_stage(**ends),
                 post_process=parallel_state.is_pipeline_last_stage(**ends),
@@ -154,11 +172,7 @@ def build(case: Case, folder: Path) -> list[DistributedDataParallel]:
                 mtp_block_spec=mtp_block_spec(config, spec, vp_stage),
             )
         )
-    for model in models if case.adapters else ():
-        adapt(model)
-    load(models, folder / f"{case.model}.pt")
-    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=case.distributed_optimizer)
-    return [DistributedDataParallel(config, ddp_config, model) for model in models]
+    return models
 
 
 def load(models, path: Path) -> None:
@@ -446,11 +460,43 @@ def load_checkpoint(case: Case, folder: Path, world: int) -> dict:
         }
 
 
-def save_hugging_face(folder: Path) -> None:
-    alone = Case("alone")
+def save_hugging_face(folder: Path, settings: dict, name: str) -> None:
+    alone = Case("alone", settings=settings)
     with model_parallel(alone):
         (model,) = (chunk.module for chunk in build(alone, folder))
-        save(model, configuration(alone)[0], folder / "hugging_face")
+        save(model, saved_config(alone), folder / name)
+
+
+def saved_config(case: Case) -> HFConfig:
+    mtp = case.settings.get("mtp_num_layers", 0)
+    return HFConfig({**configuration(case)[0].raw, "num_nextn_predict_layers": mtp})
+
+
+def save_again(case: Case, folder: Path) -> None:
+    """Load what one process saved, on a split with a padded vocabulary, and save it from there."""
+    source = HFCheckpoint(folder / source_of(case))
+    with model_parallel(case):
+        chunks = built(case, padding=32)
+        for number, chunk in enumerate(chunks):
+            for tensor in chunk.parameters():
+                tensor.data.fill_(number)
+        source.load_into(chunks)
+        save(chunks, source.config, folder / f"saved, {case.name}", source)
+
+
+def refused_save(case: Case, folder: Path) -> str:
+    """What every rank says when only one of them can't save."""
+    with model_parallel(case):
+        output = folder / "refused"
+        if torch.distributed.get_rank() == 0:
+            output.mkdir()
+            (output / "file").touch()
+        torch.distributed.barrier()
+        try:
+            save(built(case), configuration(case)[0], output)
+        except CheckpointError as error:
+            return str(error).rpartition("CheckpointError: ")[2]
+    return "not refused"
 
 
 def load_hugging_face(case: Case, folder: Path) -> dict:
@@ -504,10 +550,15 @@ def main(rank: int, world: int, folder: Path) -> None:
             attempt(f"load {other}", load_checkpoint, checkpoint, folder, other)
         attempt("save", save_checkpoint, checkpoint, folder)
     if world == 1 and not (folder / "hugging_face").exists():
-        attempt("save Hugging Face", save_hugging_face, folder)
+        attempt("save Hugging Face", save_hugging_face, folder, {}, "hugging_face")
+        attempt("save MTP", save_hugging_face, folder, MTP, "hugging_face_mtp")
     for case in READERS:
         if case.world == world and (folder / "hugging_face").exists():
             attempt(f"read, {case.name}", load_hugging_face, case, folder)
+    for case in SAVERS:
+        if case.world == world and (folder / source_of(case)).exists():
+            attempt(f"save, {case.name}", save_again, case, folder)
     if world > 1:
         attempt("refused", refused_split, Case("", pp=world))
+        attempt("save, refused", refused_save, Case("", tp=world), folder)
     (folder / f"{world}-{rank}.json").write_text(json.dumps(results))

@@ -8,6 +8,7 @@ from .... import env
 from ....config.fields import ZIGZAG, is_dsa, is_glm5, set_conventions
 from ....errors import GLM5PatchError
 from ....patching.patch import Finding, Patch
+from ....topk.mtp import shares_iterations
 from ...probes.megatron_core import hangs_topk_on_arguments, why_dsa_spec_is_wrong
 from .gate import check_gate
 
@@ -72,6 +73,11 @@ def attention_stack(config, wrong: str | None) -> Stack:
         raise GLM5PatchError(
             f"dsa_topk_across_stages=True with {reason}: megatron-core's own sparse attention "
             f"shares no top-k between pipeline stages; {unset}"
+        )
+    if shares_iterations(config):
+        raise GLM5PatchError(
+            f"dsa_indexer_share_for_mtp_iteration=True with {reason}: megatron-core's own sparse "
+            f"attention selects anew in each iteration; {unset}"
         )
     order = config.dsa_context_parallel_order
     if order != ZIGZAG and config.context_parallel_size > 1:

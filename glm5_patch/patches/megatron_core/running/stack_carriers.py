@@ -6,6 +6,10 @@ megatron-core 0.16 and 0.17 call the ``HybridStack`` of later releases ``MambaSt
 
 from __future__ import annotations
 
+import inspect
+
+from ....config.fields import is_glm5
+from ....errors import GLM5PatchError
 from ....patching.patch import Finding, Patch
 from ..building.gate import gated
 from ..carrying import opens_carriers, with_carrier, with_stage_carrier
@@ -82,6 +86,47 @@ def _building_mtp(wrapped, instance, args, kwargs):
         return gated(wrapped, instance, args, kwargs)
 
 
+def _with_iteration(wrapped, instance, args, kwargs):
+    from ....topk.carrier import current_carrier
+    from ....topk.mtp import link_iteration
+
+    def linked(*args, **kwargs):
+        carrier = current_carrier()
+        if carrier is not None:
+            link_iteration(carrier)
+        return wrapped(*args, **kwargs)
+
+    return with_carrier(linked, instance, args, kwargs)
+
+
+def _all_iterations(wrapped, instance, args, kwargs):
+    from ....topk.mtp import shares_iterations, sharing_iterations
+
+    if not shares_iterations(instance.config):
+        return wrapped(*args, **kwargs)
+    with sharing_iterations():
+        return wrapped(*args, **kwargs)
+
+
+def _takes_padding_mask(function) -> bool:
+    parameters = inspect.signature(function).parameters
+    kinds = {parameter.kind for parameter in parameters.values()}
+    return "padding_mask" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _without_padding_mask(wrapped, instance, args, kwargs):
+    """Full recompute of an MTP layer. megatron-core 0.18 calls it with ``padding_mask``, which it
+    does not take, and ends in a TypeError of every model."""
+    if not is_glm5(instance.config) or "padding_mask" not in kwargs:
+        return wrapped(*args, **kwargs)
+    if kwargs["padding_mask"] is not None:
+        raise GLM5PatchError(
+            "recompute_granularity='full' with a padding_mask: this megatron-core can't recompute "
+            "an MTP layer with one; set recompute_granularity='selective'"
+        )
+    return wrapped(*args, **{k: v for k, v in kwargs.items() if k != "padding_mask"})
+
+
 class MTPCarrier(_Stack, Patch):
     id = "mtp_carrier"
     module = "megatron.core.transformer.multi_token_prediction"
@@ -93,8 +138,15 @@ class MTPCarrier(_Stack, Patch):
     def needed(self, module) -> Finding:
         return Finding(True, "these layers are numbered, and keep their top-k, as the decoder's")
 
+    def apply(self, module, seams) -> None:
+        super().apply(module, seams)
+        seams.wrap_call(module.MultiTokenPredictionBlock, _all_iterations)
+        layer = module.MultiTokenPredictionLayer
+        if not _takes_padding_mask(layer._checkpointed_forward):
+            seams.wrap(layer, "_checkpointed_forward", _without_padding_mask)
+
     def guards(self, config) -> bool:
         return bool(config.mtp_num_layers)
 
     _init = staticmethod(_building_mtp)
-    _call = staticmethod(with_carrier)
+    _call = staticmethod(_with_iteration)
