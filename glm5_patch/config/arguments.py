@@ -21,12 +21,14 @@ CHOICES = (
     "attention_dropout",
     "hidden_dropout",
     "init_method_std",
+    "kv_channels",
     "max_position_embeddings",
     "moe_router_dtype",
     "moe_router_load_balancing_type",
     "moe_router_pre_softmax",
 )
-"""Filled in, but a command line may say otherwise: the model is the same function."""
+"""Filled in, but a command line may say otherwise: the model is the same function. MLA's widths
+have names of their own, and ``kv_channels`` is none of them."""
 
 ALWAYS = (
     "multi_latent_attention",
@@ -114,6 +116,8 @@ def _wrong_values(given: Mapping[str, Any], hf: HFConfig | None) -> Iterator[str
         value = given.get(name, wanted[name])
         if name == "moe_layer_freq":
             value = _moe_layers(value, len(wanted[name]))
+        if name == "padded_vocab_size" and (value or wanted[name]) >= wanted[name]:
+            continue
         if value != wanted[name]:
             yield _wrong(name, given[name], wanted[name])
     yield from _wrong_positions(given)
