@@ -9,6 +9,7 @@ from ..patching.machine import Machine
 
 MODULES = (
     "megatron.core.transformer.transformer_config",
+    "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.models.gpt.experimental_attention_variant_module_specs",
     "megatron.core.transformer.multi_latent_attention",
     "megatron.core.transformer.experimental_attention_variant.absorbed_mla",
@@ -25,6 +26,8 @@ MODULES = (
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.pipeline_parallel.p2p_communication",
     "megatron.core.extensions.transformer_engine",
+    "megatron.training.arguments",
+    "megatron.training.checkpointing",
     "transformers.models.glm_moe_dsa.configuration_glm_moe_dsa",
     "megatron.bridge.models.glm_moe_dsa.glm5_bridge",
     "megatron.bridge.models.conversion.auto_bridge",

@@ -7,6 +7,7 @@ from .megatron_bridge.leftover_tensors import LeftoverTensors
 from .megatron_bridge.local_lora import LocalLoRA
 from .megatron_core.building.dsa_spec import DSASpec
 from .megatron_core.building.gate import Gate
+from .megatron_core.building.gpt_layer_specs import DecoderLayerSpecs, MTPBlockSpec
 from .megatron_core.building.latent_norm_names import LatentNormNames
 from .megatron_core.building.local_backend import LocalAbsorbedLinear, LocalBackend, LocalLinear
 from .megatron_core.building.moe_without_te import MoEWithoutTE
@@ -30,6 +31,9 @@ from .megatron_core.running.stack_carriers import (
 )
 from .megatron_core.running.stage_shapes import StageShapes
 from .megatron_core.running.te_checkpoint import TECheckpoint
+from .megatron_training.arguments_check import ArgumentsCheck
+from .megatron_training.checkpoint_arguments import CheckpointArguments
+from .megatron_training.config_flag import ConfigFlag
 from .transformers.glm_moe_dsa_config import GlmMoeDsaConfigValues
 from .transformers.glm_moe_dsa_weights import GlmMoeDsaConfigWeights
 
@@ -40,6 +44,8 @@ PATCHES = (
     LocalAbsorbedLinear(),
     DSASpec(),
     BlockSpec(),
+    DecoderLayerSpecs(),
+    MTPBlockSpec(),
     MoEWithoutTE(),
     RouterBias(),
     LatentNormNames(),
@@ -59,6 +65,9 @@ PATCHES = (
     StageShapes(),
     RouterPadding(),
     TECheckpoint(),
+    ConfigFlag(),
+    ArgumentsCheck(),
+    CheckpointArguments(),
     GlmMoeDsaConfigValues(),
     GlmMoeDsaConfigWeights(),
     GLM5Provider(),

@@ -35,7 +35,7 @@ def enable(device: str = "cpu") -> None:
     for owner, name, value in (
         (torch.cuda, "current_device", lambda: torch.device(device)),
         (torch.cuda, "synchronize", lambda device=None: None),
-        (torch.cuda, "current_stream", lambda device=None: _Stream()),
+        (torch.cuda, "current_stream", lambda device=None: Stream()),
         (torch.cuda, "manual_seed", lambda seed: None),
         (torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state()),
         (random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
@@ -44,7 +44,7 @@ def enable(device: str = "cpu") -> None:
         _adapted.enter_context(mock.patch.object(owner, name, value))
 
 
-class _Stream:
+class Stream:
     """Does nothing: the CPU runs everything in order."""
 
     def wait_stream(self, stream) -> None: ...

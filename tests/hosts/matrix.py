@@ -221,6 +221,7 @@ def keep_record(table: dict[str, dict]) -> None:
 
     packages = ["megatron-core", *IMPORTS]
     record: dict = {"date": date.today().isoformat(), **{package: {} for package in packages}}
+    record |= tables.read_clients()
     for requirement, found in table.items():
         package, _, release = requirement.partition("+")[0].partition("==")
         record[package][release] = found

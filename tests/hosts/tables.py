@@ -1,4 +1,5 @@
-"""The tables of README.md and docs/: of docs/hosts.json, and of the plans of GLM-5.2."""
+"""The tables of README.md and docs/: of docs/hosts.json and docs/clients.json, and of the plans of
+GLM-5.2."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from tests.distributed.cases import CASES
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "docs" / "hosts.json"
+CLIENTS = ROOT / "docs" / "clients.json"
+"""What ``tests.clients.record`` saw: the patches of Megatron-LM, and a row for each client."""
 PACKAGED = ROOT / "glm5_patch" / "tools" / "hosts.json"
 """What ``glm5-patch explain`` says of hosts: patch -> release -> patched or native."""
 WORDS = {"applied": "patched", "not_needed": "native", "armed": "native"}
@@ -19,7 +22,11 @@ WORDS = {"applied": "patched", "not_needed": "native", "armed": "native"}
 
 
 def read() -> dict:
-    return json.loads(RECORD.read_text())
+    return json.loads(RECORD.read_text()) | read_clients()
+
+
+def read_clients() -> dict:
+    return json.loads(CLIENTS.read_text())
 
 
 def support(record: dict, host: str) -> str:
@@ -72,6 +79,15 @@ def parallel(record: dict) -> str:
     return "\n".join(lines)
 
 
+def clients(record: dict) -> str:
+    """What each client's tests said, on each core."""
+    lines = ["| client | megatron-core | command | seen | date |", "|---" * 5 + "|"]
+    for row in record["clients"]:
+        cells = (row["client"], row["core"], f"`{row['command']}`", row["seen"], row["date"])
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _cells(row: dict[str, float]) -> list[str]:
     shares = [f"{100 * row[name]:.4g} %" for name in ("same_input", "end_to_end")]
     return shares + [f"{row[name]:.1e}" for name in ("logits", "gradients", "recompute")]
@@ -83,6 +99,8 @@ def blocks(record: dict) -> dict[tuple[Path, str], str]:
         (ROOT / "README.md", "cores"): support(record, "megatron-core"),
         (ROOT / "README.md", "transformers"): support(record, "transformers"),
         (ROOT / "README.md", "bridges"): support(record, "megatron-bridge"),
+        (ROOT / "README.md", "launchers"): support(record, "megatron-lm"),
+        (ROOT / "docs" / "clients.md", "clients"): clients(record),
         (ROOT / "docs" / "hosts.md", "figures"): figures(record),
         (ROOT / "docs" / "parallel.md", "splits"): parallel(record),
         (ROOT / "docs" / "pipeline.md", "balance"): balance.table(),
@@ -101,7 +119,10 @@ def shown(path: Path, name: str) -> str:
 def write(record: dict) -> None:
     """Keep a record and put its tables into the documents."""
     tables = blocks(record)
-    replace(RECORD, json.dumps(record, indent=1) + "\n")
+    seen = {name: record[name] for name in read_clients()}
+    hosts = {name: found for name, found in record.items() if name not in seen}
+    replace(RECORD, json.dumps(hosts, indent=1) + "\n")
+    replace(CLIENTS, json.dumps(seen, indent=1) + "\n")
     replace(PACKAGED, json.dumps(packaged(record), indent=1) + "\n")
     for (path, name), table in tables.items():
         fill = lambda match, table=table: match[1] + table + match[2]

@@ -9,3 +9,9 @@ from typing import Any
 def names_read_by(function: Any) -> tuple[str, ...]:
     """The attributes and globals that a function's own code mentions."""
     return inspect.unwrap(function).__code__.co_names
+
+
+def strings_in(function: Any) -> tuple[str, ...]:
+    """The literal strings of a function's own code, without those of functions inside it."""
+    constants = inspect.unwrap(function).__code__.co_consts
+    return tuple(value for value in constants if isinstance(value, str))

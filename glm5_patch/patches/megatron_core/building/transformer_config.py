@@ -67,11 +67,18 @@ def _post_init(wrapped, instance, args, kwargs):
     return wrapped(*args, **kwargs)
 
 
+def is_meant_as_glm5(config) -> bool:
+    """Whether a configuration, or a command line, that nobody has validated is a GLM-5's."""
+    marked = getattr(config, "dsa_is_glm5", None)
+    if not is_dsa(config) or marked is not None:
+        return is_dsa(config) and marked
+    return has_glm5_settings(config) or refuses_dsa()
+
+
 def _mark(config) -> None:
     """Write down that a DSA model is a GLM-5, so that its copies with other settings are too."""
-    if is_dsa(config) and config.dsa_is_glm5 is None:
-        if has_glm5_settings(config) or refuses_dsa():
-            config.dsa_is_glm5 = True
+    if config.dsa_is_glm5 is None and is_meant_as_glm5(config):
+        config.dsa_is_glm5 = True
 
 
 def _settle_schedule(config) -> None:
