@@ -91,7 +91,6 @@ def test_another_model_has_one_more_argument_at_its_default(parse):
     finally:
         glm5_patch.enable()
     added = {name: value for name, value in with_plugin.items() if name not in without}
-    assert added.pop("glm5_config") is None
     assert all(name.startswith("dsa_") for name in added)
     assert {name: with_plugin[name] for name in without} == without
 
@@ -103,7 +102,7 @@ def test_a_provider_of_the_program_s_own_still_adds_its_flags(parse, directory):
 
     args = parse("--rollout", 3, "--glm5-config", directory, extra_args_provider=provider)
     assert (args.rollout, args.glm5_config, args.hidden_size) == (3, str(directory), 64)
-    assert parse("--strange", ignore_unknown_args=True).glm5_config is None
+    assert not hasattr(parse("--strange", ignore_unknown_args=True), "glm5_config")
 
 
 def test_the_file_fills_in_what_the_flags_say(parse, validate, directory):

@@ -53,7 +53,7 @@ def _add_flag(group) -> None:
     group.add_argument(
         CONFIG_FLAG,
         metavar="DIR",
-        default=None,
+        default=argparse.SUPPRESS,  # a namespace without it is what it always was
         help="A directory with the config.json of a GLM-5. Every argument that describes the "
         "model gets its value from there; one that says something else is an error.",
     )
@@ -64,7 +64,7 @@ def _directory() -> str | None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     _add_flag(parser)
     try:
-        return getattr(parser.parse_known_args(sys.argv[1:])[0], CONFIG_ARGUMENT)
+        return getattr(parser.parse_known_args(sys.argv[1:])[0], CONFIG_ARGUMENT, None)
     except argparse.ArgumentError:
         return None  # the real parser says what is wrong
 
