@@ -164,9 +164,12 @@ class Model:
                 yield layer.layer_number, layer.mlp.router
 
     def close(self) -> None:
-        """Let go of the model: the hooks of megatron-core's buckets hold it through cycles that
-        Python's collector does not see."""
+        """Let go of the model, which hooks of gradients hold through cycles that Python's collector
+        does not see: those of megatron-core's buckets, in the graph that its dispatchers keep."""
         self.ddp.grad_accs.clear()
+        for layer in self.ddp.module.decoder.layers:
+            if hasattr(layer.mlp, "token_dispatcher"):
+                layer.mlp.token_dispatcher = None
 
     def positions(self, length: int) -> torch.Tensor:
         """Of this context-parallel rank's tokens, in zigzag order."""

@@ -83,7 +83,7 @@ def test_both_seams_are_in_place():
     assert rows["config_flag"] == rows["arguments_check"] == "applied"
 
 
-def test_another_model_has_one_more_argument_at_its_default(parse):
+def test_another_model_gets_no_argument_but_those_of_dsa(parse):
     with_plugin = vars(parse())
     glm5_patch.disable()
     try:
