@@ -487,7 +487,7 @@ def save_again(case: Case, folder: Path) -> None:
 def refused_save(case: Case, folder: Path) -> str:
     """What every rank says when only one of them can't save."""
     with model_parallel(case):
-        output = folder / "refused"
+        output = folder / f"refused-{torch.distributed.get_world_size()}"
         if torch.distributed.get_rank() == 0:
             output.mkdir()
             (output / "file").touch()
@@ -560,5 +560,5 @@ def main(rank: int, world: int, folder: Path) -> None:
             attempt(f"save, {case.name}", save_again, case, folder)
     if world > 1:
         attempt("refused", refused_split, Case("", pp=world))
-        attempt("save, refused", refused_save, Case("", tp=world), folder)
+        attempt("save, refused", refused_save, Case("", tp=2), folder)
     (folder / f"{world}-{rank}.json").write_text(json.dumps(results))

@@ -18,13 +18,15 @@ H = 6
 def layout(lengths):
     """Of a pack of documents of these lengths."""
     starts = torch.cat([torch.full((n,), sum(lengths[:i])) for i, n in enumerate(lengths)])
-    return Layout(QueryPositions(starts, longest=max(lengths)))
+    queries = QueryPositions(starts, longest=max(lengths))
+    return Layout(queries, queries)
 
 
 def last_queries(length, count):
     """Of one document, the last queries alone."""
     places = torch.arange(length - count, length)
-    return Layout(QueryPositions(torch.zeros_like(places), places, length, length))
+    queries = QueryPositions(torch.zeros_like(places), places, length, length)
+    return Layout(queries, queries)
 
 
 def any_topk(of: Layout, k, batch=2):
