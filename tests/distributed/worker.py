@@ -560,5 +560,5 @@ def main(rank: int, world: int, folder: Path) -> None:
             attempt(f"save, {case.name}", save_again, case, folder)
     if world > 1:
         attempt("refused", refused_split, Case("", pp=world))
-        attempt("save, refused", refused_save, Case("", tp=world), folder)
+        attempt("save, refused", refused_save, Case("", dp=world), folder)
     (folder / f"{world}-{rank}.json").write_text(json.dumps(results))
