@@ -489,7 +489,7 @@ def refused_save(case: Case, folder: Path) -> str:
     with model_parallel(case):
         output = folder / "refused"
         if torch.distributed.get_rank() == 0:
-            output.mkdir()
+            output.mkdir(exist_ok=True)
             (output / "file").touch()
         torch.distributed.barrier()
         try:
