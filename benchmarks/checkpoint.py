@@ -202,18 +202,14 @@ def report(directory: Path, ranks: int, total: int) -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
         own, seconds, peak = found["own"], found["seconds"], found["peak"]
-        above = (peak - own) / 2**30
-        rate = own / seconds / 1e9
-        print(
-            f"{rank:4} {own / 1e9:8.2f} {seconds:7.1f} {rate:6.2f} {peak / 1e9:8.2f} {above:14.2f}"
-        )
+        rates.append(sequential_rate(directory, rank / ranks, (rank + 1) / ranks))
+        row = f"{rank:4} {own / 1e9:8.2f} {seconds:7.1f} {own / seconds / 1e9:6.2f}"
+        print(f"{row} {peak / 1e9:8.2f} {(peak - own) / 2**30:14.2f} {rates[-1]:6.2f}", flush=True)
         spent += seconds
-    rates.append(sequential_rate(directory))
-    disk = sum(rates) / 2
-    print(f"disk: {rates[0]:.2f} GB/s before, {rates[1]:.2f} GB/s after")
-    print(
-        f"load: {total / spent / 1e9:.2f} GB/s, {total / spent / 1e9 / disk:.0%} of the disk's rate"
-    )
+    disk = len(rates) / sum(1 / rate for rate in rates)
+    rate = total / spent / 1e9
+    print(f"disk: {disk:.2f} GB/s ({rates[0]:.2f} before the first rank)")
+    print(f"load: {rate:.2f} GB/s, {rate / disk:.0%} of the disk's rate")
 
 
 if __name__ == "__main__":

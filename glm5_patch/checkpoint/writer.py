@@ -16,7 +16,7 @@ from .files import INDEX, SINGLE
 from .names import MTP_COPIES, Part, expected_tensors, mtp_layers_of, parts, split_group
 from .quantization import SETTINGS
 from .reader import HFCheckpoint, chunks_of
-from .staging import Ranks, StagedFiles, Staging, free_directory
+from .staging import Ranks, StagedFiles, Staging
 
 MAX_SHARD_BYTES = 5 << 30
 
@@ -72,7 +72,6 @@ def save(
     """
     ranks = Ranks()
     origin = source and source.directory
-    ranks.first(lambda: free_directory(output, source=origin))
     held = ranks.together(lambda: _held(model, config, source))
     offers = ranks.shared(lambda: {n: _Offer.of(p, ranks.rank) for n, p in held.items()})
     plan = ranks.together(lambda: _Plan(offers, model, config, source))

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.writer import free_directory, save
+from ..checkpoint.staging import free_directory
+from ..checkpoint.writer import save
 from .report import Result, progress, say
 from .verify import Report, Session, check_loaded, compare, losses, session
 

@@ -288,15 +288,33 @@ def test_a_file_stands_for_its_directory(good):
 
 
 def test_a_hub_id_is_found_in_the_cache(good, tmp_path, monkeypatch):
+    """Files in the cache are links to blobs, as huggingface_hub makes them."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--zai-org--GLM-tiny"
     (repository / "refs").mkdir(parents=True)
-    for revision in ("main", "older"):
-        commit = {"main": "a", "older": "b"}[revision] * 40
+    (repository / "blobs").mkdir()
+    commits = {"main": "a" * 40, "older": "b" * 40}
+    for revision, commit in commits.items():
         (repository / "refs" / revision).write_text(commit)
-        shutil.copytree(good, repository / "snapshots" / commit)
-    for hub_id, commit in (("zai-org/GLM-tiny", "a"), ("zai-org/GLM-tiny@older", "b")):
-        assert CheckpointFiles(hub_id).directory.name == commit * 40
+        snapshot = repository / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        for path in good.iterdir():
+            shutil.copy(path, repository / "blobs" / f"{commit}-{path.name}")
+            (snapshot / path.name).symlink_to(f"../../blobs/{commit}-{path.name}")
+    for hub_id, commit in (
+        ("zai-org/GLM-tiny", "a" * 40),
+        ("zai-org/GLM-tiny@older", "b" * 40),
+        (f"zai-org/GLM-tiny@{'b' * 40}", "b" * 40),
+    ):
+        assert CheckpointFiles(hub_id).directory.name == commit
+        assert read_all(hub_id).keys() == read_all(good).keys()
+    blob = repository / "blobs" / f"{commits['main']}-{SINGLE}"
+    blob.write_text(LFS)
+    with pytest.raises(CheckpointError, match="model.safetensors: a Git LFS pointer"):
+        CheckpointFiles("zai-org/GLM-tiny")
+    blob.unlink()
+    with pytest.raises(CheckpointError, match="it is a link to a file that is not there"):
+        CheckpointFiles("zai-org/GLM-tiny")
     with pytest.raises(CheckpointError, match="run `hf download zai-org/other --revision v1`"):
         CheckpointFiles("zai-org/other@v1")
 
@@ -321,6 +339,22 @@ def test_check_imports_no_torch(good):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "computing layers" in done.stdout
+
+
+def test_check_finds_what_is_wrong_without_reading_a_tensor(good, tmp_path):
+    """A sparse terabyte: a header, and a hole for the tensors."""
+    shutil.copy(good / "config.json", tmp_path)
+    content = (good / SINGLE).read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    last = max(entry["data_offsets"][1] for n, entry in header.items() if n != "__metadata__")
+    header["x"] = {"dtype": "BF16", "shape": [1 << 39], "data_offsets": [last, last + (1 << 40)]}
+    text = json.dumps(header).encode()
+    with open(tmp_path / SINGLE, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + last + (1 << 40))
+    with pytest.raises(CheckpointError, match="x is no tensor of this model"):
+        _ = CheckpointFiles(tmp_path).report
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -489,7 +489,7 @@ def refused_save(case: Case, folder: Path) -> str:
     with model_parallel(case):
         output = folder / f"refused-{torch.distributed.get_world_size()}"
         if torch.distributed.get_rank() == 0:
-            output.mkdir()
+            output.mkdir(exist_ok=True)
             (output / "file").touch()
         torch.distributed.barrier()
         try:
@@ -560,5 +560,5 @@ def main(rank: int, world: int, folder: Path) -> None:
             attempt(f"save, {case.name}", save_again, case, folder)
     if world > 1:
         attempt("refused", refused_split, Case("", pp=world))
-        attempt("save, refused", refused_save, Case("", tp=2), folder)
+        attempt("save, refused", refused_save, Case("", dp=world), folder)
     (folder / f"{world}-{rank}.json").write_text(json.dumps(results))

@@ -131,7 +131,7 @@ def test_a_reader_that_went_away_ends_it_quietly(options):
     assert (result.returncode, result.stderr) == (141, "")
 
 
-@pytest.mark.parametrize("package", ["safetensors", "transformers", "torch"])
+@pytest.mark.parametrize("package", ["transformers", "torch"])
 @pytest.mark.parametrize(
     "command", ["verify", "demo", "checkpoint convert GOOD NEW --from rope-last"]
 )
