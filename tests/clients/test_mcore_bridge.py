@@ -108,6 +108,7 @@ def build(checkpoint, **overrides):
         params_dtype=torch.float32,
         moe_token_dispatcher_type="allgather",
         variable_seq_lengths=False,
+        moe_grouped_gemm=False,
         **overrides,
     )
     with mock.patch.dict(ROPE_INIT_FUNCTIONS):  # it puts in its own, which transformers can't use
