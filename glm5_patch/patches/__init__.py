@@ -32,6 +32,7 @@ MODULES = (
     "megatron.bridge.models.glm_moe_dsa.glm5_bridge",
     "megatron.bridge.models.conversion.auto_bridge",
     "megatron.bridge.peft.utils",
+    "mcore_bridge.model.gpts.glm_moe_dsa",
 )
 """Every module that a patch changes."""
 

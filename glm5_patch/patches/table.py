@@ -1,5 +1,6 @@
 """The table of contents: every patch, in the order in which one host module's are applied."""
 
+from .mcore_bridge.glm5_layers import GLM5Layers
 from .megatron_bridge.conversion import Conversion
 from .megatron_bridge.glm5_mappings import GLM5Mappings
 from .megatron_bridge.glm5_provider import GLM5Provider
@@ -75,4 +76,5 @@ PATCHES = (
     Conversion(),
     LeftoverTensors(),
     LocalLoRA(),
+    GLM5Layers(),
 )

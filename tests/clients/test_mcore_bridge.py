@@ -1,19 +1,24 @@
-"""mcore-bridge's own block and DSAttention: recompute gives the gradients of no recompute.
+"""mcore-bridge: its model equals Hugging Face's where it builds on this package's layers (cores
+0.16 to 0.18); its own block and DSAttention recompute correctly where it builds on those (0.19).
 
-Its model builder makes layers of Transformer Engine, which a CPU does not have. So its two classes
-stand in layers of this package's local backend.
+On 0.19 its model builder makes layers of Transformer Engine, which a CPU does not have. So its two
+classes stand in layers of this package's local backend.
 """
 
 import importlib.util
 import sys
 import types
+from unittest import mock
 
 import pytest
+import torch
 
 import glm5_patch
+from glm5_patch.attention.build import HF_LATENT_NORM_EPSILON, set_latent_norm_epsilon
 from glm5_patch.attention.local_backend import local_spec_provider
 from glm5_patch.patches.built import Owner, attentions_of
 from glm5_patch.patches.megatron_core import carrying
+from tests.clients.parity import assert_equals_hugging_face, assert_recomputes
 from tests.clients.stacks import MODES, block, causal_mask, config, gradients
 from tests.tiny import relative
 
@@ -77,3 +82,44 @@ def test_its_model_is_known(host_attention, client):
     model = block(config(**MODES["uniform_1"]), **client)
     assert {attention.owner for attention in attentions_of(model)} == {Owner.CLIENT_ON_HOST}
     glm5_patch.require(model=model)
+
+
+@pytest.fixture
+def shares_nothing(client):
+    """megatron-core 0.16 to 0.18."""
+    row = glm5_patch.status()["mcore_bridge_layers"]
+    if row.state.value == "not_needed":
+        pytest.skip(f"mcore-bridge builds its own layers here: {row.reason}")
+    assert row.state.value == "applied"
+
+
+def build(checkpoint, **overrides):
+    """By mcore-bridge's own parser and builder."""
+    from mcore_bridge import ModelConfig, get_mcore_model, hf_to_mcore_config
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    settings = hf_to_mcore_config(AutoConfig.from_pretrained(checkpoint.directory))
+    config = ModelConfig(
+        **settings,
+        transformer_impl="local",
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        params_dtype=torch.float32,
+        moe_token_dispatcher_type="allgather",
+        variable_seq_lengths=False,
+        moe_grouped_gemm=False,
+        **overrides,
+    )
+    with mock.patch.dict(ROPE_INIT_FUNCTIONS):  # it puts in its own, which transformers can't use
+        (model,) = get_mcore_model(config)
+    set_latent_norm_epsilon(model, HF_LATENT_NORM_EPSILON)
+    checkpoint.load_into(model)
+    glm5_patch.require(model=model)
+    return model
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_its_model_is_right_on_cores_without_index_sharing(world, shares_nothing, tmp_path, seed):
+    assert_equals_hugging_face(build, tmp_path / "hf", seed)
+    assert_recomputes(build, tmp_path / "hf", seed)
