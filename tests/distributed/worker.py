@@ -8,6 +8,7 @@ has run before.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -115,6 +116,24 @@ class model_parallel:
 
     def __exit__(self, *_):
         parallel_state.destroy_model_parallel()
+        let_go(_wrapped)
+
+
+_wrapped: list[DistributedDataParallel] = []
+"""The chunks of the model of the case that runs."""
+
+
+def let_go(chunks: list[DistributedDataParallel]) -> None:
+    """Free models, and with them the threads of their process groups. Hooks of gradients hold a
+    model through cycles that Python's collector does not see: those of megatron-core's buckets, in
+    the graph that its dispatchers keep."""
+    for chunk in chunks:
+        chunk.grad_accs.clear()
+        for module in chunk.modules():
+            if hasattr(module, "token_dispatcher"):
+                module.token_dispatcher = None
+    chunks.clear()
+    gc.collect()
 
 
 def configuration(case: Case):
@@ -147,7 +166,8 @@ def build(case: Case, folder: Path) -> list[DistributedDataParallel]:
         adapt(model)
     load(models, folder / f"{case.model}.pt")
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=case.distributed_optimizer)
-    return [DistributedDataParallel(model.config, ddp_config, model) for model in models]
+    _wrapped.extend(DistributedDataParallel(model.config, ddp_config, model) for model in models)
+    return list(_wrapped)
 
 
 def built(case: Case, padding: int = 0) -> list[GPTModel]:
