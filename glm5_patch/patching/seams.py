@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -161,10 +162,9 @@ class Seams:
         for change in list(self._changes):
             if change.wrapper is None or change.original is MISSING:
                 continue
-            for module in _modules():
-                for alias in _names_of(change.wrapper.__wrapped__, module):
-                    if (module, alias) != (change.owner, change.name):
-                        yield module.__name__, alias
+            for module, alias in _names_of(change.wrapper.__wrapped__, _modules()):
+                if (module, alias) != (change.owner, change.name):
+                    yield module.__name__, alias
 
     def undo(self) -> None:
         """Put the identical originals back, last change first, in aliases as well.
@@ -242,19 +242,24 @@ def _is_loaded(module: ModuleType) -> bool:
     return sys.modules.get(module.__name__) is module
 
 
-def _names_of(value: Any, module: ModuleType) -> list[str]:
-    # vars() and not getattr(): lazy modules import on attribute access.
-    held = vars(module)
-    if id(value) not in map(id, list(held.values())):
-        return []
-    return [name for name, other in list(held.items()) if other is value]
+def _names_of(value: Any, modules: list[ModuleType]) -> list[tuple[ModuleType, str]]:
+    """The names that modules have for this very object."""
+    # Thousands of modules are loaded, and one pass of the collector, in C, tells which hold it.
+    holders = {id(holder) for holder in gc.get_referrers(value) if type(holder) is dict}
+    return [
+        (module, name)
+        for module in modules
+        # vars() and not getattr(): lazy modules import on attribute access.
+        if id(vars(module)) in holders
+        for name, held in list(vars(module).items())
+        if held is value
+    ]
 
 
 def _rebind(old: Any, new: Any, modules: list[ModuleType]) -> None:
     """Put ``new`` where modules hold this very object, as ``from x import f`` leaves it."""
-    for module in modules:
-        for name in _names_of(old, module):
-            setattr(module, name, new)
+    for module, name in _names_of(old, modules):
+        setattr(module, name, new)
 
 
 def _insist_on_parameters(function: Any, name: str, reads: tuple[str, ...]) -> None:
