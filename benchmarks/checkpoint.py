@@ -165,10 +165,11 @@ def load(directory: Path, rank: int, ranks: int) -> dict[str, float]:
     own = sum(tensor.nbytes for tensor in model.parameters())
     before = memory("VmRSS")
     uncached(directory)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     checkpoint.load_into(model, lambda note: print(f"rank {rank}: {note}", file=sys.stderr))
     seconds = time.perf_counter() - start
-    return {"own": own, "seconds": seconds, "peak": memory("VmHWM") - before}
+    cpu = time.process_time() - cpu
+    return {"own": own, "seconds": seconds, "cpu": cpu, "peak": memory("VmHWM") - before}
 
 
 def main() -> None:
@@ -194,7 +195,7 @@ def main() -> None:
 
 def report(directory: Path, ranks: int, total: int) -> None:
     rates = [sequential_rate(directory, 0, 1 / ranks)]
-    print("rank   own GB       s   GB/s  peak GB  above own GiB   disk")
+    print("rank   own GB       s   CPU s   GB/s  peak GB  above own GiB   disk")
     spent = 0.0
     for rank in range(ranks):
         command = [sys.executable, "-W", "ignore", __file__, "--rank", str(rank)]
@@ -203,7 +204,8 @@ def report(directory: Path, ranks: int, total: int) -> None:
         found = json.loads(done.stdout.splitlines()[-1])
         own, seconds, peak = found["own"], found["seconds"], found["peak"]
         rates.append(sequential_rate(directory, rank / ranks, (rank + 1) / ranks))
-        row = f"{rank:4} {own / 1e9:8.2f} {seconds:7.1f} {own / seconds / 1e9:6.2f}"
+        row = f"{rank:4} {own / 1e9:8.2f} {seconds:7.1f} {found['cpu']:7.1f}"
+        row += f" {own / seconds / 1e9:6.2f}"
         print(f"{row} {peak / 1e9:8.2f} {(peak - own) / 2**30:14.2f} {rates[-1]:6.2f}", flush=True)
         spent += seconds
     disk = len(rates) / sum(1 / rate for rate in rates)

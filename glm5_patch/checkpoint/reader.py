@@ -117,7 +117,7 @@ class HFCheckpoint(CheckpointFiles):
 
             def load(block: _Read) -> int:
                 with torch.no_grad():
-                    block.target.copy_(self._read(files, block.source, block.slices))
+                    self._load_block(files, block)
                 return block.target.numel() * block.target.element_size()
 
             waiting = [pool.submit(load, block) for block in blocks]
@@ -131,6 +131,14 @@ class HFCheckpoint(CheckpointFiles):
             finally:
                 for future in waiting:
                     future.cancel()
+
+    def _load_block(self, files: _Files, block: _Read) -> None:
+        stored, target = self.tensors[block.source], block.target.detach()
+        as_stored = target.dtype == _DTYPES[stored.dtype] and target.shape[1:] == stored.shape[1:]
+        if as_stored and target.is_contiguous() and target.device.type == "cpu":
+            files.read(stored, block.slices[0], target)  # without a copy on the way
+        else:
+            target.copy_(self._read(files, block.source, block.slices))
 
     def _blocks(self, read: _Read) -> Iterator[_Read]:
         """Parts of at most ``_BLOCK_BYTES``, or one row."""
@@ -174,8 +182,16 @@ class _Files:
     def __exit__(self, *_: object) -> None:
         self._closing.close()
 
-    def read(self, stored: Stored, rows: slice | None = None) -> Tensor:
+    def read(
+        self, stored: Stored, rows: slice | None = None, target: Tensor | None = None
+    ) -> Tensor:
         """A tensor as it is stored, or some of its rows.
+
+        Args:
+            stored: the tensor.
+            rows: None for all.
+            target: contiguous, on the CPU, of the dtype and shape of what is read; None for a new
+                one.
 
         Raises:
             CheckpointError: the file can't be read, or it is shorter than its header says.
@@ -183,8 +199,10 @@ class _Files:
         count, *others = stored.shape
         rows = rows or slice(0, count)
         row_bytes = stored.nbytes // max(1, count)
-        size = (rows.stop - rows.start) * row_bytes
-        content = torch.empty(size, dtype=torch.uint8)
+        shape = (rows.stop - rows.start, *others)
+        if target is None:
+            target = torch.empty(shape, dtype=_DTYPES[stored.dtype])
+        content = target.view(-1).view(torch.uint8)
         into, place = memoryview(content.numpy()), stored.begin + rows.start * row_bytes
         try:
             descriptor = self._descriptor(stored.path)
@@ -197,7 +215,7 @@ class _Files:
                 into, place = into[got:], place + got
         except OSError as error:
             raise unreadable(stored.path, error) from None
-        return content.view(_DTYPES[stored.dtype]).view(rows.stop - rows.start, *others)
+        return target
 
     def _descriptor(self, path: Path) -> int:
         with self._lock:
