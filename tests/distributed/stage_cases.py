@@ -111,6 +111,14 @@ def _cases():
                 **pack,
                 settings={**first(3), **CP, **RECOMPUTE[mode]},
             )
+    for mode in ("none", "full"):  # where tokens are shared out, each rank has its own top-k
+        yield Case(
+            f"PP 2 x TP 2 + SP, heads, recompute {mode}",
+            pp=2,
+            tp=2,
+            shares="heads",
+            settings={**first(5), **SP, **FREED, **RECOMPUTE[mode]},
+        )
     yield Case(
         "PP 2 x VPP 2 x TP 2 + SP",
         pp=2,
@@ -153,6 +161,7 @@ PP 4 from layer 4, recompute core_attn, thd
 PP 4 x VPP 2, a layer each, eight in flight, overlapped
 PP 2, indexer loss, recompute full
 PP 2 x TP 2 + SP, recompute full
+PP 2 x TP 2 + SP, heads, recompute none
 PP 2 x CP 2, recompute core_attn, thd
 PP 2 x VPP 2, an empty chunk passes the top-k on
 MTP, PP 2, recompute core_attn
