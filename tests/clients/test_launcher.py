@@ -78,7 +78,7 @@ def directory(tmp_path_factory):
     return folder
 
 
-def test_both_seams_are_in_place():
+def test_the_seams_are_in_place():
     rows = {row.id: row.state.value for row in glm5_patch.status()}
     assert rows["config_flag"] == rows["arguments_check"] == "applied"
 

@@ -1,6 +1,6 @@
-"""mcore-bridge: its model equals Hugging Face's where it builds on this package's layers (cores
-0.16 to 0.18); its own block and DSAttention recompute correctly where it builds on those (0.19).
+"""mcore-bridge: right on cores that share no top-k, and recomputes correctly on those that do.
 
+It builds on this package's layers on cores 0.16 to 0.18, and on megatron-core's on 0.19.
 On 0.19 its model builder makes layers of Transformer Engine, which a CPU does not have. So its two
 classes stand in layers of this package's local backend.
 """

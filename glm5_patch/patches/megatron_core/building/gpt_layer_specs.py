@@ -17,7 +17,7 @@ class _LayerSpecs:
     remove_when = "gpt_layer_specs builds experimental attention variants"
 
     def needed(self, module) -> Finding:
-        builds = names_read_by(module.get_gpt_decoder_layer_specs)
+        builds = names_read_by(getattr(module, self.attribute))
         if any("experimental_attention_variant_spec" in name for name in builds):
             return Finding(False, "the host's layers have the attention of the configuration")
         return Finding(True, "the host's layers have dense attention")
