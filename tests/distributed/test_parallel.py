@@ -45,7 +45,7 @@ def shortcomings(case, found):
     gradients, worst = (GRADIENTS_TP, WORST_TP) if tp else (GRADIENTS, WORST)
     problems = []
     if repeats_every_operation(case):
-        if found["loss"] or found["gradients"]:
+        if found["loss"] or found.get("gradients"):
             problems.append(f"not bit for bit: {found}")
     if not found["loss"] <= LOSS:
         problems.append(f"loss off by {found['loss']}")
