@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from glm5_patch.env import installed_version
+
 
 def write(path: Path, **found) -> None:
     """Write JSON, and what it was measured on and with, under a temporary name first."""
@@ -15,7 +17,7 @@ def write(path: Path, **found) -> None:
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": importlib.metadata.version("triton"),
-        "megatron-core": importlib.metadata.version("megatron-core"),
+        "megatron-core": installed_version("megatron-core") or "from a folder",
     }
     temporary = path.with_name("." + path.name)
     temporary.write_text(json.dumps({**machine, **found}, indent=1) + "\n")

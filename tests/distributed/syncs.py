@@ -1,7 +1,5 @@
 """One rank of a training step in which the host must not wait for its GPU.
 
-    python -m tests.distributed.syncs RANK WORLD FOLDER
-
 Tensor parallelism over the world, with sequence parallelism. Writes ``WORLD-RANK.json``: an error,
 or nothing. Without a GPU for each rank it runs the same step on the CPU, where nothing is counted.
 """
@@ -9,7 +7,6 @@ or nothing. Without a GPU for each rank it runs the same step on the CPU, where 
 from __future__ import annotations
 
 import json
-import sys
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
@@ -89,7 +86,3 @@ def step(world: int, on_gpu: bool) -> None:
         layers(hidden_states, attention_mask=None).float().square().mean().backward()
     if on_gpu:
         torch.cuda.set_sync_debug_mode("default")
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
