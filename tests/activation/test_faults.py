@@ -10,14 +10,16 @@ import pytest
 
 from tests.activation.fresh import PATCHES, python
 
+pytestmark = pytest.mark.xdist_group("faults")  # one worker, which breaks the hosts once
 FAULTS = ["probe_raises", "apply_raises", "seam_renamed", "signature_changed"]
-# No model is refused for these: a stack of layers refuses to recompute without the first,
-# the second is needed under fp8 only, the third only makes it fast, and a Megatron configuration
-# does not need the last two.
+# This model is not refused for these: a stack of layers refuses to recompute without the first,
+# the second is needed under fp8 only, the third only makes it fast, the fourth is needed under
+# dsa_topk_across_stages, and a Megatron configuration does not need the last two.
 NO_MODEL_NEEDS = {
     "checkpoint_recompute",
     "te_checkpoint",
     "dsa_kernels",
+    "stage_shapes",
     "hf_config_values",
     "hf_config_weights",
 }
