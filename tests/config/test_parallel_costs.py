@@ -23,9 +23,9 @@ MEASURED_MODEL = dict(
 )
 
 
-def rate(tokens, **sizes):
-    split = {"tp": 1, "cp": 1, "ep": 4, "pp": 1, **sizes}
-    costs = parallel_costs(HFConfig(MEASURED_MODEL), tokens, gpus=4)
+def rate(tokens, gpus=4, **sizes):
+    split = {"tp": 1, "cp": 1, "ep": gpus, "pp": 1, **sizes}
+    costs = parallel_costs(HFConfig(MEASURED_MODEL), tokens, gpus)
     (found,) = (
         cost for cost in costs if {name: getattr(cost.split, name) for name in split} == split
     )
@@ -39,6 +39,22 @@ def rate(tokens, **sizes):
 )
 def test_estimates_are_near_what_was_measured_on_four_h100s(tokens, sizes, measured):
     assert rate(tokens, **sizes) == pytest.approx(measured, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    "tokens, sizes, measured",
+    [
+        (8192, {}, 0.933),
+        (32768, {}, 0.950),
+        (8192, {"tp": 2}, 0.802),
+        (32768, {"tp": 2}, 0.859),
+        (8192, {"cp": 2}, 0.834),
+        (32768, {"cp": 2}, 0.931),
+    ],
+    ids=str,
+)
+def test_estimates_are_near_what_was_measured_on_two_h100s(tokens, sizes, measured):
+    assert rate(tokens, gpus=2, **sizes) == pytest.approx(measured, abs=0.04)
 
 
 def test_longer_sequences_are_cheaper_to_split():
