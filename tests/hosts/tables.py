@@ -9,7 +9,7 @@ from pathlib import Path
 
 from glm5_patch.patches.table import PATCHES
 from tests.config import balance
-from tests.distributed.cases import CASES
+from tests.distributed.cases import SOME
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "docs" / "hosts.json"
@@ -66,10 +66,10 @@ def figures(record: dict) -> str:
 
 
 def parallel(record: dict) -> str:
-    """Each split on each core: how far its gradients are from one process's."""
+    """A split of each kind on each core: how far its gradients are from one process's."""
     releases = {r: f["parallel"] for r, f in record["megatron-core"].items() if "parallel" in f}
     lines = ["| split | " + " | ".join(releases) + " |", "|---" * (len(releases) + 1) + "|"]
-    for case in CASES:
+    for case in SOME:
         cells = []
         for found in releases.values():
             one = found[case.name]
