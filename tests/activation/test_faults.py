@@ -10,7 +10,6 @@ import pytest
 
 from tests.activation.fresh import PATCHES, python
 
-pytestmark = pytest.mark.xdist_group("faults")  # one worker, which breaks the hosts once
 FAULTS = ["probe_raises", "apply_raises", "seam_renamed", "signature_changed"]
 # This model is not refused for these: a stack of layers refuses to recompute without the first,
 # the second is needed under fp8 only, the third only makes it fast, the fourth is needed under
