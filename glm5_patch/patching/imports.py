@@ -12,14 +12,16 @@ from types import ModuleType
 
 
 def is_there(name: str) -> bool:
-    """Whether the file of a module exists, found without importing anything."""
-    top, *parts = name.split(".")
+    """Whether the file of a module inside a package exists, found without importing anything."""
+    top, *inner, last = name.split(".")
     spec = importlib.util.find_spec(top)
-    for folder in (spec and spec.submodule_search_locations) or ():
-        target = Path(folder, *parts)
-        if target.is_dir() or target.with_suffix(".py").is_file():
-            return True
-    return False
+    folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
+    for part in inner:
+        folders = [folder / part for folder in folders if (folder / part).is_dir()]
+        # The first with an __init__.py is the package; without one, all are parts of it.
+        whole = [folder for folder in folders if (folder / "__init__.py").is_file()]
+        folders = whole[:1] or folders
+    return any((folder / last).is_dir() or (folder / f"{last}.py").is_file() for folder in folders)
 
 
 def import_host(name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 from ....config.fields import is_glm5
+from ....patching.imports import is_there
 from ....patching.patch import Finding, Patch, argument
 from ...probes import names_read_by
 
@@ -17,6 +18,8 @@ class _LayerSpecs:
     remove_when = "gpt_layer_specs builds experimental attention variants"
 
     def needed(self, module) -> Finding:
+        if not is_there(VARIANT_SPECS):
+            return Finding(False, "this release has no experimental attention variants")
         builds = names_read_by(getattr(module, self.attribute))
         if any("experimental_attention_variant_spec" in name for name in builds):
             return Finding(False, "the host's layers have the attention of the configuration")
