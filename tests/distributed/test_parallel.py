@@ -28,7 +28,7 @@ GRADIENTS, WORST = 1e-6, 2e-6
 GRADIENTS_TP, WORST_TP = 3e-6, 4e-6
 NAMES = {case.name: case for case in CASES}
 FULL_RECOMPUTE = NAMES["PP 2, recompute full"]
-CARRIERS = "checkpoint_recompute,index_share_carrier,topk_carrier,gate,pipeline_split_check"
+CARRIERS = "checkpoint_recompute,index_share_carrier,topk_carrier,gate,pipeline_split_check,dsa_spec"
 
 
 def repeats_every_operation(case):
