@@ -15,7 +15,7 @@ import sys
 import time
 
 CASES = {"python -c pass": "pass", "import torch": "import torch"}
-BOUND_MS = 15
+BOUND_MS = 10
 
 
 def milliseconds(code: str, switch: str) -> float:
