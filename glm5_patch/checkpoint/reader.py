@@ -30,7 +30,7 @@ _THREADS = 8
 _BLOCK_BYTES = 16 << 20
 """What a thread reads at once."""
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -38,6 +38,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": getattr(torch, "float8_e8m0fnu", None),
 }
+"""By the names that safetensors uses."""
 
 
 class _Read(NamedTuple):
@@ -134,7 +135,7 @@ class HFCheckpoint(CheckpointFiles):
 
     def _load_block(self, files: _Files, block: _Read) -> None:
         stored, target = self.tensors[block.source], block.target.detach()
-        as_stored = target.dtype == _DTYPES[stored.dtype] and target.shape[1:] == stored.shape[1:]
+        as_stored = target.dtype == DTYPES[stored.dtype] and target.shape[1:] == stored.shape[1:]
         if as_stored and target.is_contiguous() and target.device.type == "cpu":
             files.read(stored, block.slices[0], target)  # without a copy on the way
         else:
@@ -201,7 +202,7 @@ class _Files:
         row_bytes = stored.nbytes // max(1, count)
         shape = (rows.stop - rows.start, *others)
         if target is None:
-            target = torch.empty(shape, dtype=_DTYPES[stored.dtype])
+            target = torch.empty(shape, dtype=DTYPES[stored.dtype])
         content = target.view(-1).view(torch.uint8)
         into, place = memoryview(content.numpy()), stored.begin + rows.start * row_bytes
         try:

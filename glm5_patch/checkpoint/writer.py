@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from .files import INDEX, SINGLE
 from .names import MTP_COPIES, Part, expected_tensors, mtp_layers_of, parts, split_group
 from .quantization import SETTINGS
-from .reader import HFCheckpoint, chunks_of
+from .reader import DTYPES, HFCheckpoint, chunks_of
 from .staging import Ranks, StagedFiles, Staging
 
 MAX_SHARD_BYTES = 5 << 30
@@ -23,13 +23,7 @@ MAX_SHARD_BYTES = 5 << 30
 _NOT_SAVED = ("torch_dtype", *SETTINGS)
 """Fields of the source's config.json that do not hold for the output."""
 
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-}
-"""The names that safetensors uses."""
+_WRITTEN = {DTYPES[name]: name for name in ("F64", "F32", "F16", "BF16")}
 
 
 class Entry(NamedTuple):
@@ -169,7 +163,7 @@ def _carried(source: HFCheckpoint | None) -> tuple[str, ...]:
 def _stored(source: HFCheckpoint, name: str) -> torch.dtype:
     if name in source.scales:
         return torch.bfloat16
-    return next(d for d, called in _DTYPES.items() if called == source.tensors[name].dtype)
+    return DTYPES[source.tensors[name].dtype]
 
 
 def _held(model: Any, config: HFConfig, source: HFCheckpoint | None) -> dict[str, Part]:
@@ -320,7 +314,7 @@ def _write_file(
     for entry in entries:
         begin, end = end, end + entry.nbytes
         header[entry.name] = {
-            "dtype": _DTYPES[entry.dtype],
+            "dtype": _WRITTEN[entry.dtype],
             "shape": list(entry.shape),
             "data_offsets": [begin, end],
         }
