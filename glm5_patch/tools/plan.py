@@ -13,7 +13,7 @@ from ..config.pipeline_split import Split, best_splits, check_split, chunk_label
 from ..config.schedule import IndexSchedule
 from ..errors import PipelineSplitError
 from . import plan_parallel
-from .report import Result, print_table, print_text
+from .report import Result, print_flags, print_table, print_text
 
 FLAG = "--" + ACROSS_STAGES.replace("_", "-")
 
@@ -198,12 +198,7 @@ def _what_is_sent(per_token: list[int]) -> str:
 def _print_settings(title: str, plan: dict) -> None:
     print("")
     print_text(f"Megatron-LM, {title}:")
-    flags = [
-        f"{name} '{value}'" if isinstance(value, str) else f"{name} {value}"
-        for name, value in plan["megatron_flags"].items()
-    ]
-    flags = [flag.removesuffix(" True") for flag in flags]  # a switch has no value
-    print("  " + " \\\n  ".join(flags))  # to be copied: never folded
+    print_flags(plan["megatron_flags"])
     print_text(f"Megatron-Bridge provider, {title}:")
     for name, value in plan["bridge_provider"].items():
         print(f"  {name} = {value!r}")

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from ..config.huggingface import HFConfig
 from ..config.parallel_costs import ParallelCost, parallel_costs
-from .report import Result, print_table, print_text
+from .report import Result, print_flags, print_table, print_text
 
 
 def run(hf: HFConfig, options: argparse.Namespace) -> Result:
@@ -83,10 +83,8 @@ def _print(data: dict, costs: list[ParallelCost]) -> None:
     )
     print_text("Megatron-LM, the first one:")
     best = data["splits"][0]
-    flags = [f"{name} {value}" for name, value in best["megatron_flags"].items()]
-    if best["sequence_parallel"]:
-        flags.append("--sequence-parallel")
-    print("  " + " \\\n  ".join(flags))  # to be copied: never folded
+    switches = {"--sequence-parallel": True} if best["sequence_parallel"] else {}
+    print_flags({**best["megatron_flags"], **switches})
     if best["pp"] > 1:
         print_text(f"its stages: glm5-patch plan --config ... --pp {best['pp']}")
 

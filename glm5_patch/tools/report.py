@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TextIO
 
@@ -54,6 +54,15 @@ def print_text(text: str, indent: str = "") -> None:
             break_on_hyphens=False,
         )
     )
+
+
+def print_flags(flags: Mapping[str, Any]) -> None:
+    """Flags of a command line on stdout, to be copied: never folded. True is a switch's."""
+    lines = []
+    for name, value in flags.items():
+        value = f"'{value}'" if isinstance(value, str) else value
+        lines.append(name if value is True else f"{name} {value}")
+    print("  " + " \\\n  ".join(lines))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
