@@ -39,6 +39,7 @@ from split_model import MICROBATCHES, Model, Split, initialised, splits
 import glm5_patch
 from glm5_patch.checkpoint.names import own_part
 from glm5_patch.testing import cpu_host
+from glm5_patch.testing.models import let_go
 from glm5_patch.testing.parity import kept_share
 from glm5_patch.topk.source import Selection
 
@@ -197,7 +198,7 @@ class Comparison:
             say(json.dumps(row))
         if self.options.profile and self.on_gpu:
             self._profile(model, first)
-        model.close()
+        let_go([model.ddp])
 
     def _gradients(self, model: Model, length: int) -> dict:
         differing: list[float] = []

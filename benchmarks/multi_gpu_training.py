@@ -30,7 +30,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from split_model import MICROBATCHES, SHAPE, TINY
+from split_model import MICROBATCHES, SHAPE, TINY, dtype_on, settings
 
 import glm5_patch
 from glm5_patch.attention.build import gpt_model, transformer_config
@@ -79,7 +79,7 @@ class Run:
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.device = options, torch.device(options.device)
-        self.dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+        self.dtype = dtype_on(options.device)
         shape = {**SHAPE, "n_routed_experts": options.experts}
         self.hf = HFConfig({**shape, **TINY} if options.device == "cpu" else shape)
         self.source = options.folder / "checkpoint"
@@ -135,30 +135,14 @@ class Run:
             num_layers_in_last_pipeline_stage=self.hf.num_hidden_layers - first,
             dsa_topk_across_stages=self.topk_crosses,
         )
-        config = transformer_config(
-            self.hf,
-            transformer_impl="local",
-            params_dtype=self.dtype,
+        split = settings(options.device, options.tp, options.ep, options.cp)
+        split |= dict(
             pipeline_dtype=self.dtype,
-            bf16=self.dtype == torch.bfloat16,
-            use_cpu_initialization=options.device == "cpu",
-            perform_initialization=False,
-            moe_token_dispatcher_type="allgather" if options.device == "cpu" else "alltoall",
-            tensor_model_parallel_size=options.tp,
-            sequence_parallel=options.tp > 1,
-            expert_model_parallel_size=options.ep,
             expert_tensor_parallel_size=options.etp,
             pipeline_model_parallel_size=options.pp,
             deallocate_pipeline_outputs=True,
-            context_parallel_size=options.cp,
-            **(stages if options.pp == 2 else {}),
-            **(dict(cp_comm_type="allgather") if options.cp > 1 else {}),
-            recompute_granularity="full",
-            recompute_method="uniform",
-            recompute_num_layers=1,
-            dsa_indexer_loss_coeff=0.001,
-            dsa_indexer_use_sparse_loss=True,
         )
+        config = transformer_config(self.hf, **split, **(stages if options.pp == 2 else {}))
         config.finalize_model_grads_func = finalize_model_grads
         model = gpt_model(
             self.hf,

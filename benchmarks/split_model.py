@@ -6,6 +6,7 @@ import os
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -41,6 +42,36 @@ TINY = dict(
     index_n_heads=4,
     num_experts_per_tok=2,
 )
+
+
+def dtype_on(device: str) -> torch.dtype:
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def settings(device: str, tp: int, ep: int, cp: int) -> dict[str, Any]:
+    """Fields of the configuration beside the model's own."""
+    on_cpu, dtype = device == "cpu", dtype_on(device)
+    found: dict[str, Any] = dict(
+        transformer_impl="local",
+        params_dtype=dtype,
+        bf16=not on_cpu,
+        use_cpu_initialization=on_cpu,
+        perform_initialization=False,
+        moe_token_dispatcher_type="allgather" if on_cpu else "alltoall",
+        tensor_model_parallel_size=tp,
+        sequence_parallel=tp > 1,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=1,
+        context_parallel_size=cp,
+        recompute_granularity="full",
+        recompute_method="uniform",
+        recompute_num_layers=1,
+        dsa_indexer_loss_coeff=0.001,
+        dsa_indexer_use_sparse_loss=True,
+    )
+    if cp > 1:
+        found["cp_comm_type"] = "allgather"
+    return found
 
 
 @dataclass(frozen=True)
@@ -105,33 +136,14 @@ class Model:
 
         self.split, self.device = split, torch.device(device)
         self.on_cpu = device == "cpu"
-        self.dtype = torch.float32 if self.on_cpu else torch.bfloat16
+        self.dtype = dtype_on(device)
         shape = {**SHAPE, "n_routed_experts": experts, **(TINY if self.on_cpu else {})}
         self.hf = HFConfig(shape)
-        config = transformer_config(
-            self.hf,
-            transformer_impl="local",
-            params_dtype=self.dtype,
-            bf16=not self.on_cpu,
-            use_cpu_initialization=self.on_cpu,
-            perform_initialization=False,
-            moe_token_dispatcher_type="allgather" if self.on_cpu else "alltoall",
-            tensor_model_parallel_size=split.tp,
-            sequence_parallel=split.tp > 1,
-            expert_model_parallel_size=split.ep,
-            expert_tensor_parallel_size=1,
-            context_parallel_size=split.cp,
-            **(dict(cp_comm_type="allgather") if split.cp > 1 else {}),
-            recompute_granularity="full",
-            recompute_method="uniform",
-            recompute_num_layers=1,
-            dsa_indexer_loss_coeff=0.001,
-            dsa_indexer_use_sparse_loss=True,
-        )
+        config = transformer_config(self.hf, **settings(device, split.tp, split.ep, split.cp))
         config.finalize_model_grads_func = None if split.alone else finalize_model_grads
         model = gpt_model(self.hf, config)
-        settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-        self.ddp = DistributedDataParallel(config, settings, model)
+        in_fp32 = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+        self.ddp = DistributedDataParallel(config, in_fp32, model)
         self.fill()
         self.microbatch = 0
         """The one that is running; its recompute too, since no other is in flight."""
@@ -162,14 +174,6 @@ class Model:
         for layer in self.ddp.module.decoder.layers:
             if hasattr(layer.mlp, "router"):
                 yield layer.layer_number, layer.mlp.router
-
-    def close(self) -> None:
-        """Let go of the model, which hooks of gradients hold through cycles that Python's collector
-        does not see: those of megatron-core's buckets, in the graph that its dispatchers keep."""
-        self.ddp.grad_accs.clear()
-        for layer in self.ddp.module.decoder.layers:
-            if hasattr(layer.mlp, "token_dispatcher"):
-                layer.mlp.token_dispatcher = None
 
     def positions(self, length: int) -> torch.Tensor:
         """Of this context-parallel rank's tokens, in zigzag order."""

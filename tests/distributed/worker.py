@@ -8,7 +8,6 @@ has run before.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -40,6 +39,7 @@ from glm5_patch.checkpoint.writer import save
 from glm5_patch.config.huggingface import HFConfig
 from glm5_patch.errors import CheckpointError, PipelineSplitError
 from glm5_patch.testing import cpu_host
+from glm5_patch.testing.models import let_go
 from glm5_patch.testing.parity import recorded
 from glm5_patch.topk import tokens as where_tokens_stand
 from glm5_patch.topk.stages import StageTopk
@@ -121,19 +121,6 @@ class model_parallel:
 
 _wrapped: list[DistributedDataParallel] = []
 """The chunks of the model of the case that runs."""
-
-
-def let_go(chunks: list[DistributedDataParallel]) -> None:
-    """Free models, and with them the threads of their process groups. Hooks of gradients hold a
-    model through cycles that Python's collector does not see: those of megatron-core's buckets, in
-    the graph that its dispatchers keep."""
-    for chunk in chunks:
-        chunk.grad_accs.clear()
-        for module in chunk.modules():
-            if hasattr(module, "token_dispatcher"):
-                module.token_dispatcher = None
-    chunks.clear()
-    gc.collect()
 
 
 def configuration(case: Case):
