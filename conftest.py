@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -35,6 +36,16 @@ def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # a worker of xdist has one
         # With -q pytest prints nothing until the first test ends; importing torch takes seconds.
         print("glm5-patch tests: collecting (torch is imported), then running", flush=True)
+
+
+@pytest.fixture(autouse=True)
+def no_mtp_losses_of_other_tests():
+    """megatron-core sums the losses of MTP layers in one tensor of the process, which keeps the
+    size that the first model gave it: one with more layers then fails."""
+    yield
+    module = sys.modules.get("megatron.core.transformer.multi_token_prediction")
+    if module is not None:
+        module.MTPLossLoggingHelper.tracker.clear()
 
 
 @pytest.fixture(scope="session")
