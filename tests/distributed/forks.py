@@ -9,6 +9,7 @@ The answer is a line on stdout, the exit codes of the ranks. What they print goe
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -45,6 +46,7 @@ def main(worker: str, folder: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     module = importlib.import_module(worker)
+    gc.freeze()  # each rank collects after each case: not what has been imported
     for line in sys.stdin:
         size = int(line)
         if torch.cuda.is_available():

@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import gc
 import inspect
 import os
 import pickle
@@ -121,11 +122,14 @@ def test_functions_methods_and_static_methods_are_wrapped_and_put_back():
     assert all(vars(module.Thing)[k] is v for k, v in before[1].items())
 
 
-def test_aliases_are_rebound_only_where_they_are_the_same_object():
+@pytest.mark.parametrize("frozen", [False, True])
+def test_aliases_are_rebound_only_where_they_are_the_same_object(frozen):
     module, user = host(), types.ModuleType("a_user")
     user.renamed, user.other = module.function, lambda x: x
     original, other = module.function, user.other
     sys.modules["a_user"] = user
+    if frozen:
+        gc.freeze()
     try:
         seams = Seams(late=True)
         seams.wrap(module, "function", add_ten)
@@ -134,6 +138,7 @@ def test_aliases_are_rebound_only_where_they_are_the_same_object():
         seams.undo()
         assert user.renamed is module.function is original
     finally:
+        gc.unfreeze()
         del sys.modules["a_user"]
 
 
