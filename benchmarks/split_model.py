@@ -48,13 +48,15 @@ def dtype_on(device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else torch.bfloat16
 
 
-def settings(device: str, tp: int, ep: int, cp: int) -> dict[str, Any]:
-    """Fields of the configuration beside the model's own."""
-    on_cpu, dtype = device == "cpu", dtype_on(device)
+def settings(
+    device: str, tp: int, ep: int, cp: int, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """Fields of the configuration beside the model's own; the device's usual dtype by default."""
+    on_cpu, dtype = device == "cpu", dtype or dtype_on(device)
     found: dict[str, Any] = dict(
         transformer_impl="local",
         params_dtype=dtype,
-        bf16=not on_cpu,
+        bf16=dtype == torch.bfloat16,
         use_cpu_initialization=on_cpu,
         perform_initialization=False,
         moe_token_dispatcher_type="allgather" if on_cpu else "alltoall",
@@ -127,7 +129,7 @@ def initialised(split: Split):
 class Model:
     """The model of one split, with its part of the weights and the gradient buffers."""
 
-    def __init__(self, split: Split, device: str, experts: int):
+    def __init__(self, split: Split, device: str, experts: int, dtype: torch.dtype):
         from megatron.core.distributed import (
             DistributedDataParallel,
             DistributedDataParallelConfig,
@@ -136,10 +138,11 @@ class Model:
 
         self.split, self.device = split, torch.device(device)
         self.on_cpu = device == "cpu"
-        self.dtype = dtype_on(device)
+        self.dtype = dtype
         shape = {**SHAPE, "n_routed_experts": experts, **(TINY if self.on_cpu else {})}
         self.hf = HFConfig(shape)
-        config = transformer_config(self.hf, **settings(device, split.tp, split.ep, split.cp))
+        own = settings(device, split.tp, split.ep, split.cp, dtype)
+        config = transformer_config(self.hf, **own)
         config.finalize_model_grads_func = None if split.alone else finalize_model_grads
         model = gpt_model(self.hf, config)
         in_fp32 = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
