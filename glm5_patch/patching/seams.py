@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -22,9 +21,6 @@ from .wrapper import (
     is_undone,
     without_undone,
 )
-
-FROZEN_BY_PYTHON = 10_000
-"""Python's own start puts fewer objects aside; ``gc.freeze()`` of a program puts more."""
 
 
 class _Change:
@@ -247,16 +243,12 @@ def _is_loaded(module: ModuleType) -> bool:
 
 def _names_of(value: Any, modules: list[ModuleType]) -> list[tuple[ModuleType, str]]:
     """The names that modules have for this very object."""
-    # Thousands of modules are loaded, and one pass of the collector, in C, tells which hold it. It
-    # passes over what a program has put aside by gc.freeze().
-    if gc.get_freeze_count() < FROZEN_BY_PYTHON:
-        holders = {id(holder) for holder in gc.get_referrers(value) if type(holder) is dict}
-        modules = [module for module in modules if id(vars(module)) in holders]
     return [
         (module, name)
         for module in modules
-        # vars() and not getattr(): lazy modules import on attribute access.
-        for name, held in list(vars(module).items())
+        # vars() and not getattr(): lazy modules import on attribute access. A copy: other threads
+        # import meanwhile.
+        for name, held in vars(module).copy().items()
         if held is value
     ]
 
