@@ -96,8 +96,17 @@ def outcome(patch, fault):
         "reason": row and row.reason,
         "states": {r.id: r.state.value for r in glm5_patch.status()},
         "warnings": [str(w.message) for w in caught if "glm5-patch:" in str(w.message)],
+        "require": refused(),
         **builds(),
     }
+
+
+def refused():
+    """What ``require`` says; nothing if everything needed is in place."""
+    try:
+        glm5_patch.require()
+    except GLM5PatchError as error:
+        return str(error)
 
 
 def builds():

@@ -133,9 +133,7 @@ def test_it():
 
 def test_it_goes_with_xdist_and_with_warnings_as_errors(run):
     tests = "def test_it(glm5_patched):\n    assert is_patched()\n"
-    run(tests, "-n", "1").assert_outcomes(passed=1)
-    result = run(tests, "-W", "error::pytest.PytestWarning", "-p", "no:xdist")
-    result.assert_outcomes(passed=1)
+    run(tests, "-n", "1", "-W", "error::pytest.PytestWarning").assert_outcomes(passed=1)
 
 
 def test_loading_it_imports_neither_torch_nor_wrapt():
