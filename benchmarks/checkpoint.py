@@ -200,7 +200,8 @@ def report(directory: Path, ranks: int, total: int) -> None:
     for rank in range(ranks):
         command = [sys.executable, "-W", "ignore", __file__, "--rank", str(rank)]
         command += ["--ranks", str(ranks), "--folder", str(directory)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
         found = json.loads(done.stdout.splitlines()[-1])
         own, seconds, peak = found["own"], found["seconds"], found["peak"]
         rates.append(sequential_rate(directory, rank / ranks, (rank + 1) / ranks))
