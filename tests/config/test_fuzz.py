@@ -81,7 +81,7 @@ def edited(raw: dict, rng: random.Random) -> dict:
         else:
             name = rng.choice([n for n in fields if type(raw[n]) in (int, float)] or ["vocab_size"])
             raw[name] = rng.choice((2, 0.5, 1)) * raw.get(name, 1) + rng.choice((0, 1, 2))
-            if rng.random() < 0.8 and raw[name] == int(raw[name]):
+            if rng.random() < 0.8 and math.isfinite(raw[name]) and raw[name] == int(raw[name]):
                 raw[name] = int(raw[name])
     return raw
 
