@@ -49,6 +49,7 @@ def build(pattern: str, **settings):
             "indexer_types": ["full" if kind == "F" else "shared" for kind in pattern],
             "num_nextn_predict_layers": 0,
             "vocab_size": 1024,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 8e6},
         }
     )
     config = transformer_config(

@@ -21,7 +21,7 @@ def found_by(cases, folder):
     [pytest.param(SOME, id="some"), pytest.param(CASES, id="all", marks=pytest.mark.nightly)],
 )
 def test_any_split_equals_one_process(cases, tmp_path):
-    """And the top-k of another microbatch gives wrong gradients, so that the comparison can fail."""
+    """And the top-k of another microbatch gives wrong gradients: the comparison can fail."""
     found = found_by([*cases, STALE], tmp_path)
     assert max(rank["gradients"] for rank in found.pop(STALE.name)) > 0.01
     wrong = {}
