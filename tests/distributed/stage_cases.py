@@ -164,7 +164,7 @@ PP 2 x TP 2 + SP, recompute full
 PP 2 x TP 2 + SP, heads, recompute none
 PP 2 x CP 2, recompute core_attn, thd
 PP 2 x VPP 2, an empty chunk passes the top-k on
-MTP, PP 2, recompute core_attn
+MTP alone on the last stage
 PP 2 from layer 6, bf16
 """
 SOME = tuple(case for case in CASES if case.name in _SOME.splitlines())
