@@ -3,8 +3,8 @@
 import pytest
 
 from tests.distributed import run
-from tests.distributed.stage_cases import CASES, SOME, STALE
-from tests.distributed.test_parallel import shortcomings
+from tests.distributed.stage_cases import CASES, FILES, SOME, SOME_FILES, STALE
+from tests.distributed.test_parallel import check_files, shortcomings
 
 
 def found_by(cases, folder):
@@ -14,6 +14,17 @@ def found_by(cases, folder):
     worlds = {case.world for case in cases}
     ranks = {size: run.world(size, folder) for size in sorted(worlds)}
     return {case.name: [rank[case.name] for rank in ranks[case.world]] for case in cases}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        pytest.param(SOME_FILES, id="some"),
+        pytest.param(FILES, id="all", marks=pytest.mark.nightly),
+    ],
+)
+def test_any_split_loads_what_any_other_saved(files, tmp_path):
+    check_files(files, run.everything(tmp_path, [], files), tmp_path)
 
 
 @pytest.mark.parametrize(
