@@ -149,7 +149,7 @@ def _kinds_of_steps(packed: str):
         pp=2,
         **thd,
         indexer_loss=0.1,
-        settings={**first(4), **RECOMPUTE["full"]},
+        settings={**first(7), **RECOMPUTE["full"]},  # no layer of the second stage computes
     )
     yield Case(
         f"PP 4, indexer loss of a source that serves four stages{packed}",
@@ -219,6 +219,7 @@ def _one_of_each():
             shares="heads",
             settings={**first(5), **SP, **FREED, **RECOMPUTE[mode]},
         )
+    yield Case("PP 2, indexer loss, no layers", pp=2, indexer_loss=0.1, settings=layout("Et*8|L"))
     yield Case("PP 2, equal", pp=2, settings=ON)
     yield Case("PP 4, equal", pp=4, settings=ON)
     yield Case(
