@@ -132,10 +132,10 @@ def everything(folder: Path, cases: list[Case], files: dict[str, tuple[Case, ...
             ranks = worlds.run(size)
             if size > 1:
                 found.update({name: _worst([rank[name] for rank in ranks]) for name in ranks[0]})
-        # All but the largest once more: to load what the larger ones saved.
+        # All but the one that came last once more: to load what later ones saved.
         write_cases(folder, [])
         write_files(folder, {"checkpoints": checkpoints})
-        for size in sorted({case.world for case in checkpoints})[:-1]:
+        for size in sorted(set(sorted(case.world for case in checkpoints)[:-1])):
             ranks = worlds.run(size)
             found.update({name: _worst([rank[name] for rank in ranks]) for name in ranks[0]})
     return found
