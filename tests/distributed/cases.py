@@ -84,6 +84,7 @@ class Case:
         """Cases of the same batch and model have the same loss and gradients."""
         thd = ("even-thd" if self.even_packs else "thd") if self.thd else "bshd"
         padding = ("-padding" if self.padding else "") + ("-varies" if self.varies else "")
+        padding += f"-from-{self.trains_from}" if self.trains_from > 1 else ""
         model = f"{self.model}{'-bf16' * self.bf16}"
         return f"{model}-{thd}{padding}-{self.indexer_loss or 0}-{self.microbatches}"
 
@@ -96,6 +97,7 @@ class Case:
             even_packs=self.even_packs,
             padding=self.padding,
             varies=self.varies,
+            trains_from=self.trains_from,
             indexer_loss=self.indexer_loss,
             microbatches=self.microbatches,
             bf16=self.bf16,

@@ -15,7 +15,6 @@ FREED = dict(deallocate_pipeline_outputs=True)
 OVERLAPPED = dict(overlap_p2p_comm=True, batch_p2p_comm=False)
 IN_FLIGHT = dict(microbatch_group_size_per_vp_stage=8)
 """The first stage runs eight microbatches before it goes backward."""
-VARIABLE = dict(variable_seq_lengths=True, moe_token_dispatcher_type="alltoall")
 EMPTY = {
     "an empty chunk passes the top-k on": "Et*4||t*2|t*2,L",
     "an empty first chunk": "E|t*4|t|t*3,L",
@@ -116,7 +115,7 @@ def _kinds_of_steps(packed: str):
             pp=2,
             **thd,
             varies=True,
-            settings={**first(4), **VARIABLE, **RECOMPUTE[mode]},
+            settings={**first(4), **RECOMPUTE[mode]},
         )
         yield Case(
             f"PP 2 x VPP 2, after training and evaluation, recompute {mode}{packed}",
@@ -142,7 +141,7 @@ def _kinds_of_steps(packed: str):
         tp=2,
         **thd,
         varies=True,
-        settings={**layout(TWO_CHUNKS[4]), **OVERLAPPED, **SP, **VARIABLE},
+        settings={**layout(TWO_CHUNKS[4]), **OVERLAPPED, **SP},
     )
     yield Case(
         f"PP 2, indexer loss, recompute full{packed}",
@@ -226,7 +225,7 @@ def _one_of_each():
         "PP 2 x VPP 2, equal",
         pp=2,
         vpp=2,
-        settings={**ON, **OVERLAPPED, "num_layers_per_virtual_pipeline_stage": 2},
+        settings={**ON, **OVERLAPPED},
     )
     yield Case("PP 2 x EP 2", pp=2, dp=2, ep=2, settings=ON)
     yield Case(
@@ -249,11 +248,11 @@ def _one_of_each():
     )
     yield Case("MTP alone on the last stage", pp=4, settings={**MTP, **layout("Et*3|t*2|t*3|mL")})
     yield Case(
-        "MTP, PP 2 x VPP 2, recompute full, thd",
+        "MTP, PP 2 x VPP 2, recompute core_attn, thd",
         pp=2,
         vpp=2,
         thd=True,
-        settings={**MTP, **layout(MTP_TOO), **OVERLAPPED, **RECOMPUTE["full"]},
+        settings={**MTP, **layout(MTP_TOO), **OVERLAPPED, **RECOMPUTE["core_attn"]},
     )
     for layer in (4, 6):
         yield Case(f"PP 2 from layer {layer}, bf16", pp=2, bf16=True, settings=first(layer - 1))

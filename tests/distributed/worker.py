@@ -74,6 +74,8 @@ def run(case: Case, folder: Path) -> dict:
         chunks = build(case, folder)
         for seed, forward_only in BEFORE if case.evaluates else ():
             step(replace(case, forward_only=forward_only), chunks, seed)
+        if case.evaluates:  # training has changed the routers' biases
+            load([chunk.module for chunk in chunks], folder / f"{case.model}.pt")
         DSAIndexerLossLoggingHelper.tracker.clear()
         losses, topk_indices = step(case, chunks)
         return compare(case, chunks, losses, topk_indices, folder)
@@ -143,6 +145,8 @@ def configuration(case: Case):
         **settings,
     )
     config.finalize_model_grads_func = finalize_model_grads
+    # Set late: a configuration with experts takes it only with dispatchers that need CUDA.
+    config.variable_seq_lengths = case.varies
     return hf, config
 
 
