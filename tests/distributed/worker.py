@@ -343,7 +343,7 @@ def compare(case: Case, chunks, losses, topk_indices, folder: Path) -> dict:
     own_losses = reference["losses"][parallel_state.get_data_parallel_rank() :: _dp_size()]
     result = {
         "loss": max((abs(a / b - 1) for a, b in zip(losses, own_losses)), default=0.0),
-        "topk_equal": _same_on_all_tensor_parallel_ranks(topk_indices, case.shares_tokens),
+        "topk_equal": _same_on_all_tensor_parallel_ranks(topk_indices, case),
     }
     if case.forward_only:
         return result
@@ -426,16 +426,17 @@ def _distance(values, expected) -> dict:
     }
 
 
-def _same_on_all_tensor_parallel_ranks(found, shares_tokens: bool) -> bool:
+def _same_on_all_tensor_parallel_ranks(found, case: Case) -> bool:
     """Whether all ranks select the same keys; where they share the tokens out, whether each selects
     for an equal part of them."""
     group = parallel_state.get_tensor_model_parallel_group()
     everyone = [None] * group.size()
     torch.distributed.all_gather_object(everyone, found, group=group)
-    if shares_tokens:
-        own = LENGTH // group.size() // parallel_state.get_context_parallel_world_size()
+    if case.shares_tokens:
+        lengths = {ids.shape[1] for ids, *_ in batches(case)}  # of a context-parallel rank
+        own = {length // group.size() for length in lengths}
         return all(
-            topk.shape[1] == own for rank in everyone for one in rank for topk in one.values()
+            topk.shape[1] in own for rank in everyone for one in rank for topk in one.values()
         )
     return all(
         mine.keys() == others.keys() and all(torch.equal(mine[n], others[n]) for n in mine)
