@@ -10,9 +10,9 @@ from tests.distributed.test_parallel import check_files, shortcomings
 def found_by(cases, folder):
     """Case -> what each rank found."""
     run.write_cases(folder, list(cases))
-    run.world(1, folder)
-    worlds = {case.world for case in cases}
-    ranks = {size: run.world(size, folder) for size in sorted(worlds)}
+    with run.Worlds(folder) as worlds:
+        worlds.run(1)
+        ranks = {size: worlds.run(size) for size in sorted({case.world for case in cases})}
     return {case.name: [rank[case.name] for rank in ranks[case.world]] for case in cases}
 
 
@@ -32,7 +32,7 @@ def test_any_split_loads_what_any_other_saved(files, tmp_path):
     [pytest.param(SOME, id="some"), pytest.param(CASES, id="all", marks=pytest.mark.nightly)],
 )
 def test_any_split_equals_one_process(cases, tmp_path):
-    """And the top-k of another microbatch gives wrong gradients, so that the comparison can fail."""
+    """The top-k of another microbatch gives wrong gradients: so the comparison can fail."""
     found = found_by([*cases, STALE], tmp_path)
     assert max(rank["gradients"] for rank in found.pop(STALE.name)) > 0.01
     wrong = {}
