@@ -6,10 +6,7 @@ from collections.abc import Callable
 
 import torch
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.experimental_attention_variant.dsa import (
-    DSAIndexerLossAutoScaler,
-    DSAIndexerLossLoggingHelper,
-)
+from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossAutoScaler
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
@@ -22,6 +19,7 @@ from ..ops.sparse_attention.inputs import AttentionInputs, MLADims
 from ..ops.sparse_attention.operation import sparse_attention
 from ..topk.source import TopkSource
 from ..topk.tokens import Layout, token_group
+from .loss_log import log_loss
 from .mask import require_causal
 
 
@@ -218,27 +216,12 @@ class CrossLayerDSAttention(MegatronModule):
         else:
             # Other ranks wait for this one in the backward of the gathered key.
             loss = sum(tensor[:0].sum() for tensor in indexer_inputs)
-        self._log(loss)
-        return DSAIndexerLossAutoScaler.apply(output, loss)
-
-    def _log(self, loss: Tensor) -> None:
-        """Add to the host's tracker: one slot a decoder layer, then one a depth of MTP.
-
-        The tracker is summed over the pipeline's ranks, so its size follows from the configuration
-        alone. A model that came before, or the host's own attention, may have made it smaller.
-        """
-        decoder_layers = self.config.num_layers
-        slots = decoder_layers + (self.config.mtp_num_layers or 0)
-        depth = self.topk_source.mtp_depth
-        number = self.layer_number if depth is None else decoder_layers + depth
-        tracker = DSAIndexerLossLoggingHelper.tracker
-        values = tracker.get("values")
-        if values is not None and len(values) < slots:
-            tracker["values"] = torch.cat([values, values.new_zeros(slots - len(values))])
-        DSAIndexerLossLoggingHelper.save_loss_to_tracker(
-            loss=loss,
-            layer_number=number,
-            num_layers=slots,
-            reduce_group=self.token_group,
-            avg_group=self.cp_group if self.config.context_parallel_size > 1 else None,
+        log_loss(
+            self.config,
+            loss,
+            self.layer_number,
+            self.topk_source.mtp_depth,
+            self.token_group,
+            self.cp_group,
         )
+        return DSAIndexerLossAutoScaler.apply(output, loss)

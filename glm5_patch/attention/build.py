@@ -123,14 +123,12 @@ def mtp_block_spec(config, spec, vp_stage: int | None = None):
     """
     if not config.mtp_num_layers:
         return None
-    from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
     from megatron.core.models.gpt import gpt_layer_specs
 
     from .local_backend import local_spec_provider
 
-    if not spec.layer_specs:  # as Megatron-LM does: the layer is that of another stage
-        build = specs.get_transformer_block_with_experimental_attention_variant_spec
-        spec = build(config, vp_stage=vp_stage, pp_rank=0)
+    if not spec.layer_specs:
+        spec = _of_last_decoder_layer(config)
     if config.transformer_impl == "transformer_engine":
         return gpt_layer_specs.get_gpt_mtp_block_spec(
             config, spec, use_transformer_engine=True, vp_stage=vp_stage
@@ -138,6 +136,19 @@ def mtp_block_spec(config, spec, vp_stage: int | None = None):
     return gpt_layer_specs.get_gpt_mtp_block_spec_for_backend(
         config, spec, backend=local_spec_provider(), vp_stage=vp_stage
     )
+
+
+def _of_last_decoder_layer(config):
+    """The layers of the last stage that has any: the first stages may end on a dense layer."""
+    from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
+
+    build = specs.get_transformer_block_with_experimental_attention_variant_spec
+    stages = config.virtual_pipeline_model_parallel_size
+    for vp_stage in reversed(range(stages)) if stages else (None,):
+        for pp_rank in reversed(range(config.pipeline_model_parallel_size)):
+            spec = build(config, vp_stage=vp_stage, pp_rank=pp_rank)
+            if spec.layer_specs:
+                return spec
 
 
 HF_LATENT_NORM_EPSILON = 1e-6

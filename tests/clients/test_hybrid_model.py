@@ -9,6 +9,7 @@ from megatron.core.pipeline_parallel.schedules import custom_backward, deallocat
 
 from glm5_patch.errors import GLM5PatchError, MissingTopkError, PipelineSplitError
 from glm5_patch.patches.megatron_core import carrying
+from glm5_patch.patching.imports import is_there
 from tests.clients.stacks import (
     MODES,
     causal_mask,
@@ -18,6 +19,7 @@ from tests.clients.stacks import (
     hybrid_stage,
     outputs,
 )
+from tests.distributed import run
 from tests.tiny import relative
 
 
@@ -85,6 +87,17 @@ def test_stages_that_start_on_a_skip_layer_are_as_one_stack(world, cuts, narrow,
             theirs = dict(layer.named_parameters())
             for name, parameter in ours.named_parameters():
                 assert same(parameter.grad, theirs[name].grad), f"{ours.layer_number}: {name}"
+
+
+@pytest.mark.nightly  # the same stages in one process are above
+@pytest.mark.skipif(
+    not is_there("megatron.core.models.hybrid.hybrid_model"), reason="this core has no HybridModel"
+)
+def test_a_pipeline_of_two_processes_has_the_gradients_of_the_whole_model(tmp_path):
+    """Its second stage starts on an MLP, between a source and its skip layers."""
+    ranks = run.world(2, tmp_path, "tests.clients.hybrid_worker")
+    assert [rank["layers"] for rank in ranks] == [list(range(1, 8)), list(range(8, 17))]
+    assert [rank["differ"] for rank in ranks] == [[], []]
 
 
 @pytest.mark.parametrize(("last", "length", "width"), [(6, 48, 64), (5, 9, 64), (5, 48, 69)])

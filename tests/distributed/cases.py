@@ -56,6 +56,12 @@ class Case:
     """Whether rows of index scores are dealt out, as they are in long sequences."""
     adapters: bool = False
     """On every projection of attention and indexer."""
+    varies: bool = False
+    """Microbatches of several lengths."""
+    evaluates: bool = False
+    """Another step of training and two of evaluation, of other tokens, come before."""
+    trains_from: int = 1
+    """The embedding and the layers before this one are frozen."""
     settings: dict = field(default_factory=dict)
 
     @property
@@ -77,7 +83,8 @@ class Case:
     def batch(self) -> str:
         """Cases of the same batch and model have the same loss and gradients."""
         thd = ("even-thd" if self.even_packs else "thd") if self.thd else "bshd"
-        padding = "-padding" if self.padding else ""
+        padding = ("-padding" if self.padding else "") + ("-varies" if self.varies else "")
+        padding += f"-from-{self.trains_from}" if self.trains_from > 1 else ""
         model = f"{self.model}{'-bf16' * self.bf16}"
         return f"{model}-{thd}{padding}-{self.indexer_loss or 0}-{self.microbatches}"
 
@@ -89,6 +96,8 @@ class Case:
             thd=self.thd,
             even_packs=self.even_packs,
             padding=self.padding,
+            varies=self.varies,
+            trains_from=self.trains_from,
             indexer_loss=self.indexer_loss,
             microbatches=self.microbatches,
             bf16=self.bf16,
@@ -314,18 +323,21 @@ MTP alone on the last stage
 SOME = tuple(case for case in CASES if case.name in _SOME.splitlines())
 """One of each kind; the others are more of the same."""
 
+ALONE = Case("alone")
 CHECKPOINT = Case("PP 2 x TP 2 + SP, distributed checkpoint", pp=2, tp=2, settings={**UNEVEN, **SP})
-"""Saved so and loaded into one process, and the other way round."""
 READERS = (CHECKPOINT, next(case for case in CASES if case.name == "EP 2 x TP 2 + SP"))
-"""Splits that load a Hugging Face directory, each rank its part."""
-SAVERS = (
-    *READERS,
-    Case("PP 2 x VPP 2", pp=2, vpp=2, settings=INTERLEAVED),
-    Case("MTP, EP 2", ep=2, settings=MTP),
-    Case("MTP, TP 2 + SP", tp=2, settings={**MTP, **SP}),
-    Case("MTP, PP 2 x DP 2", pp=2, dp=2, settings={**MTP, **UNEVEN}),
+FILES = dict(
+    checkpoints=(ALONE, CHECKPOINT),
+    readers=READERS,
+    savers=(
+        *READERS,
+        Case("PP 2 x VPP 2", pp=2, vpp=2, settings=INTERLEAVED),
+        Case("MTP, EP 2", ep=2, settings=MTP),
+        Case("MTP, TP 2 + SP", tp=2, settings={**MTP, **SP}),
+        Case("MTP, PP 2 x DP 2", pp=2, dp=2, settings={**MTP, **UNEVEN}),
+    ),
 )
-"""Splits that write a Hugging Face directory, each rank files of its own."""
+"""The splits of ``tests.distributed.files.Files``."""
 
 
 def source_of(case: Case) -> str:
@@ -338,5 +350,5 @@ def worlds_of(cases: list[Case]) -> dict[int, list[dict]]:
     alone = {case.batch: case.alone() for case in cases}
     worlds: dict[int, list[dict]] = {1: [asdict(case) for case in alone.values()], 2: [], 4: []}
     for case in cases:
-        worlds[case.world].append(asdict(case))
+        worlds.setdefault(case.world, []).append(asdict(case))
     return worlds

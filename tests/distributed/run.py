@@ -8,18 +8,19 @@ Prints one JSON object: case -> the worst that any rank found.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import select
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
-from tests.distributed.cases import CHECKPOINT, Case, worlds_of
+from tests.distributed.cases import Case, worlds_of
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 900
@@ -107,20 +108,36 @@ def write_cases(folder: Path, cases: list[Case]) -> None:
     (folder / "cases.json").write_text(json.dumps(worlds_of(cases)))
 
 
-def everything(folder: Path, cases: list[Case]) -> dict[str, dict]:
-    """Case -> the worst that any rank found."""
-    write_cases(folder, cases)
+def write_files(folder: Path, files: dict[str, tuple[Case, ...]]) -> None:
+    """``tests.distributed.files.Files``, by its fields."""
+    written = {kind: [asdict(case) for case in some] for kind, some in files.items()}
+    (folder / "files.json").write_text(json.dumps(written))
+
+
+def everything(folder: Path, cases: list[Case], files: dict[str, tuple[Case, ...]]) -> dict:
+    """What is done -> the worst that any rank found.
+
+    Args:
+        folder: for what the worlds write.
+        cases: the steps.
+        files: as of ``write_files``.
+    """
+    checkpoints = files["checkpoints"]
+    sizes = {case.world for case in (*cases, *itertools.chain(*files.values()))}
     found = {}
     with Worlds(folder) as worlds:
-        for size in sorted({1, CHECKPOINT.world} | {case.world for case in cases}):
+        write_cases(folder, cases)
+        write_files(folder, files)
+        for size in sorted({1} | sizes):
             ranks = worlds.run(size)
             if size > 1:
                 found.update({name: _worst([rank[name] for rank in ranks]) for name in ranks[0]})
-        # Alone once more: to load what the others saved.
+        # All but the one that came last once more: to load what later ones saved.
         write_cases(folder, [])
-        shutil.rmtree(folder / "checkpoint-1")
-        (alone,) = worlds.run(1)
-    found[f"load {CHECKPOINT.world}"] = alone[f"load {CHECKPOINT.world}"]
+        write_files(folder, {"checkpoints": checkpoints})
+        for size in sorted(set(sorted(case.world for case in checkpoints)[:-1])):
+            ranks = worlds.run(size)
+            found.update({name: _worst([rank[name] for rank in ranks]) for name in ranks[0]})
     return found
 
 
@@ -146,7 +163,7 @@ def _worst(ranks: list) -> dict:
 
 
 if __name__ == "__main__":
-    from tests.distributed.cases import CASES
+    from tests.distributed.cases import CASES, FILES
 
     with tempfile.TemporaryDirectory() as directory:
-        print(json.dumps(everything(Path(directory), list(CASES))))
+        print(json.dumps(everything(Path(directory), list(CASES), FILES)))

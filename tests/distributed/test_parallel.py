@@ -1,6 +1,7 @@
 """Splits of the model over real processes: the same loss, gradients and top-k as one process."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -9,17 +10,7 @@ import torch
 import glm5_patch
 from glm5_patch.checkpoint.reader import HFCheckpoint
 from tests.distributed import run
-from tests.distributed.cases import (
-    CASES,
-    CHECKPOINT,
-    READERS,
-    RECOMPUTE,
-    SAVERS,
-    SOME,
-    SP,
-    Case,
-    source_of,
-)
+from tests.distributed.cases import CASES, FILES, RECOMPUTE, SOME, SP, Case, source_of
 
 LOSS = 5e-7
 # Relative, over all parameters of a rank and of the worst one. Tensor parallelism sums the partial
@@ -67,23 +58,28 @@ def shortcomings(case, found):
     [pytest.param(SOME, id="some"), pytest.param(CASES, id="all", marks=pytest.mark.nightly)],
 )
 def test_splits_equal_one_process(cases, tmp_path):
-    found = run.everything(tmp_path, list(cases))
+    found = run.everything(tmp_path, list(cases), FILES)
     wrong = {case.name: shortcomings(case, found[case.name]) for case in cases}
     assert {name: text for name, text in wrong.items() if text} == {}
     assert found["refused"]["same"]
     assert "holds layer 5, a skip layer whose source, layer 3," in found["refused"]["says"]
-    for other in (1, CHECKPOINT.world):
-        assert found[f"load {other}"].get("differ") == [], found[f"load {other}"]
-        assert found[f"load {other}"]["computing"] == ["0", "1", "2", "6"]
-    for case in READERS:
+    check_files(FILES, found, tmp_path)
+    assert found["save, refused"]["same"]
+    assert "exists and is not an empty directory" in found["save, refused"]["says"]
+
+
+def check_files(files, found, folder):
+    """What arrived is what was saved, bit for bit; what every split wrote is what one process
+    wrote, and each rank wrote its part of it."""
+    for saved, loaded in itertools.permutations(files["checkpoints"], 2):
+        name = f"load, {saved.name}, {loaded.name}"
+        assert found[name].get("differ") == [], found[name]
+        assert loaded.world > 1 or found[name]["computing"] == ["0", "1", "2", "6"]
+    for case in files["readers"]:
         assert found[f"read, {case.name}"].get("differ") == [], found[f"read, {case.name}"]
-    check_saved(found, tmp_path)
-
-
-def check_saved(found, folder):
-    """What every split wrote is what one process wrote, and each rank wrote its part of it."""
-    for case in SAVERS:
-        assert "error" not in found.get(f"save, {case.name}", {}), found[f"save, {case.name}"]
+    for case in files["savers"]:
+        written = found[f"save again, {case.name}"]
+        assert "error" not in written, written
         alone, split = (HFCheckpoint(folder / n) for n in (source_of(case), f"saved, {case.name}"))
         assert split.shapes == alone.shapes and split.report.tensors
         assert all(torch.equal(split.read(n), alone.read(n)) for n in alone.shapes), case.name
@@ -91,8 +87,6 @@ def check_saved(found, folder):
         sizes = [path.stat().st_size for path in split.headers]
         assert max(sizes) < 0.75 * sum(sizes), sizes
     assert not list(folder.glob(".*partial*"))
-    assert found["save, refused"]["same"]
-    assert "exists and is not an empty directory" in found["save, refused"]["says"]
 
 
 @pytest.mark.nightly  # tests/patches/test_recompute.py has it in one process

@@ -3,17 +3,28 @@
 import pytest
 
 from tests.distributed import run
-from tests.distributed.stage_cases import CASES, SOME, STALE
-from tests.distributed.test_parallel import shortcomings
+from tests.distributed.stage_cases import CASES, FILES, SOME, SOME_FILES, STALE
+from tests.distributed.test_parallel import check_files, shortcomings
 
 
 def found_by(cases, folder):
     """Case -> what each rank found."""
     run.write_cases(folder, list(cases))
-    run.world(1, folder)
-    worlds = {case.world for case in cases}
-    ranks = {size: run.world(size, folder) for size in sorted(worlds)}
+    with run.Worlds(folder) as worlds:
+        worlds.run(1)
+        ranks = {size: worlds.run(size) for size in sorted({case.world for case in cases})}
     return {case.name: [rank[case.name] for rank in ranks[case.world]] for case in cases}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        pytest.param(SOME_FILES, id="some"),
+        pytest.param(FILES, id="all", marks=pytest.mark.nightly),
+    ],
+)
+def test_any_split_loads_what_any_other_saved(files, tmp_path):
+    check_files(files, run.everything(tmp_path, [], files), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -21,7 +32,7 @@ def found_by(cases, folder):
     [pytest.param(SOME, id="some"), pytest.param(CASES, id="all", marks=pytest.mark.nightly)],
 )
 def test_any_split_equals_one_process(cases, tmp_path):
-    """And the top-k of another microbatch gives wrong gradients: the comparison can fail."""
+    """The top-k of another microbatch gives wrong gradients: so the comparison can fail."""
     found = found_by([*cases, STALE], tmp_path)
     assert max(rank["gradients"] for rank in found.pop(STALE.name)) > 0.01
     wrong = {}

@@ -2,8 +2,7 @@
 
 ``tests.distributed.run`` runs it. The folder holds ``cases.json``, and after a world of 1 the
 weights and the reference of every batch. Each rank writes ``WORLD-RANK.json``: case -> what it
-found, or its error. Distributed checkpoints are saved by every world and loaded by the other, if it
-has run before.
+found, or its error. ``tests.distributed.files`` says what a world saves and loads.
 """
 
 from __future__ import annotations
@@ -15,11 +14,12 @@ import traceback
 import warnings
 import zlib
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -34,34 +34,32 @@ from megatron.core.transformer.experimental_attention_variant.dsa import DSAInde
 
 from glm5_patch import env
 from glm5_patch.attention.build import mtp_block_spec
-from glm5_patch.checkpoint.reader import HFCheckpoint
-from glm5_patch.checkpoint.writer import save
 from glm5_patch.config.huggingface import HFConfig
-from glm5_patch.errors import CheckpointError, PipelineSplitError
+from glm5_patch.errors import PipelineSplitError
 from glm5_patch.testing import cpu_host
 from glm5_patch.testing.models import let_go
 from glm5_patch.testing.parity import recorded
 from glm5_patch.topk import tokens as where_tokens_stand
 from glm5_patch.topk.stages import StageTopk
 from tests.distributed.adapters import adapt
-from tests.distributed.cases import (
-    CHECKPOINT,
-    CONTIGUOUS,
-    MTP,
-    READERS,
-    SAVERS,
-    Case,
-    source_of,
-)
+from tests.distributed.cases import CONTIGUOUS, Case
 from tests.tiny import hf_config, megatron_config, packed, tokens
 
 BATCH, LENGTH = 2, 48
-PACKS = ([1, 20, 27], [48], [0, 9, 39], [30, 18])
-"""Lengths of the documents of microbatches: one token, one document, an empty one."""
+PACKS = (
+    *([1, 20, 27], [48], [0, 9, 39], [30, 18]),
+    *([9, 8, 9, 9, 8, 5], [47, 1], [6, 42], [10, 10, 10, 10, 8]),
+)
+"""Lengths of the documents of microbatches: one token, one document, an empty one. In the fifth
+each query selects every key."""
+VARIED_PACKS = ([1, 20, 27], [30], [9, 8, 7], [0, 24, 16])
+VARIED_LENGTHS = (48, 30, 8, 40)
 EVEN_PACKS = ([4, 20, 24], [48], [0, 8, 40], [32, 16])
 REAL = ([3, 18, 0], [20], [0, 8, 10], [21, 0])
 """Tokens of the documents of even packs that are not padding, where there is padding."""
 DEALT_FROM = where_tokens_stand.DEALT_FROM
+BEFORE = ((100, True), (200, False), (300, True))
+"""Seeds of the tokens of the steps before the one that is compared, and whether they evaluate."""
 LEARNING_RATE, ADAM_EPS = 1000.0, 1.0  # updates well above the rounding of the parameters
 
 TIMEOUT_MINUTES = 4
@@ -74,6 +72,10 @@ def run(case: Case, folder: Path) -> dict:
     """One step; how far loss, gradients and top-k are from one process alone."""
     with model_parallel(case), stale_topk(case):
         chunks = build(case, folder)
+        for seed, forward_only in BEFORE if case.evaluates else ():
+            step(replace(case, forward_only=forward_only), chunks, seed)
+        if case.evaluates:  # training has changed the routers' biases
+            load([chunk.module for chunk in chunks], folder / f"{case.model}.pt")
         DSAIndexerLossLoggingHelper.tracker.clear()
         losses, topk_indices = step(case, chunks)
         return compare(case, chunks, losses, topk_indices, folder)
@@ -143,6 +145,8 @@ def configuration(case: Case):
         **settings,
     )
     config.finalize_model_grads_func = finalize_model_grads
+    # Set late: a configuration with experts takes it only with dispatchers that need CUDA.
+    config.variable_seq_lengths = case.varies
     return hf, config
 
 
@@ -152,6 +156,7 @@ def build(case: Case, folder: Path) -> list[DistributedDataParallel]:
     for model in models if case.adapters else ():
         adapt(model)
     load(models, folder / f"{case.model}.pt")
+    freeze(models, case.trains_from)
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=case.distributed_optimizer)
     _wrapped.extend(DistributedDataParallel(model.config, ddp_config, model) for model in models)
     return list(_wrapped)
@@ -195,6 +200,15 @@ def load(models, path: Path) -> None:
         torch.save(whole, path)
 
 
+def freeze(models, trains_from: int) -> None:
+    """The embedding and the layers before this one; nothing if it is the first."""
+    for name, tensor in tensors(models) if trains_from > 1 else ():
+        parts = name.split(".")
+        layer = int(parts[2]) + 1 if parts[:2] == ["decoder", "layers"] else None
+        if parts[0] == "embedding" or (layer is not None and layer < trains_from):
+            tensor.requires_grad_(False)
+
+
 def _random(name: str, like: torch.Tensor) -> torch.Tensor:
     """Weights under which a wrong norm, bias or selection shows."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -235,13 +249,14 @@ def part(name: str, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return torch.cat([half.chunk(size, split[0])[rank] for half in halves], split[0])
 
 
-def batches(case: Case):
+def batches(case: Case, seed: int = 0):
     """This data-parallel rank's microbatches: ids, labels, positions, packed_seq_params."""
     for number in range(parallel_state.get_data_parallel_rank(), case.microbatches, _dp_size()):
+        length = VARIED_LENGTHS[number % len(VARIED_LENGTHS)] if case.varies else LENGTH
         if case.thd:
-            packs = EVEN_PACKS if case.even_packs else PACKS
+            packs = EVEN_PACKS if case.even_packs else VARIED_PACKS if case.varies else PACKS
             lengths = packs[number % len(packs)]
-            ids, pack = tokens(number, 1, LENGTH), packed(lengths)
+            ids, pack = tokens(seed + number, 1, sum(lengths)), packed(lengths)
             if case.padding:
                 pack.cu_seqlens_q_padded = pack.cu_seqlens_kv_padded = pack.cu_seqlens_q
                 pack.cu_seqlens_q = pack.cu_seqlens_kv = packed(
@@ -249,9 +264,9 @@ def batches(case: Case):
                 ).cu_seqlens_q
             positions = torch.cat([torch.arange(n) for n in lengths])[None]
         else:
-            ids, pack = tokens(number, BATCH, LENGTH), None
-            positions = torch.arange(LENGTH).expand_as(ids)
-        own = _own_positions(case, lengths if case.thd else [LENGTH])
+            ids, pack = tokens(seed + number, BATCH, length), None
+            positions = torch.arange(length).expand_as(ids)
+        own = _own_positions(case, lengths if case.thd else [length])
         yield ids[:, own], ids.roll(-1, 1)[:, own], positions[:, own], pack
 
 
@@ -272,13 +287,13 @@ def _dp_size() -> int:
     return parallel_state.get_data_parallel_world_size()
 
 
-def step(case: Case, chunks):
+def step(case: Case, chunks, seed: int = 0):
     """Forward and backward of all microbatches by the host's own schedule.
 
     Returns:
         The loss of each microbatch, where it is computed, and the top-k of each forward.
     """
-    own = list(batches(case))
+    own = list(batches(case, seed))
     found: list[dict[int, torch.Tensor]] = []
 
     def forward_step(iterator, model):
@@ -328,7 +343,7 @@ def compare(case: Case, chunks, losses, topk_indices, folder: Path) -> dict:
     own_losses = reference["losses"][parallel_state.get_data_parallel_rank() :: _dp_size()]
     result = {
         "loss": max((abs(a / b - 1) for a, b in zip(losses, own_losses)), default=0.0),
-        "topk_equal": _same_on_all_tensor_parallel_ranks(topk_indices, case.shares_tokens),
+        "topk_equal": _same_on_all_tensor_parallel_ranks(topk_indices, case),
     }
     if case.forward_only:
         return result
@@ -386,6 +401,8 @@ def _adam_update(gradient: torch.Tensor) -> torch.Tensor:
 
 def _distance(values, expected) -> dict:
     """Relative L2 errors: over everything that this rank holds, and of the worst parameter."""
+    if not values:  # every parameter of this rank is frozen
+        return {"gradients": 0.0, "worst": ["none", 0.0], "computing": []}
     squares = [
         ((v - expected[n]).square().sum(), expected[n].square().sum()) for n, v in values.items()
     ]
@@ -409,109 +426,23 @@ def _distance(values, expected) -> dict:
     }
 
 
-def _same_on_all_tensor_parallel_ranks(found, shares_tokens: bool) -> bool:
+def _same_on_all_tensor_parallel_ranks(found, case: Case) -> bool:
     """Whether all ranks select the same keys; where they share the tokens out, whether each selects
     for an equal part of them."""
     group = parallel_state.get_tensor_model_parallel_group()
     everyone = [None] * group.size()
     torch.distributed.all_gather_object(everyone, found, group=group)
-    if shares_tokens:
-        own = LENGTH // group.size() // parallel_state.get_context_parallel_world_size()
+    if case.shares_tokens:
+        lengths = {ids.shape[1] for ids, *_ in batches(case)}  # of a context-parallel rank
+        own = {length // group.size() for length in lengths}
         return all(
-            topk.shape[1] == own for rank in everyone for one in rank for topk in one.values()
+            topk.shape[1] in own for rank in everyone for one in rank for topk in one.values()
         )
     return all(
         mine.keys() == others.keys() and all(torch.equal(mine[n], others[n]) for n in mine)
         for other in everyone
         for mine, others in zip(found, other)
     )
-
-
-def save_checkpoint(case: Case, folder: Path) -> None:
-    """By megatron-core's own distributed checkpointing."""
-    with model_parallel(case):
-        (model,) = (chunk.module for chunk in build(case, folder))
-        directory = folder / f"checkpoint-{case.world}"
-        if torch.distributed.get_rank() == 0:
-            directory.mkdir()
-        torch.distributed.barrier()
-        dist_checkpointing.save(model.sharded_state_dict(), str(directory))
-
-
-def emptied(case: Case, folder: Path):
-    """This rank's only chunk, all zeros."""
-    (model,) = (chunk.module for chunk in build(case, folder))
-    with torch.no_grad():
-        for _, tensor in tensors([model]):
-            tensor.zero_()
-    return model
-
-
-def differing(model, folder: Path) -> list[str]:
-    """The tensors that are not what was saved."""
-    whole = torch.load(folder / f"{Case('alone').model}.pt")
-    return [n for n, t in tensors([model]) if not torch.equal(t, part(n, whole[n], t))]
-
-
-def load_checkpoint(case: Case, folder: Path, world: int) -> dict:
-    """Whether what another world saved arrives in this one, parameter by parameter."""
-    with model_parallel(case):
-        model = emptied(case, folder)
-        state = dist_checkpointing.load(
-            model.sharded_state_dict(), str(folder / f"checkpoint-{world}")
-        )
-        model.load_state_dict(state)
-        return {
-            "differ": differing(model, folder),
-            "computing": sorted({n.split(".")[2] for n, _ in tensors([model]) if ".indexer." in n}),
-        }
-
-
-def save_hugging_face(folder: Path, settings: dict, name: str) -> None:
-    alone = Case("alone", settings=settings)
-    with model_parallel(alone):
-        (model,) = (chunk.module for chunk in build(alone, folder))
-        save(model, saved_config(alone), folder / name)
-
-
-def saved_config(case: Case) -> HFConfig:
-    mtp = case.settings.get("mtp_num_layers", 0)
-    return HFConfig({**configuration(case)[0].raw, "num_nextn_predict_layers": mtp})
-
-
-def save_again(case: Case, folder: Path) -> None:
-    """Load what one process saved, on a split with a padded vocabulary, and save it from there."""
-    source = HFCheckpoint(folder / source_of(case))
-    with model_parallel(case):
-        chunks = built(case, padding=32)
-        for number, chunk in enumerate(chunks):
-            for tensor in chunk.parameters():
-                tensor.data.fill_(number)
-        source.load_into(chunks)
-        save(chunks, source.config, folder / f"saved, {case.name}", source)
-
-
-def refused_save(case: Case, folder: Path) -> str:
-    """What every rank says when only one of them can't save."""
-    with model_parallel(case):
-        output = folder / f"refused-{torch.distributed.get_world_size()}"
-        if torch.distributed.get_rank() == 0:
-            output.mkdir(exist_ok=True)
-            (output / "file").touch()
-        torch.distributed.barrier()
-        try:
-            save(built(case), configuration(case)[0], output)
-        except CheckpointError as error:
-            return str(error).rpartition("CheckpointError: ")[2]
-    return "not refused"
-
-
-def load_hugging_face(case: Case, folder: Path) -> dict:
-    """Whether this rank's part of a Hugging Face directory arrives, parameter by parameter."""
-    with model_parallel(case):
-        model = emptied(case, folder)
-        HFCheckpoint(folder / "hugging_face").load_into(model)
-        return {"differ": differing(model, folder)}
 
 
 def refused_split(case: Case) -> str:
@@ -550,22 +481,10 @@ def main(rank: int, world: int, folder: Path) -> None:
     for fields in json.loads((folder / "cases.json").read_text())[str(world)]:
         case = Case(**fields)
         attempt(case.name, run, case, folder)
-    checkpoint = {1: Case("alone"), CHECKPOINT.world: CHECKPOINT}.get(world)
-    if checkpoint:
-        others = [n for n in (1, CHECKPOINT.world) if (folder / f"checkpoint-{n}").exists()]
-        for other in others:
-            attempt(f"load {other}", load_checkpoint, checkpoint, folder, other)
-        attempt("save", save_checkpoint, checkpoint, folder)
-    if world == 1 and not (folder / "hugging_face").exists():
-        attempt("save Hugging Face", save_hugging_face, folder, {}, "hugging_face")
-        attempt("save MTP", save_hugging_face, folder, MTP, "hugging_face_mtp")
-    for case in READERS:
-        if case.world == world and (folder / "hugging_face").exists():
-            attempt(f"read, {case.name}", load_hugging_face, case, folder)
-    for case in SAVERS:
-        if case.world == world and (folder / source_of(case)).exists():
-            attempt(f"save, {case.name}", save_again, case, folder)
+    from tests.distributed.files import Files  # here: it builds its models by this module
+
+    for name, action, arguments in Files.read(folder).attempts(world, folder):
+        attempt(name, action, *arguments)
     if world > 1:
         attempt("refused", refused_split, Case("", pp=world))
-        attempt("save, refused", refused_save, Case("", dp=world), folder)
     (folder / f"{world}-{rank}.json").write_text(json.dumps(results))

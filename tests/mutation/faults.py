@@ -148,9 +148,9 @@ FAULTS = (
     ),
     Fault(
         "the logged loss is another than the one that trains",
-        "attention/attention.py",
-        "loss=loss,\n            layer_number=number",
-        "loss=loss * 2,\n            layer_number=number",
+        "attention/loss_log.py",
+        "loss=loss,\n        layer_number=",
+        "loss=loss * 2,\n        layer_number=",
         f"{INDEXER}::test_the_logged_loss_and_its_gradients_are_those_of_the_definition",
     ),
     Fault(

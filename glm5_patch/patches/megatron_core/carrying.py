@@ -31,6 +31,8 @@ def with_carrier(wrapped, instance, args, kwargs, crosses_stages: bool = False):
     args, kwargs = with_grad(instance, args, kwargs)
     _refuse_unsafe_recompute(instance)
     _refuse_adapters_without_effect(instance)
+    if crosses_stages:
+        _open_loss_log(instance)
     crosses_stages = crosses_stages and getattr(instance.config, ACROSS_STAGES, False)
     with open_carrier() as carrier:
         if not crosses_stages:
@@ -58,11 +60,14 @@ def carries(stack) -> bool:
     ours = sys.modules.get(OUR_ATTENTION)
     if ours is None:
         return False
-    cores = (
-        getattr(getattr(layer, "self_attention", None), "core_attention", None)
-        for layer in getattr(stack, "layers", ())
-    )
-    return any(isinstance(core, ours.CrossLayerDSAttention) for core in cores)
+    return any(isinstance(core, ours.CrossLayerDSAttention) for core in _cores(stack))
+
+
+def _cores(stack) -> list:
+    """The core attention of each layer that has one."""
+    attentions = (getattr(layer, "self_attention", None) for layer in getattr(stack, "layers", ()))
+    cores = (getattr(attention, "core_attention", None) for attention in attentions)
+    return [core for core in cores if core is not None]
 
 
 def shares(config) -> bool:
@@ -101,6 +106,17 @@ def opens_carriers(stack_class: type) -> Finding:
     if first is second:
         return Finding(True, f"what replaced {name} gives two forwards one top-k carrier")
     return Finding(False, f"what replaced {name} opens a top-k carrier for each forward")
+
+
+def _open_loss_log(stack) -> None:
+    """Have a log of indexer losses on every stage of a model of our attention modules."""
+    if getattr(stack.config, "pipeline_model_parallel_size", 1) == 1 or not is_glm5(stack.config):
+        return
+    from ...attention.attention import CrossLayerDSAttention
+    from ...attention.loss_log import open_log
+
+    if all(isinstance(core, CrossLayerDSAttention) for core in _cores(stack)):
+        open_log(stack)
 
 
 def _refuse_unsafe_recompute(stack) -> None:
