@@ -16,7 +16,15 @@ from glm5_patch.checkpoint.writer import save
 from glm5_patch.config.huggingface import HFConfig
 from glm5_patch.errors import CheckpointError, GLM5PatchError
 from tests.distributed.cases import RECOMPUTE
-from tests.tiny import add_mtp_layer, megatron_config, megatron_model, relative, saved, tokens
+from tests.tiny import (
+    add_mtp_layer,
+    megatron_config,
+    megatron_model,
+    packed,
+    relative,
+    saved,
+    tokens,
+)
 
 DEPTHS = 3
 FIRST = re.compile(r"^mtp\.layers\.\d+\.")
@@ -40,20 +48,32 @@ def repeats(world):
         pytest.skip("this megatron-core applies each MTP layer once")
 
 
-def trained(model):
+def trained(model, documents=None):
     """Loss, gradients and the top-k that the MTP layer attended to, one for each application."""
     found = []
     core = next(
         m for n, m in model.named_modules() if n.startswith("mtp.") and n.endswith("core_attention")
     )
     core.observer = lambda number, topk_indices: found.append(topk_indices.clone())
-    ids = tokens(0, 2, 40)
+    ids = tokens(0, 1 if documents else 2, 40)
+    positions = torch.cat([torch.arange(length) for length in documents or (40,)]).expand_as(ids)
+    pack = packed(documents) if documents else None
     model.train()
     model.zero_grad()
-    output = model(ids, torch.arange(40).expand_as(ids), None, labels=ids.roll(-1, 1))
+    output = model(ids, positions, None, labels=ids.roll(-1, 1), packed_seq_params=pack)
     output.mean().backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return output.detach(), grads, found
+
+
+@pytest.mark.parametrize("documents", [None, [1, 30, 9]], ids=["bshd", "thd"])
+def test_gradients_of_a_layer_equal_those_without_recompute(world, checkpoint, documents):
+    (output, grads, _), (again, recomputed, _) = (
+        trained(megatron_model(checkpoint, mtp_num_layers=1, **RECOMPUTE[mode]), documents)
+        for mode in ("none", "full")
+    )
+    assert torch.equal(output, again) and grads.keys() == recomputed.keys()
+    assert all(torch.equal(grads[name], recomputed[name]) for name in grads)
 
 
 def test_a_repeated_layer_is_loaded_trained_and_saved(repeats, checkpoint, tmp_path):

@@ -108,10 +108,21 @@ def _all_iterations(wrapped, instance, args, kwargs):
         return wrapped(*args, **kwargs)
 
 
-def _takes_padding_mask(function) -> bool:
-    parameters = inspect.signature(function).parameters
-    kinds = {parameter.kind for parameter in parameters.values()}
-    return "padding_mask" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
+def _with_pack_bound(wrapped, instance, args, kwargs):
+    """Full recompute of an MTP layer of packed documents. megatron-core 0.16 and 0.17 hand the pack
+    to a function that saves tensors alone, and end in a TypeError of every model."""
+    pack = kwargs.get("packed_seq_params")
+    if not is_glm5(instance.config) or pack is None:
+        return wrapped(*args, **kwargs)
+    forward, *tensors = args
+    place = len(tensors) + list(kwargs).index("packed_seq_params")
+
+    def with_pack(*args, **kwargs):
+        if "packed_seq_params" in kwargs:
+            return forward(*args, **{**kwargs, "packed_seq_params": pack})
+        return forward(*args[:place], pack, *args[place + 1 :], **kwargs)
+
+    return wrapped(with_pack, *tensors, **{**kwargs, "packed_seq_params": None})
 
 
 def _without_padding_mask(wrapped, instance, args, kwargs):
@@ -142,7 +153,10 @@ class MTPCarrier(_Stack, Patch):
         super().apply(module, seams)
         seams.wrap_call(module.MultiTokenPredictionBlock, _all_iterations)
         layer = module.MultiTokenPredictionLayer
-        if not _takes_padding_mask(layer._checkpointed_forward):
+        parameters = inspect.signature(layer._checkpointed_forward).parameters.values()
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            seams.wrap(layer, "_checkpointed_forward", _with_pack_bound)
+        elif not any(parameter.name == "padding_mask" for parameter in parameters):
             seams.wrap(layer, "_checkpointed_forward", _without_padding_mask)
 
     def guards(self, config) -> bool:
