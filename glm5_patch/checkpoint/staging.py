@@ -45,10 +45,14 @@ def free_directory(output: str | Path, needed: int = 0, source: Path | None = No
         raise CheckpointError(f"{output}: can't be written: {error.strerror}") from None
     if needed > free:
         raise CheckpointError(
-            f"{output}: {needed / 1e9:.1f} GB are to be written, but {place} has "
-            f"{free / 1e9:.1f} GB"
+            f"{output}: {_size(needed)} are to be written, but {place} has {_size(free)}; free "
+            "some, or give another place"
         )
     return output
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 def _absolute(output: str | Path) -> Path:

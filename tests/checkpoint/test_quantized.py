@@ -199,7 +199,7 @@ def test_a_full_disk_is_named_before_any_work(fp8, tmp_path, capsys, monkeypatch
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     assert cli.main(["checkpoint", "dequantize", str(fp8), str(tmp_path / "out")]) == 2
-    assert "GB are to be written, but" in capsys.readouterr().err
+    assert f"MB are to be written, but {tmp_path} has 0.001 MB" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["fp8"]
 
 
