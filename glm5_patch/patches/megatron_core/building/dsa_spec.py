@@ -74,6 +74,11 @@ def attention_stack(config, wrong: str | None) -> Stack:
             f"dsa_topk_across_stages=True with {reason}: megatron-core's own sparse attention "
             f"shares no top-k between pipeline stages; {unset}"
         )
+    if config.dsa_topk_replay:
+        raise GLM5PatchError(
+            f"dsa_topk_replay=True with {reason}: megatron-core's own sparse attention replays no "
+            f"recorded keys; {unset}"
+        )
     if shares_iterations(config):
         raise GLM5PatchError(
             f"dsa_indexer_share_for_mtp_iteration=True with {reason}: megatron-core's own sparse "
