@@ -5,9 +5,9 @@
 GLM-5's own shape, bf16: heads of 192 + 64 and 256, latent 512 + 64, index heads 32 of 128, top-k
 2048. For each backend that can compute here, one document is computed alone, in packs, before other
 documents, padded, as the beginning of a longer one, in a batch of two, and as a rank's part of it
-(zigzag and contiguous). Top-k and attention output are compared bit by bit. Prints one line for each
-backend, and exits with 1 if one differs. Then it prints milliseconds of the selection, with many
-equal scores too, and of decoding a recording.
+(zigzag and contiguous). Top-k and attention output are compared bit by bit. It prints one line for
+each backend, and exits with 1 if one differs. Then it prints milliseconds of the selection, with
+many equal scores too, and of decoding a recording.
 """
 
 from __future__ import annotations

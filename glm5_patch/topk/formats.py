@@ -90,8 +90,8 @@ def topk_from_sglang(meta_info: Mapping[str, Any], tokens: int, config: Any) -> 
     if len(numbers) != (tokens - 1) * layers * index_topk:
         raise GLM5PatchError(
             f"indexer_topk has {len(numbers)} numbers, which are not [tokens - 1, layers, "
-            f"index_topk] of tokens={tokens} and index_topk={index_topk}; give the number of tokens "
-            "of prompt and response"
+            f"index_topk] of tokens={tokens} and index_topk={index_topk}; count the tokens of "
+            "prompt and response"
         )
     return topk_from_array(numbers.reshape(tokens - 1, layers, index_topk), config)
 
