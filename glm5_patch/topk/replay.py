@@ -54,9 +54,9 @@ class ReplayReport:
         self,
         layer_number: int,
         inputs: IndexerInputs,
+        scale: float,
         queries: QueryPositions,
         replayed: Replayed,
-        scale: float,
     ) -> None:
         """Compare the recorded keys of one layer with its scores.
 
@@ -65,10 +65,10 @@ class ReplayReport:
 
         Args:
             layer_number: of the layer.
-            inputs: of its indexer.
+            inputs: what the scores of its indexer are made of.
+            scale: of the products of the indexer's queries and keys.
             queries: of this rank.
             replayed: the recorded keys.
-            scale: of the products of the indexer's queries and keys.
         """
         inputs = IndexerInputs(*(tensor.detach().contiguous() for tensor in inputs))
         topk_indices = replayed.topk_indices

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 class Indexer(Protocol):
     """What a computing layer selects its keys with."""
 
-    softmax_scale: float
-
     def inputs(self, hidden_states: Tensor, q_latent: Tensor, layout: Layout) -> IndexerInputs: ...
 
     def select(self, inputs: IndexerInputs, queries: QueryPositions) -> Tensor: ...
+
+    def scoring(self, inputs: IndexerInputs) -> tuple[IndexerInputs, float]: ...
 
 
 class Selection(NamedTuple):
@@ -127,9 +127,8 @@ class TopkSource:
         elif selects:
             topk_indices = replayed.topk_indices
             if replay.report is not None:
-                replay.report.add(
-                    self.layer_number, inputs, layout.queries, replayed, indexer.softmax_scale
-                )
+                scoring = indexer.scoring(inputs)
+                replay.report.add(self.layer_number, *scoring, layout.queries, replayed)
             if replayed.missing is not None:
                 _select_missing(indexer, inputs, layout, replayed)
         if selects and carrier is not None:
