@@ -17,6 +17,15 @@ GROUPS = {
     "Models": ("transformer_config", "gpt_model", "set_latent_norm_epsilon", "single_process"),
     "Checkpoints": ("HFCheckpoint", "HFConfig", "save", "report"),
     "Training": ("set_phase", "audit", "recorded", "topk_overlap"),
+    "Replay": (
+        "record_topk",
+        "replay_topk",
+        "TopkRecording",
+        "topk_from_sglang",
+        "topk_from_sglang_log",
+        "topk_from_vllm",
+        "topk_from_array",
+    ),
     "Errors": (
         "GLM5PatchError",
         "ScheduleError",
@@ -26,6 +35,7 @@ GROUPS = {
     ),
 }
 MEMBERS = {
+    "TopkRecording": ("nbytes", "covers", "keys", "merge", "save", "load"),
     "HFCheckpoint": ("report", "read", "load_into"),
     "HFConfig": ("from_directory", "from_file", "megatron_kwargs"),
 }

@@ -103,7 +103,9 @@ def test_the_logged_loss_and_its_gradients_are_those_of_the_definition(world, sp
     mask = layer.causal.expand(BATCH, LENGTH, LENGTH)
     scores = layer.scores()
     if sparse:
-        order = scores.masked_fill(~mask, float("-inf")).sort(-1, descending=True, stable=True)[1]
+        order = scores.masked_fill(~mask, float("-inf")).sort(dim=-1, descending=True, stable=True)[
+            1
+        ]
         best = order[..., : layer.config.index_topk]
         mask = mask & torch.zeros_like(mask).scatter(-1, best, True)
     predicted = scores.masked_fill(~mask, float("-inf")).log_softmax(-1).masked_fill(~mask, 0)
