@@ -66,9 +66,10 @@ def _entry(name: str) -> str:
     text += _markdown(inspect.getdoc(value))
     for member_name in MEMBERS.get(name, ()):
         member = inspect.getattr_static(value, member_name)
-        function = getattr(member, "__func__", getattr(member, "func", member))
+        of_property = getattr(member, "func", getattr(member, "fget", None))  # cached, or plain
+        function = of_property or getattr(member, "__func__", member)
         shown = f"{name}.{member_name}"
-        if not hasattr(member, "func"):  # else it is a cached property
+        if of_property is None:
             shown = _signature(shown, function)
         text += f"\n```text\n{shown}\n```\n\n{_markdown(inspect.getdoc(function))}"
     return text

@@ -288,6 +288,15 @@ def record_topk() -> Iterator[TopkRecorder]:
 
     One block is one forward of one microbatch. A recompute in the backward pass, inside or outside
     the block, is not recorded again.
+
+    Yields:
+        An object whose ``recordings`` are, after the forward, one ``TopkRecording`` for each
+        sequence of the batch or each document of the pack, with this rank's queries and this
+        stage's computing layers.
+
+    Raises:
+        GLM5PatchError: in the forward: a layer runs twice in the block, or megatron-core's own
+            attention runs.
     """
     found = TopkRecorder()
     token = recorder.set(found)

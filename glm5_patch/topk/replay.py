@@ -287,7 +287,8 @@ def replay_topk(
             Every computing layer then computes its index scores, and once more to compare.
 
     Yields:
-        The counts, if they were asked for.
+        The counts, if they were asked for: ``shares`` by layer, and ``counts`` of the keys that
+        the layer's indexer would have selected, and of all.
 
     Raises:
         GLM5PatchError: the recordings differ in ``index_topk`` or layers. In the forward, at its
