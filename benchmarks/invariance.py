@@ -5,9 +5,9 @@
 GLM-5's own shape, bf16: heads of 192 + 64 and 256, latent 512 + 64, index heads 32 of 128, top-k
 2048. For each backend that can compute here, one document is computed alone, in packs, before other
 documents, padded, as the beginning of a longer one, in a batch of two, and as a rank's part of it
-(zigzag and contiguous). Top-k and attention output are compared bit by bit. It prints one line for
-each backend, and exits with 1 if one differs. Then it prints milliseconds of the selection, with
-many equal scores too, and of decoding a recording.
+(zigzag and contiguous). Top-k, attention output and the index losses of three queries are compared
+bit by bit. It prints one line for each backend, and exits with 1 if one differs. Then it prints
+milliseconds of the selection, with many equal scores and in fp8 too, and of decoding a recording.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from glm5_patch import env
+from glm5_patch.ops.index_loss.operation import index_loss
+from glm5_patch.ops.index_topk.fp8 import fp8_inputs
 from glm5_patch.ops.index_topk.operation import index_topk
 from glm5_patch.ops.index_topk.reference import IndexerInputs
 from glm5_patch.ops.query_positions import QueryPositions, document_starts, longest_document
 from glm5_patch.ops.sparse_attention.inputs import AttentionInputs, MLADims
 from glm5_patch.ops.sparse_attention.operation import sparse_attention
+from glm5_patch.testing.parity import kept_share
 from glm5_patch.topk.codec import Frame
 from glm5_patch.topk.record import TopkRecording
 
@@ -77,7 +80,7 @@ class Batch:
         )
 
     def found(self, rows: Tensor, gradients: bool) -> list[Tensor]:
-        """Output and top-k of some of its queries."""
+        """Output of some of its queries, the index loss of three of them, and top-k."""
         topk = None
         if not self.queries.all_fit(TOPK):
             topk = index_topk(self.inputs, self.queries, TOPK, INDEX_DIM**-0.5)
@@ -92,7 +95,21 @@ class Batch:
         )
         with torch.set_grad_enabled(gradients):
             output = sparse_attention(attention).detach()
-        return [output[rows, 0], *([] if topk is None else [topk[0, rows]])]
+        losses = torch.zeros(len(rows), 1, device="cuda")
+        for at in {5, len(rows) // 2, len(rows) - 1}:
+            one = rows[at : at + 1]
+            inputs = self.inputs._replace(
+                query=self.inputs.query[one], weights=self.inputs.weights[one]
+            )
+            losses[at] = index_loss(
+                inputs,
+                attention.of_queries(one),
+                index_scale=INDEX_DIM**-0.5,
+                coefficient=1 / self.query.shape[1],  # equal sequences are added up
+                sparse=True,
+                per_token=True,
+            ).detach()
+        return [output[rows, 0], losses, *([] if topk is None else [topk[0, rows]])]
 
 
 def arrangements(length: int, up: Tensor, dtype) -> Iterator[tuple[str, Batch, Tensor, Tensor]]:
@@ -125,8 +142,10 @@ def compare(length: int, dtype: torch.dtype) -> list[str]:
     wrong = []
     for name, batch, rows, at in arrangements(length, up, dtype):
         for what, ours, theirs in zip(
-            ("output", "top-k"), batch.found(rows, name == "with gradients"), alone
+            ("output", "loss", "top-k"), batch.found(rows, name == "with gradients"), alone
         ):
+            if what == "loss" and len(at) < length:
+                continue  # of other queries
             if not torch.equal(ours, theirs[at]):
                 differing = (ours != theirs[at]).flatten(1).any(1).sum().item()
                 wrong.append(f"{name}: {what} of {differing} queries")
@@ -142,6 +161,9 @@ def times(length: int) -> None:
     keys[torch.rand(length, device="cuda") < 0.5] = keys[0]
     equal = do_bench(lambda: run(whole.inputs._replace(key=keys)))
     print(f"top-k, {length} tokens: {usual:.2f} ms; half of the keys equal: {equal:.2f} ms")
+    in_fp8 = lambda: index_topk(fp8_inputs(whole.inputs, INDEX_DIM**-0.5), whole.queries, TOPK, 1.0)
+    share = kept_share(in_fp8(), run(whole.inputs))
+    print(f"in fp8: {do_bench(in_fp8):.2f} ms; {100 * share:.2f} % of the keys are those of bf16")
     topk = run(whole.inputs)[0]
     positions = torch.arange(TOPK, length)
     recording = TopkRecording.of_keys(

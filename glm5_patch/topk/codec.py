@@ -48,21 +48,19 @@ class Frame(NamedTuple):
         planes = np.frombuffer(zlib.decompress(self.data), dtype=np.uint8)
         numbers = planes.reshape(4, -1).T.reshape(-1).view("<u4").astype(np.int64)
         counts, gaps = numbers[: self.rows], numbers[self.rows :]
-        ends = counts.cumsum()
         total = np.concatenate([[0], gaps.cumsum()])
-        columns = total[1:] - total[ends - counts].repeat(counts)
-        rows = np.arange(self.rows).repeat(counts)
-        return Marks(self, torch.from_numpy(rows), torch.from_numpy(columns))
+        columns = total[1:] - total[counts.cumsum() - counts].repeat(counts)
+        return Marks(self, torch.from_numpy(counts), torch.from_numpy(columns.astype(np.int32)))
 
 
 class Marks(NamedTuple):
     """Where the rows of a frame name a key."""
 
     frame: Frame
-    rows: Tensor
-    """int64, on the CPU."""
+    counts: Tensor
+    """int64: how many each row names, on the CPU."""
     columns: Tensor
-    """int64: positions, on the CPU."""
+    """int32: their positions, row after row, on the CPU."""
 
     def keys(self, k: int, device) -> Tensor:
         """The k keys of each query, ascending: int32 [rows, k].
@@ -71,10 +69,12 @@ class Marks(NamedTuple):
             k: how many each has.
             device: where to decode and to leave them.
         """
-        rows, columns = (t.to(device, non_blocking=True) for t in (self.rows, self.columns))
+        counts, columns = self.counts.to(device), self.columns.to(device)
+        rows = torch.arange(self.frame.rows, device=device)
+        rows = rows.repeat_interleave(counts, output_size=len(columns))
         width = self.frame.first + self.frame.rows
         marked = torch.zeros((self.frame.rows, width), dtype=torch.uint8, device=device)
-        marked[rows, columns] = 1
+        marked[rows, columns.long()] = 1
         if self.frame.differences:
             marked = marked.cumsum(0, dtype=torch.uint8) & 1
         place = marked.cumsum(1, dtype=torch.int32) - 1

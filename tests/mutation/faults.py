@@ -26,7 +26,37 @@ class Fault:
     """What pytest is given; it passes without the fault and fails with it."""
 
 
+REPLAY = "tests/topk/test_replay.py"
+
 FAULTS = (
+    Fault(
+        "all sequences of a batch replay into the first",
+        "topk/replay.py",
+        "topk_indices[self.batch, rows] = keys",
+        "topk_indices[0, rows] = keys",
+        f"{REPLAY}::test_a_padded_batch_replays_its_sequences",
+    ),
+    Fault(
+        "a recording is stored as differences and read as keys",
+        "topk/codec.py",
+        "if self.frame.differences:",
+        "if False:",
+        "tests/topk/test_record.py::test_the_keys_come_back",
+    ),
+    Fault(
+        "a document without a recording attends to its first keys",
+        "topk/source.py",
+        "_select_missing(indexer, inputs, layout, replayed)",
+        "pass",
+        f"{REPLAY}::test_a_pack_replays_its_documents_and_selects_for_the_others",
+    ),
+    Fault(
+        "documents of a pack are computed in the blocks of the pack",
+        "ops/query_positions.py",
+        "slots = local[rows] - first",
+        "slots = torch.arange(len(rows))",
+        "tests/ops/test_invariance.py",
+    ),
     Fault(
         "k_norm has the epsilon of the other norms",
         "attention/indexer.py",

@@ -82,7 +82,7 @@ class Batch:
                 query=self.inputs.query[one], weights=self.inputs.weights[one]
             )
             settings = dict(index_scale=INDEX_DIM**-0.5, coefficient=1.0, per_token=True)
-            losses.append(index_loss(inputs, attention, sparse=topk is not None, **settings))
+            losses.append(index_loss(inputs, attention, sparse=True, **settings))
         chosen = None if topk is None else topk[0, at]
         sequences = self.query.shape[1]  # which are equal, and their losses are added up
         return chosen, output[at, 0].detach(), torch.stack(losses).detach() / sequences
