@@ -28,6 +28,13 @@ class Replayed(NamedTuple):
     missing: Tensor | None
     """bool [b, s]: which queries are not recorded, of which the indexer must select. None where
     none is, on any rank."""
+    report: ReplayReport | None
+    """Where to count how many of these keys the indexer would have selected."""
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether the layer's index scores are needed; the same on all ranks."""
+        return self.missing is not None or self.report is not None
 
 
 class ReplayReport:
@@ -116,7 +123,7 @@ class ForwardReplay:
     """A replay in one forward of one stack of layers; its rows stand in one layout."""
 
     def __init__(self, replay: Replay) -> None:
-        self.report = replay.report
+        self._report = replay.report
         self._recordings = replay.recordings
         self._documents: list[_Document] | None = None
         self._inflating: dict[int, list[list[Future]]] = {}
@@ -177,7 +184,7 @@ class ForwardReplay:
             document.mark_missing(missing)
             for marks in frames:
                 document.fill(marks.result(), topk_indices, missing, k)
-        return Replayed(topk_indices, None if complete else missing)
+        return Replayed(topk_indices, None if complete else missing, self._report)
 
     def _inflate(self, layer_number: int) -> list[list[Future]]:
         return [

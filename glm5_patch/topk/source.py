@@ -118,19 +118,14 @@ class TopkSource:
         replayed = None
         if selects and replay is not None:
             replayed = replay.keys(self.layer_number, layout.queries, b, self.index_topk)
-        scores = replayed is None or replayed.missing is not None or replay.report is not None
+        wants_scores = selects and (replayed is None or replayed.wants_scores)
         inputs = None
-        if selects and scores or wants_inputs:
+        if wants_scores or wants_inputs:
             inputs = indexer.inputs(hidden_states, q_latent, layout)
-        if selects and replayed is None:
-            topk_indices = _select(indexer, inputs, layout)  # int32 [b, s, k]
+        if selects and replayed is not None:
+            topk_indices = self._completed(indexer, inputs, layout, replayed)
         elif selects:
-            topk_indices = replayed.topk_indices
-            if replay.report is not None:
-                scoring = indexer.scoring(inputs)
-                replay.report.add(self.layer_number, *scoring, layout.queries, replayed)
-            if replayed.missing is not None:
-                _select_missing(indexer, inputs, layout, replayed)
+            topk_indices = _select(indexer, inputs, layout)  # int32 [b, s, k]
         if selects and carrier is not None:
             carrier.publish(self.layer_number, topk_indices, self.schedule)
         if recorder is not None and (selects or every_key_fits):
@@ -154,6 +149,18 @@ class TopkSource:
                 f"recordings; call the model in a replay_topk block, or set {REPLAY}=False"
             )
         return carrier.replay
+
+    def _completed(
+        self, indexer: Indexer, inputs: IndexerInputs | None, layout: Layout, replayed: Replayed
+    ) -> Tensor:
+        """The recorded top-k, int32 [b, s, k], compared with the indexer's if a report is wanted;
+        where nothing is recorded, the indexer selects."""
+        if replayed.report is not None:
+            scoring = indexer.scoring(inputs)
+            replayed.report.add(self.layer_number, *scoring, layout.queries, replayed)
+        if replayed.missing is not None:
+            _select_missing(indexer, inputs, layout, replayed)
+        return replayed.topk_indices
 
     def _carried(self, every_key_fits: bool) -> Tensor | None:
         # Required of short sequences too, so that a stack without a carrier fails at once.

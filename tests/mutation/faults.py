@@ -46,8 +46,8 @@ FAULTS = (
     Fault(
         "a document without a recording attends to its first keys",
         "topk/source.py",
-        "_select_missing(indexer, inputs, layout, replayed)",
-        "pass",
+        "            _select_missing(indexer, inputs, layout, replayed)",
+        "            pass",
         f"{REPLAY}::test_a_pack_replays_its_documents_and_selects_for_the_others",
     ),
     Fault(
