@@ -147,6 +147,8 @@ def open_carrier(carrier: TopkCarrier | None = None) -> Iterator[TopkCarrier]:
         yield carrier
     finally:
         _current.reset(token)
+        if carrier.replay is not None:
+            carrier.replay.end_forward()
 
 
 def carried(function: Callable) -> Callable:

@@ -132,9 +132,7 @@ class TopkRecording:
         """Write to a file of its own."""
         header = {"index_topk": self.index_topk, "length": self.length, "layers": {}}
         for number, frames in self.layers.items():
-            header["layers"][number] = [
-                (f.first, f.rows, f.differences, len(f.data)) for f in frames
-            ]
+            header["layers"][number] = [(f.first, f.rows, len(f.data)) for f in frames]
         text = json.dumps(header).encode()
         data = [frame.data for frames in self.layers.values() for frame in frames]
         Path(path).write_bytes(b"".join([MAGIC, struct.pack("<I", len(text)), text, *data]))
@@ -159,8 +157,8 @@ class TopkRecording:
         layers: dict[int, tuple[Frame, ...]] = {}
         for number, frames in header["layers"].items():
             found = []
-            for first, rows, differences, length in frames:
-                found.append(Frame(first, rows, differences, content[begin : begin + length]))
+            for first, rows, length in frames:
+                found.append(Frame(first, rows, content[begin : begin + length]))
                 begin += length
             layers[int(number)] = tuple(found)
         if begin != len(content):

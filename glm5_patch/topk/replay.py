@@ -186,6 +186,10 @@ class ForwardReplay:
                 document.fill(marks.result(), topk_indices, missing, k)
         return Replayed(topk_indices, None if complete else missing, self._report)
 
+    def end_forward(self) -> None:
+        """Free what was decompressed for a layer of the next pipeline stage."""
+        self._inflating.clear()
+
     def _inflate(self, layer_number: int) -> list[list[Future]]:
         return [
             [workers().submit(frame.inflate) for frame in document.frames(layer_number)]
