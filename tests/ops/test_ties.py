@@ -9,6 +9,7 @@ from glm5_patch.ops.index_topk.operation import index_topk
 from glm5_patch.ops.index_topk.reference import IndexerInputs, selection
 from glm5_patch.ops.query_positions import QueryPositions
 from tests.ops import dense
+from tests.ops.test_triton import DEVICE
 
 
 def lowest_of_equals(scores, k):
@@ -39,7 +40,7 @@ def whole_numbers(length, kind, seed=0):
 
 @pytest.mark.parametrize("kind", ["zeros", "negative zeros", "threshold", "many values"])
 @pytest.mark.parametrize("length", [70, pytest.param(301, marks=pytest.mark.nightly)])
-def test_the_lower_position_is_selected(length, kind, interpreted, monkeypatch):
+def test_the_lower_position_is_selected(length, kind, monkeypatch):
     monkeypatch.setattr(query_positions, "BLOCK_BYTES", 37 * length * 4)
     inputs, k = whole_numbers(length, kind), 11
     scores = dense.index_scores(*inputs, 1.0)[0]
@@ -49,13 +50,17 @@ def test_the_lower_position_is_selected(length, kind, interpreted, monkeypatch):
         assert (kth[:, k - 1] == kth[:, k])[k:].float().mean() > 0.5
     places = torch.arange(length)
     topk = {}
+    if DEVICE == "cuda":  # whole numbers are exact in bf16, which Triton takes there
+        query, key, weights = (tensor.to(DEVICE) for tensor in inputs)
+        inputs = IndexerInputs(query.bfloat16(), key.bfloat16(), weights)
     for kernels, rows in (("torch", places), ("triton", places[-5:])):  # the interpreter is slow
         monkeypatch.setenv("GLM5_PATCH_KERNELS", kernels)
+        rows = rows.to(DEVICE)
         queries = QueryPositions(torch.zeros_like(rows), rows, length, length)
         own = inputs._replace(query=inputs.query[rows], weights=inputs.weights[rows])
-        topk[kernels] = index_topk(own, queries, k, 1.0)[0]
+        topk[kernels] = index_topk(own, queries, k, 1.0)[0].cpu()
     monkeypatch.setattr(indexer_kernels, "IN_REGISTERS", 16)
-    topk["triton, from candidates"] = index_topk(own, queries, k, 1.0)[0]
+    topk["triton, from candidates"] = index_topk(own, queries, k, 1.0)[0].cpu()
     wrong = {n: int((found != expected[-len(found) :]).sum()) for n, found in topk.items()}
     assert set(wrong.values()) == {0}, wrong
 
@@ -66,10 +71,11 @@ def test_both_zeros_are_equal_scores(in_registers, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     scores = torch.randint(-1, 2, (60, 60), generator=generator).float()
     scores[torch.rand(scores.shape, generator=generator) < 0.5] *= -1  # half of the zeros are -0.0
-    last = scores[-4:], torch.zeros(4, dtype=torch.int32), torch.arange(56, 60, dtype=torch.int32)
+    positions = torch.arange(56, 60, dtype=torch.int32)
+    last = [tensor.to(DEVICE) for tensor in (scores[-4:], torch.zeros_like(positions), positions)]
     expected = lowest_of_equals(scores, 8)[-4:]
-    assert torch.equal(indexer_kernels.selection(*last, 60, 8), expected)
-    assert torch.equal(selection(*last, 60, 8), expected)
+    assert torch.equal(indexer_kernels.selection(*last, 60, 8).cpu(), expected)
+    assert torch.equal(selection(*last, 60, 8).cpu(), expected)
 
 
 def test_the_choice_does_not_depend_on_the_length():
