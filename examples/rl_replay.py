@@ -28,14 +28,15 @@ from glm5_patch import (
 )
 
 PROMPT, RESPONSE, GROUP, CLIP = 24, 24, 4, 0.2
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def build(checkpoint: HFCheckpoint, **settings):
-    """A model with the weights of the checkpoint, on a CPU."""
+    """A model with the weights of the checkpoint."""
     config = transformer_config(
         checkpoint.config,
         transformer_impl="local",
-        use_cpu_initialization=True,
+        use_cpu_initialization=DEVICE == "cpu",
         moe_token_dispatcher_type="allgather",
         **settings,
     )
@@ -46,7 +47,7 @@ def build(checkpoint: HFCheckpoint, **settings):
 
 def log_probabilities(model, ids: Tensor) -> Tensor:
     """Of each token after the first, fp32 [group, tokens - 1]."""
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    positions = torch.arange(ids.shape[1], device=DEVICE).expand_as(ids)
     logits = model(ids, positions, None)[:, :-1].float()
     return logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
 
@@ -54,11 +55,11 @@ def log_probabilities(model, ids: Tensor) -> Tensor:
 @torch.no_grad()
 def roll_out(model) -> tuple[Tensor, Tensor, list[dict]]:
     """What a server returns: tokens [group, tokens], their log-probabilities, and ``meta_info``."""
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.vocab_size
-    ids = torch.randint(vocabulary, (1, PROMPT), generator=generator).repeat(GROUP, 1)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    prompt = torch.randint(model.vocab_size, (1, PROMPT), generator=generator, device=DEVICE)
+    ids = prompt.repeat(GROUP, 1)
     for _ in range(RESPONSE):
-        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        positions = torch.arange(ids.shape[1], device=DEVICE).expand_as(ids)
         last = model(ids, positions, None)[:, -1].float().softmax(-1)
         ids = torch.cat([ids, torch.multinomial(last, 1, generator=generator)], 1)
     with record_topk() as recorder:
@@ -130,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="a small GLM-5, as of glm5-patch demo --output")
     directory = parser.parse_args().checkpoint
-    with single_process("cpu"):
+    with single_process(DEVICE):
         for name, value in train(HFCheckpoint(directory)).items():
             print(f"{name:50} {value:.6g}")
 
