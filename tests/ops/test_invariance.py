@@ -138,7 +138,7 @@ def test_the_rest_of_the_batch_changes_no_bit(kernels, block_bytes, short, reque
     alone = Batch([document(0)]).found(range(LENGTH))
     wrong = {}
     every = list(arrangements())
-    for name, batch, rows, grad in every[::2] if short else every:
+    for name, batch, rows, grad in every[1::3] if short else every:
         first = 13 if "rank" in name else rows[0]
         at = [row - first for row in rows]
         wrong[name] = same(batch.found(rows, grad), alone, at)
@@ -150,7 +150,7 @@ def test_a_short_document_is_computed_alike_alone_and_beside_others(kernels, req
     """Also where all of its keys fit into the top-k, and those of the others do not."""
     if kernels == "triton":
         request.getfixturevalue("interpreted")
-    alone = Batch([document(0, 7)]).found(range(7))
-    packed = Batch([document(0, 7), document(1, 30)]).found(range(7))
-    beside = Batch([document(0, 7), document(2, 5)]).found(range(7))
+    alone = Batch([document(0, 5)]).found(range(5))
+    packed = Batch([document(0, 5), document(1, 9)]).found(range(5))
+    beside = Batch([document(0, 5), document(2, 3)]).found(range(5))
     assert torch.equal(packed[1], alone[1]) and torch.equal(beside[1], alone[1])
