@@ -150,13 +150,17 @@ class Window(NamedTuple):
 
     def of_queries(self, tensor: Tensor) -> Tensor:
         """[s, ...] -> [size, ...], zeros in places without a query."""
+        if len(self.rows) == self.size:
+            return tensor.index_select(0, self.rows)
         placed = tensor.new_zeros((self.size, *tensor.shape[1:]))
         return placed.index_copy(0, self.slots, tensor.index_select(0, self.rows))
 
     def of_keys(self, tensor: Tensor) -> Tensor:
         """[t, ...] -> [width, ...], zeros after the last key."""
-        padded = tensor.new_zeros((self.width, *tensor.shape[1:]))
         seen = tensor[self.keys]
+        if len(seen) == self.width:
+            return seen.clone(memory_format=torch.contiguous_format)
+        padded = tensor.new_zeros((self.width, *tensor.shape[1:]))
         padded[: len(seen)] = seen
         return padded
 
@@ -170,21 +174,22 @@ class Window(NamedTuple):
         return torch.arange(self.width, device=device) <= positions[:, None]
 
     def selected(self, topk_indices: Tensor | None) -> Tensor:
-        """The keys that each place attends to, bool [size, width].
+        """The keys that each place attends to, bool [b or 1, size, width].
 
         Args:
-            topk_indices: int32 [s, k] of one sequence, see ``selected_keys``; None: every visible
-                key.
+            topk_indices: int32 [b, s, k], see ``selected_keys``; None: every visible key.
         """
         if topk_indices is None:
-            return self.visible
-        chosen = topk_indices.index_select(0, self.rows).long()  # [rows, k]
+            return self.visible[None]
+        chosen = topk_indices.index_select(1, self.rows).long()  # [b, rows, k]
         columns = torch.where(chosen < 0, self.width, chosen)  # one more takes the empty places
-        mask = torch.zeros((len(chosen), self.width + 1), dtype=torch.bool, device=chosen.device)
-        mask.scatter_(-1, columns, True)
-        placed = mask.new_zeros((self.size, self.width))
-        placed[self.slots] = mask[:, : self.width]
-        return placed
+        shape = len(chosen), self.size, self.width + 1
+        mask = torch.zeros(shape, dtype=torch.bool, device=chosen.device)
+        if len(self.rows) == self.size:
+            mask.scatter_(-1, columns, True)
+        else:
+            mask[:, self.slots] = mask[:, : len(self.rows)].scatter(-1, columns, True)
+        return mask[..., : self.width]
 
 
 def windows(queries: QueryPositions, bytes_of_a_pair: int) -> Iterator[Window]:
@@ -195,10 +200,17 @@ def windows(queries: QueryPositions, bytes_of_a_pair: int) -> Iterator[Window]:
         bytes_of_a_pair: what a query and a key take, of the ``BLOCK_BYTES`` that a window may.
     """
     device = queries.starts.device
+    if queries.is_one_sequence:
+        edges = _edges(queries.keys, bytes_of_a_pair)
+        for first, width in zip(edges, edges[1:]):
+            end = min(width, queries.keys)
+            rows = torch.arange(first, end, device=device)
+            yield Window(rows, rows - first, width - first, width, slice(0, end))
+        return
     starts, local = queries.starts.cpu(), queries.local_positions.cpu()
     if not len(starts):
         return
-    edges = _edges(int(local.max()) + 1, bytes_of_a_pair)
+    edges = torch.tensor(_edges(int(local.max()) + 1, bytes_of_a_pair))
     numbers = torch.searchsorted(edges, local, right=True) - 1
     groups, which = torch.unique(starts * len(edges) + numbers, return_inverse=True)
     order = which.argsort(stable=True)
@@ -211,13 +223,19 @@ def windows(queries: QueryPositions, bytes_of_a_pair: int) -> Iterator[Window]:
         yield Window(rows.to(device), slots.to(device), width - first, width, keys)
 
 
-def _edges(length: int, bytes_of_a_pair: int) -> Tensor:
-    """Where windows begin, int64; and at least the next one's begin."""
+def _edges(length: int, bytes_of_a_pair: int) -> list[int]:
+    """Where windows begin, up to one that begins at ``length`` or later."""
     edges = [0]
     while edges[-1] < length:
         fit = BLOCK_BYTES // (bytes_of_a_pair * (edges[-1] + WINDOW))
         edges.append(edges[-1] + max(1, min(WINDOW, fit)))
-    return torch.tensor(edges)
+    return edges
+
+
+def sequences(b: int, device: torch.device) -> list[slice]:
+    """Which sequences of a batch of b are computed together. All on a CPU, whose BLAS computes each
+    product of a batch by itself; one on a GPU, where a kernel is chosen by their number."""
+    return [slice(0, b)] if device.type == "cpu" else [slice(n, n + 1) for n in range(b)]
 
 
 def visible_keys(block: slice, queries: QueryPositions) -> Tensor:

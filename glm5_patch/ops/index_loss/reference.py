@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..index_topk.reference import IndexerInputs, index_scores_of, score_windows
+from ..query_positions import sequences
 from ..registry import backend
 from ..sparse_attention.inputs import AttentionInputs
 from ..sparse_attention.reference import keys_and_values, window_logits
@@ -55,12 +56,13 @@ class _IndexLoss(torch.autograd.Function):
         inputs = IndexerInputs(*(leaf.detach() for leaf in leaves))
         total = torch.zeros((), dtype=torch.float32, device=query.device)
         for window in score_windows(inputs, attention.queries):
-            for batch in range(query.shape[1]):
-                valid = window.visible
+            for batch in sequences(query.shape[1], query.device):
+                valid = window.visible[None]
                 if settings.sparse:
                     chosen = None if topk_indices is None else topk_indices[batch]
                     valid = window.selected(chosen) & valid
                 q, k = window.of_queries(query[:, batch]), window.of_keys(key[:, batch])
+                valid = valid.expand(q.shape[1], -1, -1)  # [b, size, width]
                 target = _target(q, k, valid, attention.softmax_scale, settings)
                 parts = [
                     window.of_queries(inputs.query[:, batch]),
@@ -87,18 +89,18 @@ class _IndexLoss(torch.autograd.Function):
 
 
 def _target(query: Tensor, key: Tensor, valid: Tensor, softmax_scale: float, settings) -> Tensor:
-    """Attention probabilities of a window, averaged over all heads: [size, width].
+    """Attention probabilities of a window, averaged over all heads: [b, size, width].
 
     Args:
-        query: [size, n, d].
-        key: [width, n, d].
-        valid: bool [size, width].
+        query: [size, b, n, d].
+        key: [width, b, n, d].
+        valid: bool [b, size, width].
         softmax_scale: factor of the logits.
         settings: of the loss.
     """
     logits = window_logits(query, key, valid, softmax_scale)
     # A place without a query has no valid key: exp(-inf + inf) would be nan.
-    target = logits.softmax(-1).nan_to_num_(0.0).sum(0)
+    target = logits.softmax(-1).nan_to_num_(0.0).sum(1)
     sum_over_ranks(target, settings.tp_group)
     return target / target.sum(-1, keepdim=True).clamp_min(EPSILON)
 
@@ -110,7 +112,7 @@ def sum_over_ranks(target: Tensor, tp_group: ProcessGroup | None) -> None:
 
 
 def _kl(target: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
-    """KL(target || softmax(scores)) of each row; all [rows, t]."""
+    """KL(target || softmax(scores)) of each row; all [..., t]."""
     none = ~valid.any(-1, keepdim=True)
     log_predicted = scores.masked_fill(~valid & ~none, float("-inf")).log_softmax(-1)
     log_predicted = log_predicted.masked_fill(~valid, 0.0)

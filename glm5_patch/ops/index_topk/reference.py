@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..needs import Call
-from ..query_positions import QueryPositions, Window, windows
+from ..query_positions import QueryPositions, Window, sequences, windows
 from ..registry import backend
 
 
@@ -39,20 +39,17 @@ def block_scores(inputs: IndexerInputs, block: slice, end: int, scale: float) ->
         scale: of the products of queries and keys, before the weights.
     """
     query, weights = inputs.query[block], inputs.weights[block]
-    every = range(query.shape[1])
-    return torch.stack(
-        [index_scores_of(query[:, b], inputs.key[:end, b], weights[:, b], scale) for b in every]
-    )
+    return index_scores_of(query, inputs.key[:end], weights, scale)
 
 
-def window_scores(inputs: IndexerInputs, window: Window, batch: int, scale: float) -> Tensor:
-    """Scores of a window of one sequence's queries against the keys that it sees, fp32
-    [size, width], unmasked.
+def window_scores(inputs: IndexerInputs, window: Window, batch: slice, scale: float) -> Tensor:
+    """Scores of a window of some sequences' queries against the keys that it sees, fp32
+    [b, size, width], unmasked.
 
     Args:
         inputs: of all queries and keys.
         window: the queries and the keys.
-        batch: which sequence.
+        batch: which sequences.
         scale: of the products of queries and keys, before the weights.
     """
     return index_scores_of(
@@ -64,13 +61,15 @@ def window_scores(inputs: IndexerInputs, window: Window, batch: int, scale: floa
 
 
 def index_scores_of(query: Tensor, key: Tensor, weights: Tensor, scale: float) -> Tensor:
-    """fp32 [rows, t] of [rows, heads, dim], [t, dim] and [rows, heads].
+    """fp32 [b, rows, t] of [rows, b, heads, dim], [t, b, dim] and [rows, b, heads].
 
     In Hugging Face's order of operations, so that near ties fall alike.
     """
-    per_head = torch.matmul(query.flatten(0, 1).float(), key.float().t())
-    per_head = per_head.mul_(scale).relu_().unflatten(0, query.shape[:2])  # [rows, heads, t]
-    return torch.matmul(weights.unsqueeze(-2), per_head).squeeze(-2)
+    q = query.transpose(0, 1).float()  # [b, rows, heads, dim]
+    k = key.permute(1, 2, 0).float()  # [b, dim, t]
+    per_head = torch.matmul(q.flatten(1, 2), k).unflatten(1, q.shape[1:3])
+    per_head = per_head.mul_(scale).relu_()  # [b, rows, heads, t]
+    return torch.matmul(weights.transpose(0, 1).unsqueeze(-2), per_head).squeeze(-2)
 
 
 @backend("index_scores", name="torch")
@@ -94,8 +93,8 @@ def index_scores(
     inputs = inputs._replace(query=inputs.query[block], weights=inputs.weights[block])
     for window in score_windows(inputs, queries.of_queries(block)):
         seen = window.keys.stop - window.keys.start
-        for batch in range(b):
-            found = window_scores(inputs, window, batch, scale)[window.slots, :seen]
+        for batch in sequences(b, scores.device):
+            found = window_scores(inputs, window, batch, scale)[:, window.slots, :seen]
             scores[batch, window.rows, window.keys] = found + 0.0  # -0.0 becomes 0.0
     return scores
 
@@ -130,16 +129,16 @@ def highest(scores: Tensor, visible: Tensor, k: int) -> Tensor:
     wins among equals. ``torch.topk`` alone lets equals fall by length and device.
 
     Args:
-        scores: fp32 [rows, columns].
-        visible: bool [rows, columns].
+        scores: fp32 [..., columns].
+        visible: bool [..., columns].
         k: how many.
 
     Returns:
-        int32 [rows, k].
+        int32 [..., k].
     """
     scores = scores.nan_to_num(float("inf"), float("inf"), float("-inf"))
     scores = scores.masked_fill_(~visible, float("-inf"))
-    columns = scores.shape[1]
+    columns = scores.shape[-1]
     chosen = visible
     if columns > k:
         kth = scores.topk(k, sorted=False)[0].amin(-1, keepdim=True)
@@ -149,8 +148,9 @@ def highest(scores: Tensor, visible: Tensor, k: int) -> Tensor:
         chosen = above | equal & (equal.cumsum(-1) <= spare)
     place = torch.where(chosen, chosen.cumsum(-1) - 1, k)  # one more takes what is not chosen
     column = torch.arange(columns, dtype=torch.int32, device=scores.device).expand(chosen.shape)
-    found = torch.full((len(scores), k + 1), -1, dtype=torch.int32, device=scores.device)
-    return found.scatter_(-1, place, column)[:, :k].contiguous()
+    shape = *scores.shape[:-1], k + 1
+    found = torch.full(shape, -1, dtype=torch.int32, device=scores.device)
+    return found.scatter_(-1, place, column)[..., :k].contiguous()
 
 
 @backend("index_topk", name="torch")
@@ -160,8 +160,9 @@ def index_topk(inputs: IndexerInputs, queries: QueryPositions, k: int, scale: fl
     s, b = inputs.query.shape[:2]
     topk_indices = torch.empty((b, s, k), dtype=torch.int32, device=inputs.query.device)
     for window in score_windows(inputs, queries):
-        for batch in range(b):
+        visible = window.visible
+        for batch in sequences(b, visible.device):
             scores = window_scores(inputs, window, batch, scale)
-            local = highest(scores, window.visible, k)
-            topk_indices[batch, window.rows] = local[window.slots]
+            local = highest(scores, visible.expand(scores.shape), k)
+            topk_indices[batch, window.rows] = local[:, window.slots]
     return topk_indices

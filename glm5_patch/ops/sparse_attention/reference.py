@@ -14,7 +14,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..query_positions import WINDOW, QueryPositions, Window, query_blocks, windows
+from ..query_positions import (
+    WINDOW,
+    QueryPositions,
+    Window,
+    query_blocks,
+    sequences,
+    windows,
+)
 from ..registry import backend
 from .inputs import AbsorbedInputs, AttentionInputs
 
@@ -77,21 +84,21 @@ def blocked_attention(
 
 
 def window_logits(query: Tensor, key: Tensor, mask: Tensor, softmax_scale: float) -> Tensor:
-    """fp32 [n, size, width] of one window, -inf where ``mask`` is False.
+    """fp32 [b, n, size, width] of one window, -inf where ``mask`` is False.
 
     Args:
-        query: [size, n, d].
-        key: [width, n, d].
-        mask: bool [size, width].
+        query: [size, b, n, d].
+        key: [width, b, n, d].
+        mask: bool [b or 1, size, width].
         softmax_scale: factor of the logits.
     """
     logits = torch.matmul(heads_first(query), heads_first(key).transpose(-1, -2))
-    return logits.mul_(softmax_scale).masked_fill_(~mask, float("-inf"))
+    return logits.mul_(softmax_scale).masked_fill_(~mask[:, None], float("-inf"))
 
 
 def heads_first(tensor: Tensor) -> Tensor:
-    """[rows, n, d] -> fp32 [n, rows, d]."""
-    return tensor.transpose(0, 1).float()
+    """[rows, b, n, d] -> fp32 [b, n, rows, d]."""
+    return tensor.permute(1, 2, 0, 3).float()
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -102,12 +109,12 @@ class _BlockedAttention(torch.autograd.Function):
         lse = torch.empty((s, b, n), dtype=torch.float32, device=query.device)
         for batch, window, logits in _logits(query, key, topk_indices, queries, softmax_scale):
             # exp(-inf - 0) is 0 for a query without keys; exp(-inf + inf) would be nan.
-            window_lse = logits.logsumexp(-1)
+            window_lse = logits.logsumexp(-1)  # [b, n, size]
             window_lse.masked_fill_(window_lse == float("-inf"), 0.0)
             v = heads_first(window.of_keys(value[:, batch]))
-            out = logits.sub_(window_lse[..., None]).exp_() @ v  # [n, size, dv]
-            output[window.rows, batch] = out.transpose(0, 1)[window.slots].to(output.dtype)
-            lse[window.rows, batch] = window_lse.t()[window.slots]
+            out = logits.sub_(window_lse[..., None]).exp_() @ v  # [b, n, size, dv]
+            output[window.rows, batch] = out.permute(2, 0, 1, 3)[window.slots].to(output.dtype)
+            lse[window.rows, batch] = window_lse.permute(2, 0, 1)[window.slots]
         ctx.save_for_backward(query, key, value, topk_indices, output, lse)
         ctx.queries, ctx.softmax_scale = queries, softmax_scale
         return output
@@ -122,27 +129,23 @@ class _BlockedAttention(torch.autograd.Function):
         inputs = query, key, topk_indices, ctx.queries, ctx.softmax_scale
         for batch, window, logits in _logits(*inputs):
             seen = window.keys.stop - window.keys.start
-            row_lse, row_delta, d_out = (
-                window.of_queries(tensor[:, batch]).transpose(0, 1)
-                for tensor in (lse, delta, grad_output.float())
+            q, d_out = (
+                heads_first(window.of_queries(tensor[:, batch])) for tensor in (query, grad_output)
             )
-            q, k, v = (
-                heads_first(tensor)
-                for tensor in (
-                    window.of_queries(query[:, batch]),
-                    window.of_keys(key[:, batch]),
-                    window.of_keys(value[:, batch]),
-                )
+            k, v = (heads_first(window.of_keys(tensor[:, batch])) for tensor in (key, value))
+            row_lse, row_delta = (
+                window.of_queries(tensor[:, batch]).permute(1, 2, 0)[..., None]
+                for tensor in (lse, delta)
             )
-            probs = logits.sub_(row_lse[..., None]).exp_()  # [n, size, width]
+            probs = logits.sub_(row_lse).exp_()  # [b, n, size, width]
             d_value = probs.transpose(-1, -2) @ d_out
-            d_logits = (d_out @ v.transpose(-1, -2)).sub_(row_delta[..., None])
+            d_logits = (d_out @ v.transpose(-1, -2)).sub_(row_delta)
             d_logits = d_logits.mul_(probs).mul_(ctx.softmax_scale)
-            d_query = (d_logits @ k).transpose(0, 1)[window.slots]
+            d_query = (d_logits @ k).permute(2, 0, 1, 3)[window.slots]
             d_key = d_logits.transpose(-1, -2) @ q
             dq[window.rows, batch] = d_query.to(dq.dtype)
-            dk[window.keys, batch] += d_key.transpose(0, 1)[:seen]
-            dv[window.keys, batch] += d_value.transpose(0, 1)[:seen]
+            dk[window.keys, batch] += d_key.permute(2, 0, 1, 3)[:seen]
+            dv[window.keys, batch] += d_value.permute(2, 0, 1, 3)[:seen]
         return dq, dk.to(key.dtype), dv.to(value.dtype), None, None, None
 
 
@@ -152,10 +155,12 @@ def _logits(
     topk_indices: Tensor | None,
     queries: QueryPositions,
     softmax_scale: float,
-) -> Iterator[tuple[int, Window, Tensor]]:
-    """Of every sequence and window: ``window_logits`` of what its queries attend to."""
+) -> Iterator[tuple[slice, Window, Tensor]]:
+    """Of every window, and the sequences that are computed together: ``window_logits`` of what its
+    queries attend to."""
+    b = query.shape[1]
     for window in windows(queries, query.shape[2] * 4):
-        for batch in range(query.shape[1]):
+        for batch in sequences(b, query.device):
             mask = window.selected(None if topk_indices is None else topk_indices[batch])
             q, k = window.of_queries(query[:, batch]), window.of_keys(key[:, batch])
             yield batch, window, window_logits(q, k, mask, softmax_scale)
