@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from megatron.core.packed_seq_params import PackedSeqParams
 
 BLOCK_BYTES = 256 << 20
-"""Upper bound of one fp32 logits tensor of a block of queries."""
+"""Upper bound of one fp32 logits tensor of a block of queries, or of a window and one sequence."""
 WINDOW = 64
 """Most queries of one window, see ``windows``."""
 
@@ -140,7 +140,7 @@ class Window(NamedTuple):
     rows: Tensor
     """int64: which of the queries."""
     slots: Tensor
-    """int64: their places in the window."""
+    """int64: their places in the window, ascending."""
     size: int
     """Places of the window."""
     width: int
@@ -213,7 +213,7 @@ def windows(queries: QueryPositions, bytes_of_a_pair: int) -> Iterator[Window]:
     edges = torch.tensor(_edges(int(local.max()) + 1, bytes_of_a_pair))
     numbers = torch.searchsorted(edges, local, right=True) - 1
     groups, which = torch.unique(starts * len(edges) + numbers, return_inverse=True)
-    order = which.argsort(stable=True)
+    order = (which * (edges[-1] + 1) + local).argsort()  # in a window by position
     counts = torch.bincount(which, minlength=len(groups)).tolist()
     for group, rows in zip(groups.tolist(), order.split(counts)):
         start, number = divmod(group, len(edges))

@@ -107,6 +107,9 @@ def arrangements():
     yield "a rank's part, zigzag", Batch([other, own], own=part), part.tolist(), False
     part = torch.arange(19, 13 + LENGTH)
     yield "a rank's part, contiguous", Batch([other, own], own=part), part.tolist(), False
+    places = range(13, 13 + LENGTH)
+    part = torch.tensor(places).flip(0)
+    yield "a rank's part, in another order", Batch([other, own], own=part), places, False
 
 
 def same(ours, alone, at):
