@@ -8,6 +8,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as futures_wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from .tokens import Layout
 
 MAGIC = b"GLM5TOPK"
+MOST_PENDING = 3
+"""Layers of a forward whose keys may lie in memory uncompressed; the next one waits."""
 
 
 def workers() -> ThreadPoolExecutor:
@@ -211,7 +214,7 @@ class TopkRecorder:
     def __init__(self) -> None:
         self._lengths: list[int] | None = None
         self._index_topk = 0
-        self._layers: dict[int, list[tuple[np.ndarray, Future]]] = {}
+        self._layers: dict[int, list[Future]] = {}
 
     @property
     def recordings(self) -> list[TopkRecording]:
@@ -278,6 +281,8 @@ class TopkRecorder:
             part = layer_number, index_topk, positions, keys
             parts.append(workers().submit(lambda part=part: list(_frames(*part))))
         self._layers[layer_number] = parts
+        for part in list(self._layers.values())[:-MOST_PENDING][-1:]:
+            futures_wait(part)
 
 
 @contextmanager
