@@ -88,8 +88,8 @@ FAULTS = (
     Fault(
         "empty places of a top-k name the first key",
         "ops/index_topk/reference.py",
-        "found = torch.full((len(scores), k + 1), -1, dtype=torch.int32",
-        "found = torch.full((len(scores), k + 1), 0, dtype=torch.int32",
+        "found = torch.full(shape, -1, dtype=torch.int32",
+        "found = torch.full(shape, 0, dtype=torch.int32",
         "tests/patches/test_parity.py::test_short_rows_select_exactly_what_they_see",
     ),
     Fault(
