@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from tests.distributed.cases import Case
-from tests.distributed.replay_cases import CASES, SOME
+from tests.distributed.replay.cases import CASES, SOME
 from tests.distributed.run import Worlds
 
 
@@ -20,7 +20,7 @@ def found_by(cases, folder):
         worlds.setdefault(case.world, []).append(asdict(case))
     (folder / "cases.json").write_text(json.dumps(worlds))
     found = {}
-    with Worlds(folder, "tests.distributed.replay_worker") as run:
+    with Worlds(folder, "tests.distributed.replay.worker") as run:
         (rollout,) = run.run(1)
         for size in sorted(set(worlds) - {1}):
             ranks = run.run(size)
