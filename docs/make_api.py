@@ -17,6 +17,15 @@ GROUPS = {
     "Models": ("transformer_config", "gpt_model", "set_latent_norm_epsilon", "single_process"),
     "Checkpoints": ("HFCheckpoint", "HFConfig", "save", "report"),
     "Training": ("set_phase", "audit", "recorded", "topk_overlap"),
+    "Replay": (
+        "record_topk",
+        "replay_topk",
+        "TopkRecording",
+        "topk_from_sglang",
+        "topk_from_sglang_log",
+        "topk_from_vllm",
+        "topk_from_array",
+    ),
     "Errors": (
         "GLM5PatchError",
         "ScheduleError",
@@ -26,6 +35,7 @@ GROUPS = {
     ),
 }
 MEMBERS = {
+    "TopkRecording": ("nbytes", "covers", "keys", "merge", "save", "load"),
     "HFCheckpoint": ("report", "read", "load_into"),
     "HFConfig": ("from_directory", "from_file", "megatron_kwargs"),
 }
@@ -56,9 +66,10 @@ def _entry(name: str) -> str:
     text += _markdown(inspect.getdoc(value))
     for member_name in MEMBERS.get(name, ()):
         member = inspect.getattr_static(value, member_name)
-        function = getattr(member, "__func__", getattr(member, "func", member))
+        of_property = getattr(member, "func", getattr(member, "fget", None))  # cached, or plain
+        function = of_property or getattr(member, "__func__", member)
         shown = f"{name}.{member_name}"
-        if not hasattr(member, "func"):  # else it is a cached property
+        if of_property is None:
             shown = _signature(shown, function)
         text += f"\n```text\n{shown}\n```\n\n{_markdown(inspect.getdoc(function))}"
     return text

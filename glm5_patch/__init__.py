@@ -30,6 +30,14 @@ if TYPE_CHECKING:
     from .patching.ledger import Status
     from .testing.cpu_host import single_process
     from .testing.parity import recorded, topk_overlap
+    from .topk.formats import (
+        topk_from_array,
+        topk_from_sglang,
+        topk_from_sglang_log,
+        topk_from_vllm,
+    )
+    from .topk.record import TopkRecording, record_topk
+    from .topk.replay import replay_topk
     from .training.phases import audit, set_phase
 
 __version__ = "0.1.0"
@@ -42,12 +50,15 @@ __all__ = [
     "PipelineSplitError",
     "ScheduleError",
     "Status",
+    "TopkRecording",
     "__version__",
     "audit",
     "disable",
     "enable",
     "gpt_model",
+    "record_topk",
     "recorded",
+    "replay_topk",
     "report",
     "require",
     "save",
@@ -55,6 +66,10 @@ __all__ = [
     "set_phase",
     "single_process",
     "status",
+    "topk_from_array",
+    "topk_from_sglang",
+    "topk_from_sglang_log",
+    "topk_from_vllm",
     "topk_overlap",
     "transformer_config",
 ]
@@ -68,14 +83,21 @@ _LAZY = {
     "PipelineSplitError": "errors",
     "ScheduleError": "errors",
     "Status": "patching.ledger",
+    "TopkRecording": "topk.record",
     "audit": "training.phases",
     "gpt_model": "attention.build",
+    "record_topk": "topk.record",
     "recorded": "testing.parity",
+    "replay_topk": "topk.replay",
     "report": "checkpoint.bridge_report",
     "save": "checkpoint.writer",
     "set_latent_norm_epsilon": "attention.build",
     "set_phase": "training.phases",
     "single_process": "testing.cpu_host",
+    "topk_from_array": "topk.formats",
+    "topk_from_sglang": "topk.formats",
+    "topk_from_sglang_log": "topk.formats",
+    "topk_from_vllm": "topk.formats",
     "topk_overlap": "testing.parity",
     "transformer_config": "attention.build",
 }

@@ -20,6 +20,15 @@ ACROSS_STAGES = "dsa_topk_across_stages"
 """The name of the switch that lets a pipeline stage start on a skip layer."""
 
 
+REPLAY = "dsa_topk_replay"
+"""The name of the switch that refuses forwards without recordings."""
+
+
+FP8 = "fp8"
+INDEXER_PRECISIONS = ("model", FP8)
+"""In what the indexer's scores are computed: the model's own dtype, or as servers do."""
+
+
 class OnOff(argparse.Action):
     """A flag that is True as ``--x`` and False as ``--no-x`` or ``--disable-x``."""
 
@@ -94,6 +103,16 @@ class GLM5Fields:
         "A pipeline stage may start on a skip layer: the stage before sends the top-k.",
         **on_off_flags(ACROSS_STAGES),
     )
+    dsa_indexer_precision: Literal["model", "fp8"] = _setting(
+        "model",
+        "In what the indexer selects: the model's dtype, or fp8 as sglang and vLLM serve GLM-5.",
+    )
+    dsa_topk_replay: bool = _setting(
+        False,
+        "Every forward must replay recorded keys (replay_topk); one without recordings is an "
+        "error.",
+        **on_off_flags(REPLAY),
+    )
     dsa_index_topk_freq: int | None = _setting(None, "Another spelling of dsa_indexer_topk_freq.")
     dsa_index_skip_topk_offset: int | None = _setting(
         None, "Another spelling of dsa_indexer_skip_topk_offset."
@@ -126,6 +145,8 @@ _OF_OTHER_MODELS = {
     "dsa_indexer_share_for_mtp_iteration": (None, False),
     "dsa_context_parallel_order": (None, ZIGZAG),
     ACROSS_STAGES: (None, False),
+    REPLAY: (None, False),
+    "dsa_indexer_precision": (None, "model"),
 }
 
 
@@ -143,7 +164,8 @@ def is_glm5(config: Any) -> bool:
     - if ``dsa_is_glm5`` is None and it has a setting of GLM-5's: index sharing
       (``dsa_indexer_types``, or a ``dsa_indexer_topk_freq`` above 1, or an offset),
       ``dsa_indexer_rope_interleaved=True``, ``dsa_indexer_rotate_activation=False``,
-      ``dsa_context_parallel_order="contiguous"``, or ``dsa_topk_across_stages=True``.
+      ``dsa_context_parallel_order="contiguous"``, ``dsa_topk_across_stages=True``,
+      ``dsa_topk_replay=True``, or ``dsa_indexer_precision="fp8"``.
 
     Where the host refuses every DSA model (megatron-core 0.16 and 0.17), the ``config_fields``
     patch sets ``dsa_is_glm5`` if it is None, because no other DSA model can be built there.

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from megatron.core.packed_seq_params import PackedSeqParams
 
 BLOCK_BYTES = 256 << 20
-"""Upper bound of one fp32 logits tensor of a block of queries."""
+"""Upper bound of one fp32 logits tensor of a block of queries, or of a window and one sequence."""
+WINDOW = 64
+"""Most queries of one window, see ``windows``."""
 
 
 class QueryPositions(NamedTuple):
@@ -63,10 +65,6 @@ class QueryPositions(NamedTuple):
     def spans(self) -> tuple[Tensor, Tensor]:
         """``starts`` and ``places`` in int32: the first and the last key that each query sees."""
         return self.starts.int(), self.places.int()
-
-    def after(self, count: int) -> QueryPositions:
-        """Without the first queries."""
-        return self.of_queries(slice(count, None))
 
     def of_queries(self, queries: Tensor | slice) -> QueryPositions:
         """Some queries alone, int64 or a slice; the keys stay."""
@@ -131,6 +129,115 @@ def query_blocks(seqlen: int, bytes_per_query: int) -> Iterator[slice]:
         yield slice(begin, min(begin + rows, seqlen))
 
 
+class Window(NamedTuple):
+    """Queries at certain positions of one document, and the keys that the last of them sees.
+
+    The positions where windows begin are the same in every document. A query is therefore computed
+    in tensors of the same shapes, at the same place of them, whatever else is in the batch and
+    whichever queries of the document a rank has. A BLAS may round another shape in another way.
+    """
+
+    rows: Tensor
+    """int64: which of the queries."""
+    slots: Tensor
+    """int64: their places in the window, ascending."""
+    size: int
+    """Places of the window."""
+    width: int
+    """Positions of the document that the window sees: 0 to width - 1."""
+    keys: slice
+    """Where these are among the keys; fewer where the keys end before."""
+
+    def of_queries(self, tensor: Tensor) -> Tensor:
+        """[s, ...] -> [size, ...], zeros in places without a query."""
+        if len(self.rows) == self.size:
+            return tensor.index_select(0, self.rows)
+        placed = tensor.new_zeros((self.size, *tensor.shape[1:]))
+        return placed.index_copy(0, self.slots, tensor.index_select(0, self.rows))
+
+    def of_keys(self, tensor: Tensor) -> Tensor:
+        """[t, ...] -> [width, ...], zeros after the last key."""
+        seen = tensor[self.keys]
+        if len(seen) == self.width:
+            return seen.clone(memory_format=torch.contiguous_format)
+        padded = tensor.new_zeros((self.width, *tensor.shape[1:]))
+        padded[: len(seen)] = seen
+        return padded
+
+    @property
+    def visible(self) -> Tensor:
+        """Which positions each place sees, bool [size, width]; none in places without a query."""
+        device = self.slots.device
+        first = self.width - self.size
+        positions = torch.full((self.size,), -1, dtype=torch.int64, device=device)
+        positions[self.slots] = self.slots + first
+        return torch.arange(self.width, device=device) <= positions[:, None]
+
+    def selected(self, topk_indices: Tensor | None) -> Tensor:
+        """The keys that each place attends to, bool [b or 1, size, width].
+
+        Args:
+            topk_indices: int32 [b, s, k], see ``selected_keys``; None: every visible key.
+        """
+        if topk_indices is None:
+            return self.visible[None]
+        chosen = topk_indices.index_select(1, self.rows).long()  # [b, rows, k]
+        columns = torch.where(chosen < 0, self.width, chosen)  # one more takes the empty places
+        shape = len(chosen), self.size, self.width + 1
+        mask = torch.zeros(shape, dtype=torch.bool, device=chosen.device)
+        if len(self.rows) == self.size:
+            mask.scatter_(-1, columns, True)
+        else:
+            mask[:, self.slots] = mask[:, : len(self.rows)].scatter(-1, columns, True)
+        return mask[..., : self.width]
+
+
+def windows(queries: QueryPositions, bytes_of_a_pair: int) -> Iterator[Window]:
+    """All queries, in windows.
+
+    Args:
+        queries: where they stand among the keys.
+        bytes_of_a_pair: what a query and a key take, of the ``BLOCK_BYTES`` that a window may.
+    """
+    device = queries.starts.device
+    if queries.is_one_sequence:
+        edges = _edges(queries.keys, bytes_of_a_pair)
+        for first, width in zip(edges, edges[1:]):
+            end = min(width, queries.keys)
+            rows = torch.arange(first, end, device=device)
+            yield Window(rows, rows - first, width - first, width, slice(0, end))
+        return
+    starts, local = queries.starts.cpu(), queries.local_positions.cpu()
+    if not len(starts):
+        return
+    edges = torch.tensor(_edges(int(local.max()) + 1, bytes_of_a_pair))
+    numbers = torch.searchsorted(edges, local, right=True) - 1
+    groups, which = torch.unique(starts * len(edges) + numbers, return_inverse=True)
+    order = (which * (edges[-1] + 1) + local).argsort()  # in a window by position
+    counts = torch.bincount(which, minlength=len(groups)).tolist()
+    for group, rows in zip(groups.tolist(), order.split(counts)):
+        start, number = divmod(group, len(edges))
+        first, width = edges[number : number + 2].tolist()
+        keys = slice(start, min(start + width, queries.keys))
+        slots = local[rows] - first
+        yield Window(rows.to(device), slots.to(device), width - first, width, keys)
+
+
+def _edges(length: int, bytes_of_a_pair: int) -> list[int]:
+    """Where windows begin, up to one that begins at ``length`` or later."""
+    edges = [0]
+    while edges[-1] < length:
+        fit = BLOCK_BYTES // (bytes_of_a_pair * (edges[-1] + WINDOW))
+        edges.append(edges[-1] + max(1, min(WINDOW, fit)))
+    return edges
+
+
+def sequences(b: int, device: torch.device) -> list[slice]:
+    """Which sequences of a batch of b are computed together. All on a CPU, whose BLAS computes each
+    product of a batch by itself; one on a GPU, where a kernel is chosen by their number."""
+    return [slice(0, b)] if device.type == "cpu" else [slice(n, n + 1) for n in range(b)]
+
+
 def visible_keys(block: slice, queries: QueryPositions) -> Tensor:
     """Causal and document mask of a block of queries, bool [block, queries.end(block)]."""
     device = queries.starts.device
@@ -160,8 +267,10 @@ def selected_keys(block: slice, queries: QueryPositions, topk_indices: Tensor | 
     return mask.scatter_(-1, columns, True)[..., :spare]
 
 
-def visible_topk(queries: QueryPositions, batch: int) -> Tensor:
-    """Every visible key of each query in the form of a top-k, int32 [b, s, longest document]."""
-    local = torch.arange(queries.most_keys, dtype=torch.int32, device=queries.starts.device)
+def visible_topk(queries: QueryPositions, batch: int, multiple: int = 1) -> Tensor:
+    """Every visible key of each query in the form of a top-k, int32 [b, s, longest document]; the
+    last dimension is rounded up to a multiple."""
+    width = -(-queries.most_keys // multiple) * multiple
+    local = torch.arange(width, dtype=torch.int32, device=queries.starts.device)
     last = queries.local_positions[:, None]
     return torch.where(local <= last, local, -1).expand(batch, -1, -1)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..topk.carrier import open_carrier
 
@@ -112,10 +113,30 @@ def _record_host_scores(core, recording: Recording, undo: ExitStack) -> None:
     undo.callback(delattr, core.indexer, "forward_before_topk")
 
 
+class LowerTies(TorchFunctionMode):
+    """Inside, ``torch.topk`` selects the lower position among equal values, as this package does.
+
+    By itself its choice depends on the length of the row and on the device: Hugging Face's model
+    then selects other keys of a prefix than of the whole sequence.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.topk, Tensor.topk):
+            return _lower_topk(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def _lower_topk(
+    input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+) -> torch.return_types.topk:
+    found = input.sort(dim=dim, descending=largest, stable=True)
+    return torch.return_types.topk(part.narrow(dim, 0, k) for part in found)
+
+
 @contextmanager
 def recorded_hf(model: torch.nn.Module) -> Iterator[dict[int, Tensor]]:
     """Layer number -> top-k of a ``GlmMoeDsaForCausalLM``; invisible keys, which it leaves in,
-    become -1."""
+    become -1. Ties fall as in this package, see ``LowerTies``."""
     found: dict[int, Tensor] = {}
 
     def record(number: int):
@@ -131,7 +152,8 @@ def recorded_hf(model: torch.nn.Module) -> Iterator[dict[int, Tensor]]:
         for number, layer in enumerate(model.model.layers, 1)
     ]
     try:
-        yield found
+        with LowerTies():
+            yield found
     finally:
         for handle in handles:
             handle.remove()
@@ -166,7 +188,7 @@ def same_input_shares(
             undo.callback(hook.remove)
         theirs = undo.enter_context(recorded_hf(reference))
         reference(ids, use_cache=False)
-    with recorder(model) as ours, open_carrier():
+    with recorder(model) as ours, open_carrier(), LowerTies():
         for layer in model.decoder.layers:
             hidden_states = inputs[layer.layer_number].transpose(0, 1)  # [s, b, h]
             layer.self_attention(hidden_states, None)

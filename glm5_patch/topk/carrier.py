@@ -17,11 +17,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..errors import MissingTopkError
+from .context import begin_replay, current_recorder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..config.schedule import IndexSchedule
+    from .record import TopkRecorder
+    from .replay import ForwardReplay
     from .stages import StageTopk
     from .tokens import Layout
 
@@ -52,6 +55,10 @@ class TopkCarrier:
     """What the stage before sent, until its first reader here decodes it."""
     first_iteration: TopkCarrier | None = None
     """Of an MTP layer whose iterations share one top-k: the carrier that has it, maybe this one."""
+    recorder: TopkRecorder | None = field(default_factory=current_recorder)
+    """Of the ``record_topk`` block that the forward runs in."""
+    replay: ForwardReplay | None = field(default_factory=begin_replay)
+    """Of the ``replay_topk`` block that the forward runs in; a recompute keeps it."""
     _slots: dict[int, _Slot] = field(default_factory=dict)
     _in_checkpoint: bool = False
 
@@ -140,6 +147,8 @@ def open_carrier(carrier: TopkCarrier | None = None) -> Iterator[TopkCarrier]:
         yield carrier
     finally:
         _current.reset(token)
+        if carrier.replay is not None:
+            carrier.replay.end_forward()
 
 
 def carried(function: Callable) -> Callable:

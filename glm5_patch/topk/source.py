@@ -1,18 +1,24 @@
-"""Which keys the queries of a layer attend to, wherever that answer comes from."""
+"""Which keys the queries of a layer attend to: computed, carried or replayed."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ..config.fields import REPLAY
 from ..config.schedule import IndexSchedule
+from ..errors import GLM5PatchError
 from ..ops.index_topk.reference import IndexerInputs
 from ..ops.query_positions import QueryPositions
-from .carrier import current_carrier, require_carrier
+from .carrier import TopkCarrier, current_carrier, require_carrier
+from .context import current_recorder, replay_is_asked_for
 from .mtp import mtp_depth
 from .tokens import Layout
+
+if TYPE_CHECKING:
+    from .replay import ForwardReplay, Replayed
 
 
 class Indexer(Protocol):
@@ -21,6 +27,8 @@ class Indexer(Protocol):
     def inputs(self, hidden_states: Tensor, q_latent: Tensor, layout: Layout) -> IndexerInputs: ...
 
     def select(self, inputs: IndexerInputs, queries: QueryPositions) -> Tensor: ...
+
+    def scoring(self, inputs: IndexerInputs) -> tuple[IndexerInputs, float]: ...
 
 
 class Selection(NamedTuple):
@@ -34,8 +42,9 @@ class Selection(NamedTuple):
 
 
 class TopkSource:
-    """Answers what the top-k of one layer is: computed by its own indexer, or carried from the
-    computing layer whose top-k it reuses, on this pipeline stage or an earlier one.
+    """Answers what the top-k of one layer is: computed by its own indexer, replayed from a
+    recording, or carried from the computing layer whose top-k it reuses, on this pipeline stage or
+    an earlier one.
 
     A layer of multi-token prediction computes, and shares with no other layer. Applied several
     times, it may share the top-k of its first application with the later ones.
@@ -54,6 +63,7 @@ class TopkSource:
         """The depth of multi-token prediction, from 1; None of a decoder layer."""
         self.source = layer_number if self.is_mtp else self.schedule.source(layer_number)
         """The number of the layer that computes the top-k."""
+        self.requires_replay = getattr(config, REPLAY, False) and not self.is_mtp
 
     @property
     def is_mtp(self) -> bool:
@@ -85,11 +95,16 @@ class TopkSource:
 
         Raises:
             MissingTopkError: a skip layer found no top-k of its source.
+            GLM5PatchError: recordings do not fit the batch or the model, or there are none and
+                ``dsa_topk_replay=True``.
         """
         every_key_fits = layout.queries.all_fit(self.index_topk)
         if not self.computes:
             return Selection(self._carried(every_key_fits), None)
         carrier = current_carrier()
+        b = hidden_states.shape[1]
+        replay = self._replay(carrier, layout, b)
+        recorder = None if carrier is None or self.is_mtp else carrier.recorder
         if self.is_mtp:
             first = None if carrier is None else carrier.first_iteration
             if first is not carrier and first is not None:
@@ -100,14 +115,52 @@ class TopkSource:
         # and a second selection costs time.
         topk_indices = None if carrier is None else carrier.published(self.layer_number)
         selects = topk_indices is None and not every_key_fits
+        replayed = None
+        if selects and replay is not None:
+            replayed = replay.keys(self.layer_number, layout.queries, b, self.index_topk)
+        wants_scores = selects and (replayed is None or replayed.wants_scores)
         inputs = None
-        if selects or wants_inputs:
+        if wants_scores or wants_inputs:
             inputs = indexer.inputs(hidden_states, q_latent, layout)
-        if selects:
+        if selects and replayed is not None:
+            topk_indices = self._completed(indexer, inputs, layout, replayed)
+        elif selects:
             topk_indices = _select(indexer, inputs, layout)  # int32 [b, s, k]
-            if carrier is not None:
-                carrier.publish(self.layer_number, topk_indices, self.schedule)
+        if selects and carrier is not None:
+            carrier.publish(self.layer_number, topk_indices, self.schedule)
+        if recorder is not None and (selects or every_key_fits):
+            recorder.add(self.layer_number, topk_indices, layout, self.index_topk, b)
         return Selection(topk_indices, inputs)
+
+    def _replay(self, carrier: TopkCarrier | None, layout: Layout, b: int) -> ForwardReplay | None:
+        """The recordings that this forward replays, if any, compared with its batch."""
+        if self.is_mtp:
+            return None
+        if carrier is None:
+            asks = self.requires_replay or replay_is_asked_for() or current_recorder() is not None
+            if asks:
+                require_carrier(self.layer_number, self.source)
+            return None
+        if carrier.replay is not None:
+            carrier.replay.check(layout, b, self.index_topk, self.schedule.computing_layers)
+        elif self.requires_replay:
+            raise GLM5PatchError(
+                f"layer {self.layer_number}: {REPLAY}=True, and the forward runs without "
+                f"recordings; call the model in a replay_topk block, or set {REPLAY}=False"
+            )
+        return carrier.replay
+
+    def _completed(
+        self, indexer: Indexer, inputs: IndexerInputs | None, layout: Layout, replayed: Replayed
+    ) -> Tensor:
+        """The recorded top-k, int32 [b, s, k], compared with the indexer's if a report is wanted;
+        where nothing is recorded, the indexer selects."""
+        if replayed.report is not None:
+            scoring = indexer.scoring(inputs)
+            replayed.report.add(self.layer_number, *scoring, layout.queries, replayed)
+        if replayed.missing is not None:
+            _select_missing(indexer, inputs, layout, replayed)
+        return replayed.topk_indices
 
     def _carried(self, every_key_fits: bool) -> Tensor | None:
         # Required of short sequences too, so that a stack without a carrier fails at once.
@@ -117,6 +170,20 @@ class TopkSource:
         if carrier.arrived is not None and carrier.published(self.source) is None:
             carrier.adopt(self.layer_number, self.source, self.index_topk, self.schedule)
         return carrier.read(self.layer_number, self.source)
+
+
+def _select_missing(
+    indexer: Indexer, inputs: IndexerInputs, layout: Layout, replayed: Replayed
+) -> None:
+    """Let the indexer select for the queries that are not recorded, in place."""
+    rows = replayed.missing.any(0).nonzero().squeeze(1)
+    if not len(rows):
+        return
+    inputs = inputs._replace(query=inputs.query[rows], weights=inputs.weights[rows])
+    selected = indexer.select(inputs, layout.queries.of_queries(rows))  # int32 [b, rows, k]
+    missing = replayed.missing[:, rows, None]
+    topk_indices = replayed.topk_indices
+    topk_indices[:, rows] = torch.where(missing, selected, topk_indices[:, rows])
 
 
 def _select(indexer: Indexer, inputs: IndexerInputs, layout: Layout) -> Tensor:

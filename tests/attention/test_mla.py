@@ -55,7 +55,7 @@ def test_an_adapter_on_the_up_projection_is_as_good_as_merged(
         if torch.cuda.is_available():
             pytest.skip("a model on the CPU is for Triton's interpreter, which a GPU switches off")
     monkeypatch.setenv("GLM5_PATCH_KERNELS", kernels)
-    torch.use_deterministic_algorithms(True)  # of equal scores the lower position wins
+    torch.use_deterministic_algorithms(True)
     try:
         model = megatron_model(saved(tmp_path, kv_lora_rank=64, **ONE_LAYER))
         ids = tokens(0, 1, length)

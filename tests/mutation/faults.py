@@ -26,7 +26,37 @@ class Fault:
     """What pytest is given; it passes without the fault and fails with it."""
 
 
+REPLAY = "tests/topk/test_replay.py"
+
 FAULTS = (
+    Fault(
+        "all sequences of a batch replay into the first",
+        "topk/replay.py",
+        "topk_indices[self.batch, rows] = keys",
+        "topk_indices[0, rows] = keys",
+        f"{REPLAY}::test_a_padded_batch_replays_its_sequences",
+    ),
+    Fault(
+        "a recording is stored as differences and read as keys",
+        "topk/codec.py",
+        "while (parents < size).any():",
+        "while False:",
+        "tests/topk/test_record.py::test_the_keys_come_back",
+    ),
+    Fault(
+        "a document without a recording attends to its first keys",
+        "topk/source.py",
+        "            _select_missing(indexer, inputs, layout, replayed)",
+        "            pass",
+        f"{REPLAY}::test_a_pack_replays_its_documents_and_selects_for_the_others",
+    ),
+    Fault(
+        "documents of a pack are computed in the blocks of the pack",
+        "ops/query_positions.py",
+        "slots = local[rows] - first",
+        "slots = torch.arange(len(rows))",
+        "tests/ops/test_invariance.py",
+    ),
     Fault(
         "k_norm has the epsilon of the other norms",
         "attention/indexer.py",
@@ -58,16 +88,16 @@ FAULTS = (
     Fault(
         "empty places of a top-k name the first key",
         "ops/index_topk/reference.py",
-        'local.masked_fill(values == float("-inf"), -1).int()',
-        'local.masked_fill(values == float("-inf"), 0).int()',
+        "found = torch.full(shape, -1, dtype=torch.int32",
+        "found = torch.full(shape, 0, dtype=torch.int32",
         "tests/patches/test_parity.py::test_short_rows_select_exactly_what_they_see",
     ),
     Fault(
-        "equal scores always fall to the first keys",
+        "equal scores fall to the last keys",
         "ops/index_topk/reference.py",
-        "if torch.are_deterministic_algorithms_enabled():",
-        "if True:",
-        f"{INDEXER}::test_equal_scores_fall_as_in_hugging_face",
+        "(equal.cumsum(-1) <= spare)",
+        "(equal.flip(-1).cumsum(-1).flip(-1) <= spare)",
+        f"{INDEXER}::test_equal_scores_fall_to_the_first_keys",
     ),
     Fault(
         "nobody selects where one key too many is visible",
@@ -79,8 +109,8 @@ FAULTS = (
     Fault(
         "documents of a pack see each other",
         "ops/query_positions.py",
-        "return (keys <= places) & (keys >= queries.starts[block, None])",
-        "return (keys <= places)",
+        "starts, local = queries.starts.cpu(), queries.local_positions.cpu()",
+        "starts, local = queries.starts.cpu() * 0, queries.places.cpu()",
         f"{RECOMPUTE}::test_a_pack_equals_its_documents_one_by_one",
     ),
     Fault(

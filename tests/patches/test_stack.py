@@ -7,6 +7,7 @@ from glm5_patch.errors import GLM5PatchError
 from glm5_patch.patches import MACHINE
 from glm5_patch.patches.announce import describe
 from glm5_patch.patches.megatron_core.building.dsa_spec import attention_stack
+from glm5_patch.testing.parity import LowerTies
 from glm5_patch.tools.verify import forward
 from tests.patches.test_recompute import MODES, gradients, microbatches
 from tests.tiny import megatron_config, megatron_model, relative, saved, tokens
@@ -85,7 +86,8 @@ def test_both_compute_the_same_and_load_each_other(checkpoint, host_attention, m
     plugin = megatron_model(checkpoint)
     assert is_plugins(plugin)
     ids = tokens(seed, 2, 48)
-    expected = forward(host, ids)
+    with LowerTies():  # megatron-core selects by torch.topk
+        expected = forward(host, ids)
     assert (forward(plugin, ids) - expected).abs().max() < 2e-5
     state = host.state_dict()
     assert state.keys() == plugin.state_dict().keys()

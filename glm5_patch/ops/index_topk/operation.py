@@ -12,8 +12,9 @@ from .reference import IndexerInputs
 def index_topk(inputs: IndexerInputs, queries: QueryPositions, k: int, scale: float) -> Tensor:
     """The keys with the highest index scores among those that each query sees.
 
-    Equal scores fall as ``torch.topk`` lets them, as in Hugging Face; under
-    ``torch.use_deterministic_algorithms``, and by Triton, the lower position wins.
+    Of equal scores the lower position wins, in every backend. After ReLU about 5 % of the scores
+    are exactly 0, and ``torch.topk``, which Hugging Face uses, selects among them by the length of
+    the row and the device. A query's keys are the same whatever else is in the batch.
 
     Args:
         inputs: what the scores are made of.
@@ -22,7 +23,7 @@ def index_topk(inputs: IndexerInputs, queries: QueryPositions, k: int, scale: fl
         scale: of the products of queries and keys, before the weights.
 
     Returns:
-        int32 [b, s, k]: positions counted from the query's document start; -1 where fewer keys are
-        visible.
+        int32 [b, s, k]: positions counted from the query's document start, ascending; then -1
+        where fewer keys are visible.
     """
     return compute("index_topk", inputs.call, inputs, queries, k, scale)

@@ -59,6 +59,7 @@ def scores(
         products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         products = tl.maximum(products, 0.0) * weights[None, :]
         scores = tl.sum(tl.reshape(products, (KEYS, QUERIES, HEADS)), 2)
+        scores = tl.where(scores == 0, 0.0, scores)  # a negative weight makes it -0.0
         seen = (key[:, None] >= start[None, :]) & (key[:, None] <= last[None, :])
         place = SCORES + (row - first_row)[None, :].to(tl.int64) * num_keys + key[:, None]
         tl.store(place, scores, mask=seen & inside[None, :])
@@ -72,7 +73,9 @@ def _ordered(bits):
 
 @triton.jit
 def _rank(score):
-    """An integer that orders as the score does; below the largest one, which a NaN may be."""
+    """An integer that orders as the score does; below the largest one, which a NaN may be. Both
+    zeros have the same."""
+    score = tl.where(score == 0, 0.0, score)
     return tl.minimum(_ordered(score.to(tl.int32, bitcast=True)), 2147483646)
 
 

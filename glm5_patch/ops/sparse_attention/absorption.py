@@ -11,6 +11,12 @@ from ..registry import backend
 from . import triton
 from .inputs import AbsorbedInputs, AttentionInputs, MLADims
 
+PROJECTED_ROWS = 512
+"""Queries of one product with an up-projection."""
+TOPK_MULTIPLE = 128
+"""Where every key is selected, the width of the top-k is a multiple of it: libraries take no other,
+and a longer document elsewhere in the batch must not decide whether one computes."""
+
 
 @backend("sparse_attention", name="triton", rank=1, needs=triton.TRITON, load=triton.load)
 def absorbed_attention(attention: AttentionInputs) -> Tensor:
@@ -18,7 +24,8 @@ def absorbed_attention(attention: AttentionInputs) -> Tensor:
     itself, and what comes out of the latent is projected to values after. Each of the two passes
     over the keys is an operation of its own, so that a library may compute one of them."""
     if attention.topk_indices is None:
-        topk_indices = visible_topk(attention.queries, attention.query.shape[1])
+        b = attention.query.shape[1]
+        topk_indices = visible_topk(attention.queries, b, multiple=TOPK_MULTIPLE)
         attention = attention._replace(topk_indices=topk_indices)
     return _AbsorbedAttention.apply(*attention)
 
@@ -32,7 +39,7 @@ class _AbsorbedAttention(torch.autograd.Function):
         query, latent, up_projection, _, _, dims, softmax_scale = attention
         out, lse = _forward(absorbed)
         output = query.new_empty((*query.shape[:3], dims.value))
-        torch.bmm(_by_head(out), _value_projection(up_projection, dims), out=_by_head(output))
+        _project(out, _value_projection(up_projection, dims), output)
         selected = absorbed.topk_indices, absorbed.starts, absorbed.positions
         ctx.save_for_backward(query, latent, up_projection, *selected, out, lse)
         ctx.dims, ctx.softmax_scale = dims, softmax_scale
@@ -118,9 +125,32 @@ def absorb(query: Tensor, up_projection: Tensor, dims: MLADims) -> Tensor:
     """[s, b, n, nope + rope] -> [s, b, n, latent + rope]."""
     absorbed = query.new_empty((*query.shape[:3], dims.latent + dims.rope))
     nope, latent = query[..., : dims.nope], absorbed[..., : dims.latent]
-    torch.bmm(_by_head(nope), _key_projection(up_projection, dims), out=_by_head(latent))
+    _project(nope, _key_projection(up_projection, dims), latent)
     absorbed[..., dims.latent :] = query[..., dims.nope :]
     return absorbed
+
+
+def _project(tensor: Tensor, projection: Tensor, out: Tensor) -> None:
+    """A product of each head, [s, b, n, x] by [n, x, y] into [s, b, n, y], in products of the same
+    shape and strides: a BLAS adds up in another order for another number of rows."""
+    source, target = tensor.flatten(0, 1), out.flatten(0, 1)
+    whole = len(source) // PROJECTED_ROWS * PROJECTED_ROWS
+    for first in range(0, whole, PROJECTED_ROWS):
+        rows = slice(first, first + PROJECTED_ROWS)
+        torch.bmm(source[rows].transpose(0, 1), projection, out=target[rows].transpose(0, 1))
+    if whole == len(source):
+        return
+    given, found = (_room_for_rows(like) for like in (source, target))
+    given[: len(source) - whole] = source[whole:]
+    torch.bmm(given.transpose(0, 1), projection, out=found.transpose(0, 1))
+    target[whole:] = found[: len(source) - whole]
+
+
+def _room_for_rows(like: Tensor) -> Tensor:
+    """Zeros [PROJECTED_ROWS, n, x] with the strides of [rows, n, x]."""
+    row, head, _ = like.stride()
+    room = like.new_zeros(PROJECTED_ROWS * row)
+    return room.as_strided((PROJECTED_ROWS, *like.shape[1:]), (row, head, 1))
 
 
 def _by_head(tensor: Tensor) -> Tensor:

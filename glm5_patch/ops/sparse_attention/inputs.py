@@ -56,16 +56,6 @@ class AttentionInputs(NamedTuple):
             qk_pos_emb_head_dim=self.dims.rope,
         )
 
-    def first(self, count: int) -> AttentionInputs:
-        """The first queries of one sequence, which attend to every key that they see."""
-        queries = QueryPositions(self.queries.starts[:count], longest=count)
-        return self._replace(
-            query=self.query[:count],
-            latent=self.latent[:count],
-            topk_indices=None,
-            queries=queries,
-        )
-
     def of_queries(self, places: Tensor) -> AttentionInputs:
         """Some queries alone, int64; the keys stay."""
         topk_indices = self.topk_indices
@@ -73,14 +63,6 @@ class AttentionInputs(NamedTuple):
             query=self.query[places],
             topk_indices=None if topk_indices is None else topk_indices[:, places],
             queries=self.queries.of_queries(places),
-        )
-
-    def after(self, count: int) -> AttentionInputs:
-        """Without the first queries."""
-        return self._replace(
-            query=self.query[count:],
-            topk_indices=self.topk_indices[:, count:],
-            queries=self.queries.after(count),
         )
 
 

@@ -1,18 +1,27 @@
-"""Attention over the selected keys, in blocks of queries: memory linear in the sequence length.
+"""Attention over the selected keys, in windows of queries: memory linear in the sequence length.
 
-For one block the logits of all keys up to it are computed and the unselected ones masked; only the
+For one window the logits of all keys up to it are computed and the unselected ones masked; only the
 log-sum-exp is kept, and the backward pass computes the probabilities again (FlashAttention,
-arXiv 2205.14135, with an explicit mask). Accumulation is fp32.
+arXiv 2205.14135, with an explicit mask). Accumulation is fp32. A query's output has the same bits
+whatever else is in the batch.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from ..query_positions import QueryPositions, query_blocks, selected_keys
+from ..query_positions import (
+    WINDOW,
+    QueryPositions,
+    Window,
+    query_blocks,
+    sequences,
+    windows,
+)
 from ..registry import backend
 from .inputs import AbsorbedInputs, AttentionInputs
 
@@ -34,11 +43,19 @@ def keys_and_values(attention: AttentionInputs) -> tuple[Tensor, Tensor]:
     """Keys [t, b, n, nope + rope] and values [t, b, n, value] of every head."""
     dims = attention.dims
     latent, rope = attention.latent.squeeze(2).split([dims.latent, dims.rope], dim=-1)
-    per_head = torch.matmul(latent, attention.up_projection)
+    per_head = _by_window(latent.flatten(0, 1), attention.up_projection)
+    per_head = per_head.unflatten(0, latent.shape[:2])
     per_head = per_head.unflatten(-1, (-1, dims.nope + dims.value))
     nope, value = per_head.split([dims.nope, dims.value], dim=-1)
     rope = rope.unsqueeze(2).expand(-1, -1, nope.shape[2], -1)
     return torch.cat([nope, rope], dim=-1), value
+
+
+def _by_window(tensor: Tensor, projection: Tensor) -> Tensor:
+    """A product [rows, x] @ [x, y] in products of the same shape, whatever the number of rows."""
+    padded = torch.nn.functional.pad(tensor, (0, 0, 0, -len(tensor) % WINDOW))
+    parts = [part.contiguous() @ projection for part in padded.split(WINDOW)]
+    return torch.cat(parts)[: len(tensor)]
 
 
 def blocked_attention(
@@ -66,39 +83,38 @@ def blocked_attention(
     return output.flatten(2)
 
 
-def heads_first(tensor: Tensor) -> Tensor:
-    """[s, b, n, d] -> fp32 [b, n, s, d]."""
-    return tensor.permute(1, 2, 0, 3).float()
-
-
-def block_logits(query: Tensor, key: Tensor, mask: Tensor, softmax_scale: float) -> Tensor:
-    """Logits of one block, -inf where ``mask`` [b, block, t] is False.
+def window_logits(query: Tensor, key: Tensor, mask: Tensor, softmax_scale: float) -> Tensor:
+    """fp32 [b, n, size, width] of one window, -inf where ``mask`` is False.
 
     Args:
-        query: fp32 [b, n, block, d].
-        key: fp32 [b, n, t, d].
+        query: [size, b, n, d].
+        key: [width, b, n, d].
+        mask: bool [b or 1, size, width].
+        softmax_scale: factor of the logits.
     """
-    logits = torch.matmul(query, key.transpose(-1, -2)).mul_(softmax_scale)
-    return logits.masked_fill_(~mask[:, None], float("-inf"))
+    logits = torch.matmul(heads_first(query), heads_first(key).transpose(-1, -2))
+    return logits.mul_(softmax_scale).masked_fill_(~mask[:, None], float("-inf"))
+
+
+def heads_first(tensor: Tensor) -> Tensor:
+    """[rows, b, n, d] -> fp32 [b, n, rows, d]."""
+    return tensor.permute(1, 2, 0, 3).float()
 
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, topk_indices, queries, softmax_scale):
         s, b, n, _ = query.shape
-        q, k, v = heads_first(query), heads_first(key), heads_first(value)
-        out = torch.empty((b, n, s, v.shape[-1]), dtype=torch.float32, device=query.device)
-        lse = torch.empty((b, n, s), dtype=torch.float32, device=query.device)
-        for block in query_blocks(s, b * n * queries.keys * 4):
-            end = queries.end(block)
-            mask = selected_keys(block, queries, topk_indices)
-            logits = block_logits(q[:, :, block], k[:, :, :end], mask, softmax_scale)
+        output = value.new_empty((s, b, n, value.shape[-1]))
+        lse = torch.empty((s, b, n), dtype=torch.float32, device=query.device)
+        for batch, window, logits in _logits(query, key, topk_indices, queries, softmax_scale):
             # exp(-inf - 0) is 0 for a query without keys; exp(-inf + inf) would be nan.
-            block_lse = logits.logsumexp(-1)
-            block_lse.masked_fill_(block_lse == float("-inf"), 0.0)
-            lse[:, :, block] = block_lse
-            out[:, :, block] = logits.sub_(block_lse[..., None]).exp_() @ v[:, :, :end]
-        output = out.permute(2, 0, 1, 3).to(value.dtype)
+            window_lse = logits.logsumexp(-1)  # [b, n, size]
+            window_lse.masked_fill_(window_lse == float("-inf"), 0.0)
+            v = heads_first(window.of_keys(value[:, batch]))
+            out = logits.sub_(window_lse[..., None]).exp_() @ v  # [b, n, size, dv]
+            output[window.rows, batch] = out.permute(2, 0, 1, 3)[window.slots].to(output.dtype)
+            lse[window.rows, batch] = window_lse.permute(2, 0, 1)[window.slots]
         ctx.save_for_backward(query, key, value, topk_indices, output, lse)
         ctx.queries, ctx.softmax_scale = queries, softmax_scale
         return output
@@ -106,28 +122,48 @@ class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         query, key, value, topk_indices, output, lse = ctx.saved_tensors
-        queries = ctx.queries
-        s, b, n, _ = query.shape
-        q, k, v = heads_first(query), heads_first(key), heads_first(value)
-        d_out = heads_first(grad_output)
-        # [b, n, s]: sum over the value dimension, the softmax backward's row term.
-        delta = (d_out * heads_first(output)).sum(-1)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for block in query_blocks(s, b * n * queries.keys * 4):
-            end = queries.end(block)
-            mask = selected_keys(block, queries, topk_indices)
-            logits = block_logits(q[:, :, block], k[:, :, :end], mask, ctx.softmax_scale)
-            probs = logits.sub_(lse[:, :, block, None]).exp_()
-            dv[:, :, :end] += probs.transpose(-1, -2) @ d_out[:, :, block]
-            d_probs = d_out[:, :, block] @ v[:, :, :end].transpose(-1, -2)
-            d_logits = d_probs.sub_(delta[:, :, block, None]).mul_(probs).mul_(ctx.softmax_scale)
-            dq[:, :, block] = d_logits @ k[:, :, :end]
-            dk[:, :, :end] += d_logits.transpose(-1, -2) @ q[:, :, block]
-        d_query, d_key, d_value = (
-            grad.permute(2, 0, 1, 3).to(like.dtype)
-            for grad, like in ((dq, query), (dk, key), (dv, value))
-        )
-        return d_query, d_key, d_value, None, None, None
+        # [s, b, n]: sum over the value dimension, the softmax backward's row term.
+        delta = (grad_output.float() * output.float()).sum(-1)
+        dq = torch.empty_like(query)
+        dk, dv = (torch.zeros_like(t, dtype=torch.float32) for t in (key, value))
+        inputs = query, key, topk_indices, ctx.queries, ctx.softmax_scale
+        for batch, window, logits in _logits(*inputs):
+            seen = window.keys.stop - window.keys.start
+            q, d_out = (
+                heads_first(window.of_queries(tensor[:, batch])) for tensor in (query, grad_output)
+            )
+            k, v = (heads_first(window.of_keys(tensor[:, batch])) for tensor in (key, value))
+            row_lse, row_delta = (
+                window.of_queries(tensor[:, batch]).permute(1, 2, 0)[..., None]
+                for tensor in (lse, delta)
+            )
+            probs = logits.sub_(row_lse).exp_()  # [b, n, size, width]
+            d_value = probs.transpose(-1, -2) @ d_out
+            d_logits = (d_out @ v.transpose(-1, -2)).sub_(row_delta)
+            d_logits = d_logits.mul_(probs).mul_(ctx.softmax_scale)
+            d_query = (d_logits @ k).permute(2, 0, 1, 3)[window.slots]
+            d_key = d_logits.transpose(-1, -2) @ q
+            dq[window.rows, batch] = d_query.to(dq.dtype)
+            dk[window.keys, batch] += d_key.permute(2, 0, 1, 3)[:seen]
+            dv[window.keys, batch] += d_value.permute(2, 0, 1, 3)[:seen]
+        return dq, dk.to(key.dtype), dv.to(value.dtype), None, None, None
+
+
+def _logits(
+    query: Tensor,
+    key: Tensor,
+    topk_indices: Tensor | None,
+    queries: QueryPositions,
+    softmax_scale: float,
+) -> Iterator[tuple[slice, Window, Tensor]]:
+    """Of every window, and the sequences that are computed together: ``window_logits`` of what its
+    queries attend to."""
+    b = query.shape[1]
+    for window in windows(queries, query.shape[2] * 4):
+        for batch in sequences(b, query.device):
+            mask = window.selected(None if topk_indices is None else topk_indices[batch])
+            q, k = window.of_queries(query[:, batch]), window.of_keys(key[:, batch])
+            yield batch, window, window_logits(q, k, mask, softmax_scale)
 
 
 @backend("sparse_attention.forward", name="torch")

@@ -35,6 +35,8 @@ def with_carrier(wrapped, instance, args, kwargs, crosses_stages: bool = False):
         _open_loss_log(instance)
     crosses_stages = crosses_stages and getattr(instance.config, ACROSS_STAGES, False)
     with open_carrier() as carrier:
+        if carrier.replay is not None or carrier.recorder is not None:
+            _refuse_to_replay_other_attention(instance)
         if not crosses_stages:
             return wrapped(*args, **kwargs)
         from .stage_ends import send, take
@@ -131,6 +133,20 @@ def _refuse_unsafe_recompute(stack) -> None:
             "would not find the top-k of its own microbatch; train without recompute "
             f"(recompute_granularity=None, now {stack.config.recompute_granularity!r})"
         )
+
+
+def _refuse_to_replay_other_attention(stack) -> None:
+    """megatron-core's own sparse attention asks neither a recording nor a recorder."""
+    from ...attention.attention import CrossLayerDSAttention
+
+    for layer in getattr(stack, "layers", ()):
+        core = getattr(getattr(layer, "self_attention", None), "core_attention", None)
+        if core is not None and not isinstance(core, CrossLayerDSAttention):
+            raise GLM5PatchError(
+                f"layer {layer.layer_number} has {type(core).__name__} as its attention, which "
+                "record_topk and replay_topk do not reach; build the model with "
+                "GLM5_PATCH_ATTENTION=plugin"
+            )
 
 
 def _refuse_adapters_without_effect(stack) -> None:

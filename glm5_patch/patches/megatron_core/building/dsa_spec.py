@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .... import env
-from ....config.fields import ZIGZAG, is_dsa, is_glm5, set_conventions
+from ....config.fields import INDEXER_PRECISIONS, ZIGZAG, is_dsa, is_glm5, set_conventions
 from ....errors import GLM5PatchError
 from ....patching.patch import Finding, Patch
 from ....topk.mtp import shares_iterations
@@ -73,6 +73,16 @@ def attention_stack(config, wrong: str | None) -> Stack:
         raise GLM5PatchError(
             f"dsa_topk_across_stages=True with {reason}: megatron-core's own sparse attention "
             f"shares no top-k between pipeline stages; {unset}"
+        )
+    if config.dsa_indexer_precision != INDEXER_PRECISIONS[0]:
+        raise GLM5PatchError(
+            f"dsa_indexer_precision={config.dsa_indexer_precision!r} with {reason}: "
+            f"megatron-core's own sparse attention selects in the model's dtype alone; {unset}"
+        )
+    if config.dsa_topk_replay:
+        raise GLM5PatchError(
+            f"dsa_topk_replay=True with {reason}: megatron-core's own sparse attention replays no "
+            f"recorded keys; {unset}"
         )
     if shares_iterations(config):
         raise GLM5PatchError(

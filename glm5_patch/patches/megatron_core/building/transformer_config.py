@@ -8,6 +8,8 @@ from ....config.fields import (
     ALIASES,
     CONTEXT_PARALLEL_ORDERS,
     CONVENTIONS,
+    FP8,
+    INDEXER_PRECISIONS,
     ZIGZAG,
     GLM5Fields,
     has_glm5_settings,
@@ -141,6 +143,7 @@ def _validate(config) -> None:
     IndexSchedule.from_megatron(config)
     _refuse_scaled_rope(config)
     _refuse_layers_run_singly(config)
+    _check_precision(config)
     order = config.dsa_context_parallel_order
     if order not in CONTEXT_PARALLEL_ORDERS:
         raise GLM5PatchError(
@@ -154,6 +157,19 @@ def _validate(config) -> None:
         raise GLM5PatchError(
             f"dsa_context_parallel_order={order!r} with mtp_num_layers={config.mtp_num_layers}: "
             f"megatron-core shifts the labels of multi-token prediction in zigzag order; {zigzag}"
+        )
+
+
+def _check_precision(config) -> None:
+    precision, dim = config.dsa_indexer_precision, config.dsa_indexer_head_dim
+    if precision not in INDEXER_PRECISIONS:
+        raise GLM5PatchError(
+            f"dsa_indexer_precision={precision!r} must be one of {', '.join(INDEXER_PRECISIONS)}"
+        )
+    if precision == FP8 and (not dim or dim & (dim - 1)):
+        raise GLM5PatchError(
+            f"dsa_indexer_precision={FP8!r} with dsa_indexer_head_dim={dim}: its Hadamard rotation "
+            "needs a power of two; set dsa_indexer_precision='model'"
         )
 
 

@@ -1,0 +1,309 @@
+"""Recordings of selected keys: of one document each, whatever layout it had in its batch."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as futures_wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import GLM5PatchError
+from .codec import FRAME_ROWS, Frame
+from .context import recorder
+
+if TYPE_CHECKING:
+    from .tokens import Layout
+
+MAGIC = b"GLM5TOPK"
+MOST_PENDING = 3
+"""Layers of a forward whose keys may lie in memory uncompressed; the next one waits."""
+
+
+def workers() -> ThreadPoolExecutor:
+    """Threads of this process that compress and decompress beside the model."""
+    return _workers_of(os.getpid())  # a forked process has none of its parent's
+
+
+@functools.cache
+def _workers_of(process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(2, thread_name_prefix="glm5_patch_topk")
+
+
+@dataclass(frozen=True)
+class TopkRecording:
+    """The selected keys of one document, by layer number.
+
+    Queries are named by their position in the document, so a recording made in one layout replays
+    in every other. The queries at positions below ``index_topk`` see no more keys than are
+    selected; nothing is stored of them. Keys are stored compressed, see ``nbytes``.
+    """
+
+    index_topk: int
+    """Keys that a query selects."""
+    length: int
+    """Positions of the document that the recording is about, from 0 on. Not all need be recorded:
+    of the others the indexer selects."""
+    layers: Mapping[int, tuple[Frame, ...]]
+    """Layer number, from 1, of each computing layer -> its frames, by position."""
+
+    @classmethod
+    def of_keys(
+        cls, index_topk: int, length: int, layers: Mapping[int, tuple[np.ndarray, np.ndarray]]
+    ) -> TopkRecording:
+        """Check and compress.
+
+        Args:
+            index_topk: keys that a query selects.
+            length: positions of the document.
+            layers: layer number -> positions, ascending, int [rows], and the keys of the query at
+                each, int [rows, index_topk], in any order, -1 for an empty place.
+
+        Raises:
+            GLM5PatchError: a query has too few keys, a key twice, or one that it does not see. The
+                message names layer and position.
+        """
+        return cls(
+            index_topk,
+            length,
+            {n: tuple(_frames(n, index_topk, *rows)) for n, rows in sorted(layers.items())},
+        )
+
+    @classmethod
+    def merge(cls, parts: Iterable[TopkRecording]) -> TopkRecording:
+        """One recording of parts of the same document: layers of pipeline stages, positions of
+        ranks that split the sequence.
+
+        Raises:
+            GLM5PatchError: the parts are not of one document, or two have other keys for a query.
+        """
+        parts = list(parts)
+        for name in ("index_topk", "length"):
+            values = sorted({getattr(part, name) for part in parts})
+            if len(values) != 1:
+                raise GLM5PatchError(
+                    f"recordings with {name}={values} are not of one document; merge the parts of "
+                    "one"
+                )
+        layers: dict[int, tuple[Frame, ...]] = {}
+        for number in sorted({n for part in parts for n in part.layers}):
+            frames = sorted({f for part in parts for f in part.layers.get(number, ())})
+            for before, after in zip(frames, frames[1:]):
+                if before.first + before.rows > after.first:
+                    raise GLM5PatchError(
+                        f"layer {number}: two parts have other keys for position {after.first}; "
+                        "merge parts of one forward"
+                    )
+            layers[number] = tuple(frames)
+        return cls(parts[0].index_topk, parts[0].length, layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the compressed keys of all layers."""
+        return sum(len(frame.data) for frames in self.layers.values() for frame in frames)
+
+    def covers(self, layer_number: int, length: int) -> bool:
+        """Whether every query below that position is recorded, or sees no more keys than are
+        selected."""
+        covered = self.index_topk
+        for frame in self.layers[layer_number]:
+            if frame.first > covered:
+                break
+            covered = max(covered, frame.first + frame.rows)
+        return min(covered, max(self.length, self.index_topk)) >= length
+
+    def keys(self, layer_number: int) -> tuple[Tensor, Tensor]:
+        """The recorded queries of one layer: positions, int64 [rows], and keys, int32
+        [rows, index_topk], ascending."""
+        frames = self.layers[layer_number]
+        positions = [torch.arange(frame.first, frame.first + frame.rows) for frame in frames]
+        keys = [frame.inflate().keys(self.index_topk, "cpu") for frame in frames]
+        none = torch.empty((0, self.index_topk), dtype=torch.int32)
+        return torch.cat([torch.arange(0), *positions]), torch.cat([none, *keys])
+
+    def save(self, path: str | Path) -> None:
+        """Write to a file of its own."""
+        header = {"index_topk": self.index_topk, "length": self.length, "layers": {}}
+        for number, frames in self.layers.items():
+            header["layers"][number] = [(f.first, f.rows, len(f.data)) for f in frames]
+        text = json.dumps(header).encode()
+        data = [frame.data for frames in self.layers.values() for frame in frames]
+        Path(path).write_bytes(b"".join([MAGIC, struct.pack("<I", len(text)), text, *data]))
+
+    @classmethod
+    def load(cls, path: str | Path) -> TopkRecording:
+        """Read what ``save`` wrote.
+
+        Raises:
+            GLM5PatchError: the file is not such a file, or is cut off.
+        """
+        content = Path(path).read_bytes()
+        if content[: len(MAGIC)] != MAGIC:
+            raise GLM5PatchError(f"{path} is not a recording of TopkRecording.save")
+        begin = len(MAGIC) + 4
+        (size,) = struct.unpack("<I", content[len(MAGIC) : begin].ljust(4, b"\0"))
+        begin += size
+        try:
+            header = json.loads(content[begin - size : begin])
+        except ValueError as error:
+            raise GLM5PatchError(f"{path} is cut off or damaged: {error}") from error
+        layers: dict[int, tuple[Frame, ...]] = {}
+        for number, frames in header["layers"].items():
+            found = []
+            for first, rows, length in frames:
+                found.append(Frame(first, rows, content[begin : begin + length]))
+                begin += length
+            layers[int(number)] = tuple(found)
+        if begin != len(content):
+            raise GLM5PatchError(f"{path} has {len(content)} bytes, its header says {begin}")
+        return cls(header["index_topk"], header["length"], layers)
+
+
+def _frames(
+    layer_number: int, index_topk: int, positions: np.ndarray, keys: np.ndarray
+) -> Iterator[Frame]:
+    """Of the queries that have a choice, in runs of consecutive positions."""
+    _check(layer_number, index_topk, positions, keys)
+    choose = positions >= index_topk
+    positions, keys = positions[choose], keys[choose]
+    breaks = np.flatnonzero(np.diff(positions) != 1) + 1
+    for run, of_run in zip(np.split(positions, breaks), np.split(keys, breaks)):
+        for begin in range(0, len(run), FRAME_ROWS):
+            yield Frame.encode(int(run[begin]), of_run[begin : begin + FRAME_ROWS])
+
+
+def _check(layer_number: int, index_topk: int, positions: np.ndarray, keys: np.ndarray) -> None:
+    if keys.ndim != 2 or keys.shape != (len(positions), index_topk):
+        raise GLM5PatchError(
+            f"layer {layer_number}: keys of shape {list(keys.shape)}, where "
+            f"[{len(positions)}, {index_topk}] is needed, a row for each query and "
+            f"dsa_indexer_topk={index_topk} keys"
+        )
+    ordered = np.sort(keys, axis=1)
+    valid = ordered >= 0
+    expected = np.minimum(positions + 1, index_topk)
+    twice = ((ordered[:, 1:] == ordered[:, :-1]) & valid[:, 1:]).any(1)
+    unseen = (ordered > positions[:, None]).any(1)
+    for wrong, says in (
+        (unseen, "a key after the query; keys are positions in the document, not slots of a cache"),
+        (twice, "a key twice; is the recording of another model or layer?"),
+        (valid.sum(1) != expected, "too few keys; there must be min(position + 1, index_topk)"),
+    ):
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise GLM5PatchError(
+                f"recording, layer {layer_number}, position {int(positions[row])}: {says} "
+                f"(its keys go from {int(ordered[row].min())} to {int(ordered[row, -1])}, "
+                f"index_topk={index_topk})"
+            )
+
+
+class TopkRecorder:
+    """What ``record_topk`` gives: the keys of one forward of one microbatch."""
+
+    def __init__(self) -> None:
+        self._lengths: list[int] | None = None
+        self._index_topk = 0
+        self._layers: dict[int, list[Future]] = {}
+
+    @property
+    def recordings(self) -> list[TopkRecording]:
+        """One recording for each sequence of the batch, or for each document of the pack, empty
+        ones included. They hold this rank's queries and this stage's computing layers; ``merge``
+        joins those of several ranks. Read it after the forward: it waits for the compression.
+
+        Raises:
+            GLM5PatchError: no layer of this package's attention ran.
+        """
+        if self._lengths is None:
+            raise GLM5PatchError(
+                "nothing was recorded: no computing layer of this package's attention ran in the "
+                "block; build the model with GLM5_PATCH_ATTENTION=plugin, and call it in the block"
+            )
+        return [
+            TopkRecording(
+                self._index_topk,
+                length,
+                {n: tuple(documents[number].result()) for n, documents in self._layers.items()},
+            )
+            for number, length in enumerate(self._lengths)
+        ]
+
+    def add(
+        self,
+        layer_number: int,
+        topk_indices: Tensor | None,
+        layout: Layout,
+        index_topk: int,
+        b: int,
+    ) -> None:
+        """Keep a computing layer's top-k.
+
+        Args:
+            layer_number: of the layer.
+            topk_indices: int32 [b, s, k] of this rank's queries; None: every key fits.
+            layout: where they stand.
+            index_topk: keys of a query.
+            b: sequences of the batch.
+
+        Raises:
+            GLM5PatchError: the layer has run before in the block.
+        """
+        lengths = layout.lengths * b
+        if layer_number in self._layers or self._lengths not in (None, lengths):
+            raise GLM5PatchError(
+                f"layer {layer_number} runs twice in one record_topk block; use a block for each "
+                "forward of each microbatch"
+            )
+        self._lengths, self._index_topk = lengths, index_topk
+        parts = []
+        on_host = None if topk_indices is None else topk_indices.cpu().numpy()
+        for document, (batch, rows, positions) in enumerate(layout.documents(b)):
+            real = positions < lengths[document]
+            rows, positions = rows[real].numpy(), positions[real].numpy()
+            order = positions.argsort()
+            rows, positions = rows[order], positions[order]
+            if on_host is None:
+                keys = np.empty((0, index_topk), dtype=np.int32)
+                rows = positions = positions[:0]
+            else:
+                keys = on_host[batch, rows]
+            part = layer_number, index_topk, positions, keys
+            parts.append(workers().submit(lambda part=part: list(_frames(*part))))
+        self._layers[layer_number] = parts
+        for part in list(self._layers.values())[:-MOST_PENDING][-1:]:
+            futures_wait(part)
+
+
+@contextmanager
+def record_topk() -> Iterator[TopkRecorder]:
+    """Record the keys that a forward selects, or replays.
+
+    One block is one forward of one microbatch. A recompute in the backward pass, inside or outside
+    the block, is not recorded again.
+
+    Yields:
+        An object whose ``recordings`` are, after the forward, one ``TopkRecording`` for each
+        sequence of the batch or each document of the pack, with this rank's queries and this
+        stage's computing layers.
+
+    Raises:
+        GLM5PatchError: in the forward: a layer runs twice in the block, or megatron-core's own
+            attention runs.
+    """
+    found = TopkRecorder()
+    token = recorder.set(found)
+    try:
+        yield found
+    finally:
+        recorder.reset(token)

@@ -1,0 +1,45 @@
+"""A recording of one process, replayed by splits: the same bits with gradients and without."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from tests.distributed.cases import Case
+from tests.distributed.replay.cases import CASES, SOME
+from tests.distributed.run import Worlds
+
+
+def found_by(cases, folder):
+    """Case -> what each rank found; and what the rollout says."""
+    alone = [
+        Case(f"rollout, thd={thd}", thd=thd, even_packs=thd) for thd in {case.thd for case in cases}
+    ]
+    worlds = {1: [asdict(case) for case in alone]}
+    for case in cases:
+        worlds.setdefault(case.world, []).append(asdict(case))
+    (folder / "cases.json").write_text(json.dumps(worlds))
+    found = {}
+    with Worlds(folder, "tests.distributed.replay.worker") as run:
+        (rollout,) = run.run(1)
+        for size in sorted(set(worlds) - {1}):
+            ranks = run.run(size)
+            found |= {name: [rank[name] for rank in ranks] for name in ranks[0]}
+    return found, rollout
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param(SOME, id="some"),
+        pytest.param([c for c in CASES if c.world > 1], id="all", marks=pytest.mark.nightly),
+    ],
+)
+def test_splits_replay_a_recording_bit_for_bit(cases, tmp_path):
+    found, rollout = found_by(cases, tmp_path)
+    for name, ranks in found.items():
+        assert not any("error" in rank for rank in ranks), (name, ranks)
+        assert [rank["wrong"] for rank in ranks] == [[]] * len(ranks), name
+        assert sum(rank["outputs"] for rank in ranks) > 0, name
+    for shares in rollout.values():  # or nothing would be replaced
+        assert max(shares["shares"].values()) < 0.9, shares

@@ -1,0 +1,180 @@
+"""One rank of a world that replays a recording; ``tests.distributed.run`` starts it.
+
+A world of 1 records a model whose indexers have other weights. The others replay it: a forward
+without gradients, then a training step with the microbatches in another order.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from glm5_patch.testing import cpu_host
+from glm5_patch.testing.parity import recorded
+from glm5_patch.topk.record import TopkRecording, record_topk
+from glm5_patch.topk.replay import replay_topk
+from tests.distributed.cases import Case
+from tests.distributed.worker import (
+    BATCH,
+    EVEN_PACKS,
+    LENGTH,
+    TIMEOUT_MINUTES,
+    batches,
+    build,
+    model_parallel,
+)
+
+
+def passes(case: Case, chunks, recordings, reverse: bool, forward_only: bool):
+    """All microbatches by the host's own schedule.
+
+    Returns:
+        By microbatch: what the model returned, what was recorded in each chunk, and the top-k of
+        each layer, of the recompute where there is one.
+    """
+    dp, size = (
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+    )
+    own = list(zip(range(dp, case.microbatches, size), batches(case)))
+    own = own[::-1] if reverse else own
+    outputs, recorders, topk = {}, {}, {}
+
+    def forward_step(iterator, model):
+        number, (ids, labels, positions, pack) = next(iterator)
+        replay = replay_topk(recordings[number])
+        with replay, record_topk() as recorder, recorded(model.module) as found:
+            output = model(ids, positions, None, labels=labels, packed_seq_params=pack)
+        recorders.setdefault(number, []).append(recorder)
+        topk.setdefault(number, {}).update(found.topk_indices)
+        if model.module.post_process:
+            outputs[number] = output.detach().clone()
+        return output, lambda output: (output.mean(), {"loss": output.detach().mean()})
+
+    for chunk in chunks:
+        chunk.train(not forward_only)
+        chunk.zero_grad_buffer()
+    iterators = [iter(own) for _ in chunks]
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(own),
+        seq_length=LENGTH,
+        micro_batch_size=1 if case.thd else BATCH,
+        decoder_seq_length=LENGTH,
+        forward_only=forward_only,
+    )
+    found = {n: [one.recordings for one in of_chunks] for n, of_chunks in recorders.items()}
+    return outputs, found, topk
+
+
+def recording_paths(folder: Path, thd: bool, number: int) -> list[Path]:
+    documents = len(EVEN_PACKS[number % len(EVEN_PACKS)]) if thd else BATCH
+    kind = "thd" if thd else "bshd"
+    return [folder / f"{kind}-{number}-{document}.topk" for document in range(documents)]
+
+
+def roll_out(case: Case, folder: Path) -> dict:
+    """Record, in one process, with indexers of other weights; how many keys the model's own would
+    have selected."""
+    with model_parallel(case):
+        chunks = build(case, folder)  # saves its weights
+        own = {n: p.clone() for n, p in chunks[0].named_parameters() if ".indexer." in n}
+        with torch.no_grad():
+            for name, parameter in chunks[0].named_parameters():
+                if name in own:
+                    parameter.copy_(parameter.flip(0))
+        model, shares = chunks[0].module, []
+        for number, (ids, labels, positions, pack) in enumerate(batches(case)):
+            with torch.no_grad(), record_topk() as recorder:
+                model(ids, positions, None, labels=labels, packed_seq_params=pack)
+            for recording, path in zip(
+                recorder.recordings, recording_paths(folder, case.thd, number), strict=True
+            ):
+                recording.save(path)
+        with torch.no_grad():
+            for name, parameter in chunks[0].named_parameters():
+                if name in own:
+                    parameter.copy_(own[name])
+            with replay_topk(recorder.recordings, report=True) as report:
+                model(ids, positions, None, labels=labels, packed_seq_params=pack)
+        shares = report.shares
+        return {"shares": {str(n): share for n, share in shares.items()}}
+
+
+def replay(case: Case, folder: Path) -> dict:
+    """What differs between the two passes, and between what was recorded and what is attended
+    to."""
+    recordings = {
+        number: [TopkRecording.load(path) for path in recording_paths(folder, case.thd, number)]
+        for number in range(case.microbatches)
+    }
+    with model_parallel(case):
+        chunks = build(case, folder)
+        without = passes(case, chunks, recordings, reverse=False, forward_only=True)
+        training = passes(case, chunks, recordings, reverse=True, forward_only=False)
+        wrong = [
+            f"microbatch {number}: other log-probabilities"
+            for number, output in without[0].items()
+            if not torch.equal(output, training[0][number])
+        ]
+        wrong += [
+            f"microbatch {number}, layer {layer}: other keys in the recompute"
+            for number, of_layers in without[2].items()
+            for layer, keys in of_layers.items()
+            if not torch.equal(keys, training[2][number][layer])
+        ]
+        return {"wrong": wrong + unlike(recordings, without[1]), "outputs": len(without[0])}
+
+
+def unlike(recordings, found) -> list[str]:
+    """Where all ranks together attended to other keys than the recording's."""
+    everyone = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, found)
+    wrong = []
+    for number, documents in recordings.items():
+        parts = [chunk for rank in everyone for chunk in rank.get(number, ())]
+        for document, recording in enumerate(documents):
+            merged = TopkRecording.merge([part[document] for part in parts])
+            if merged.layers.keys() != recording.layers.keys():
+                wrong.append(f"microbatch {number}: layers {sorted(merged.layers)}")
+            for layer in recording.layers:
+                pairs = zip(merged.keys(layer), recording.keys(layer))
+                if not all(torch.equal(ours, theirs) for ours, theirs in pairs):
+                    wrong.append(f"microbatch {number}, document {document}, layer {layer}")
+    return wrong
+
+
+def main(rank: int, world: int, folder: Path) -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    cpu_host.enable("cpu")
+    store = torch.distributed.FileStore(str(folder / f"store-{world}"), world)
+    results = {}
+    for fields in json.loads((folder / "cases.json").read_text())[str(world)]:
+        case = Case(**fields)
+        torch.distributed.init_process_group(
+            "gloo",
+            store=torch.distributed.PrefixStore(case.name, store),
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(minutes=TIMEOUT_MINUTES),
+        )
+        try:
+            with cpu_host.CudaLiterals():
+                results[case.name] = (roll_out if world == 1 else replay)(case, folder)
+        except Exception as error:
+            results[case.name] = {"error": f"{type(error).__name__}: {error}"}
+            print(f"rank {rank}, {case.name}:\n{traceback.format_exc()}", file=sys.stderr)
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    (folder / f"{world}-{rank}.json").write_text(json.dumps(results))

@@ -1,0 +1,148 @@
+"""What sglang, vLLM and miles return, written here as they document it, and read back."""
+
+import base64
+import io
+import json
+import struct
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from glm5_patch.errors import GLM5PatchError
+from glm5_patch.topk.formats import (
+    sglang_request_hash,
+    topk_from_array,
+    topk_from_sglang,
+    topk_from_sglang_log,
+    topk_from_vllm,
+)
+from tests.topk.test_record import K, neighbours
+
+TOKENS = 30
+CONFIG = SimpleNamespace(num_layers=4, dsa_indexer_types="FSFS", dsa_indexer_topk=K)
+COMPUTING = (1, 3)
+
+
+def selections(tokens: int = TOKENS) -> np.ndarray:
+    """Unsorted, -1 where fewer keys are visible: int32 [tokens, 2, K]."""
+    keys = np.full((tokens, len(COMPUTING), K), -1, dtype=np.int32)
+    for column in range(len(COMPUTING)):
+        for position in range(min(K, tokens)):
+            keys[position, column, : position + 1] = np.arange(position + 1)[::-1]
+        keys[K:, column] = neighbours(tokens, seed=column)
+    return keys
+
+
+def assert_read(recording, keys, first=K, length=None):
+    """All that has a choice, from ``first`` on."""
+    assert recording.length == len(keys) if length is None else length
+    assert sorted(recording.layers) == list(COMPUTING)
+    for column, number in enumerate(COMPUTING):
+        positions, found = recording.keys(number)
+        assert positions.tolist() == list(range(first, len(keys)))
+        expected = torch.from_numpy(np.sort(keys[first:, column], axis=-1))
+        assert torch.equal(found, expected)
+
+
+def test_an_array_of_miles():
+    keys = selections()
+    assert_read(topk_from_array(keys, CONFIG), keys)
+    assert_read(topk_from_array(keys.astype(np.int64), CONFIG), keys)
+
+
+def sglang_answer(keys, **more):
+    """All hidden layers: a skip layer repeats what it uses, in another order."""
+    every = keys[:, [0, 0, 1, 1]].copy()
+    every[:, 1::2] = every[:, 1::2, ::-1]
+    return {"indexer_topk": base64.b64encode(every.astype("<i4").tobytes()).decode(), **more}
+
+
+@pytest.mark.parametrize("more", [{}, {"indexer_topk_num_layers": 4}])
+def test_an_answer_of_sglang(more):
+    keys = selections(TOKENS - 1)  # the last token was never fed
+    assert_read(topk_from_sglang(sglang_answer(keys, **more), TOKENS, CONFIG), keys)
+
+
+def test_a_prompt_that_sglang_did_not_record_is_left_to_the_indexer():
+    keys = selections(TOKENS - 1)
+    keys[:12] = -1
+    recording = topk_from_sglang(sglang_answer(keys), TOKENS, CONFIG)
+    assert_read(recording, keys, first=12)
+    assert not recording.covers(1, TOKENS - 1)
+
+
+@pytest.mark.parametrize("start", [0, 11])
+def test_an_answer_of_vllm(start):
+    keys = selections()
+    file = io.BytesIO()
+    np.save(file, keys[start:])
+    text = base64.b64encode(file.getvalue()).decode()
+    assert_read(topk_from_vllm(text, CONFIG, prompt_start=start), keys, first=max(start, K))
+
+
+def sglang_log(path, requests, **header):
+    """As ``SGLTOPK1`` has it: a header, then each decode step of a batch, sorted and as gaps."""
+    header = (
+        dict(
+            version=1,
+            topk=K,
+            num_model_layers=4,
+            layer_ids=[0, 2],
+            ids_are_token_positions=True,
+            model_path="GLM-5.2",
+            rank=0,
+        )
+        | header
+    )
+    text = json.dumps(header).encode()
+    parts = [b"SGLTOPK1", struct.pack("<I", len(text)), text]
+    steps = max(len(keys) - first for first, keys in requests.values())
+    for step in range(steps):
+        batch = [(n, first + step, keys) for n, (first, keys) in requests.items()]
+        batch = [(n, position, keys) for n, position, keys in batch if position < len(keys)]
+        rows = np.sort(np.stack([keys[position] for _, position, keys in batch]), axis=-1)
+        gaps = np.diff(rows, axis=-1, prepend=np.int32(0)).astype("<i4")
+        payload = zlib.compress(gaps.tobytes(), 1)
+        parts.append(struct.pack("<QII", step, len(batch), len(payload)))
+        parts += [struct.pack("<QI", sglang_request_hash(n), p + 1) for n, p, _ in batch]
+        parts.append(payload)
+    path.write_bytes(b"".join(parts))
+
+
+def test_a_log_of_sglang(tmp_path):
+    requests = {"one": (9, selections()), "another": (20, selections(26))}
+    sglang_log(tmp_path / "log", requests)
+    found = topk_from_sglang_log(tmp_path / "log", CONFIG)
+    assert found.keys() == {sglang_request_hash(name) for name in requests}
+    for name, (first, keys) in requests.items():
+        assert_read(found[sglang_request_hash(name)], keys, first=first)
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    keys = selections()
+    with pytest.raises(GLM5PatchError, match="an array of 3 layers for a model of 4, of which 2"):
+        topk_from_array(keys[:, [0, 0, 1]], CONFIG)
+    with pytest.raises(GLM5PatchError, match="the model has index_topk=6"):
+        topk_from_array(keys[..., :5], CONFIG)
+    with pytest.raises(GLM5PatchError, match="layer 2 has other keys than layer 1, whose top-k"):
+        topk_from_array(keys[:, [0, 1, 1, 1]], CONFIG)
+    with pytest.raises(GLM5PatchError, match=r"\[tokens - 1, layers, index_topk\] of tokens=32"):
+        topk_from_sglang(sglang_answer(keys, indexer_topk_num_layers=4), TOKENS + 2, CONFIG)
+    with pytest.raises(GLM5PatchError, match="start sglang with --enable-return-indexer-topk"):
+        topk_from_sglang({}, TOKENS, CONFIG)
+    with pytest.raises(GLM5PatchError, match="no base64 of an .npy file"):
+        topk_from_vllm("AAAA", CONFIG)
+    path = tmp_path / "log"
+    sglang_log(path, {"one": (9, keys)}, ids_are_token_positions=False)
+    with pytest.raises(GLM5PatchError, match="set SGLANG_DSA_FUSE_TOPK=0"):
+        topk_from_sglang_log(path, CONFIG)
+    sglang_log(path, {"one": (9, keys)}, layer_ids=[0, 1])
+    with pytest.raises(GLM5PatchError, match=r"of layers \[1, 2\] and topk=6; the model computes"):
+        topk_from_sglang_log(path, CONFIG)
+    sglang_log(path, {"one": (9, keys)})
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(GLM5PatchError, match="cut off or damaged"):
+        topk_from_sglang_log(path, CONFIG)
