@@ -138,7 +138,10 @@ class TopkRecording:
             header["layers"][number] = [(f.first, f.rows, len(f.data)) for f in frames]
         text = json.dumps(header).encode()
         data = [frame.data for frames in self.layers.values() for frame in frames]
-        Path(path).write_bytes(b"".join([MAGIC, struct.pack("<I", len(text)), text, *data]))
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_bytes(b"".join([MAGIC, struct.pack("<I", len(text)), text, *data]))
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> TopkRecording:
