@@ -45,17 +45,18 @@ def assert_packs(model, ids) -> None:
     assert (whole - torch.cat(parts, dim=1)).abs().max() <= 2e-5
 
 
-def assert_recomputes(build, directory, seed: int) -> None:
+def assert_recomputes(build, directory, seed: int, recompute=RECOMPUTE) -> None:
     """With two microbatches in flight the gradients are those of no recompute, to 1e-6.
 
     Args:
         build: as above; it takes fields of the configuration as well.
         directory: where ``assert_equals_hugging_face`` wrote the checkpoint.
         seed: of the tokens.
+        recompute: the fields that ask for it.
     """
     checkpoint = HFCheckpoint(directory)
     for layout in ("bshd", "thd"):
         plain = gradients(build(checkpoint), microbatches(layout, seed))
-        found = gradients(build(checkpoint, **RECOMPUTE), microbatches(layout, seed))
+        found = gradients(build(checkpoint, **recompute), microbatches(layout, seed))
         assert found.keys() == plain.keys()
         assert max(relative(found[name], g) for name, g in plain.items() if g.any()) <= 1e-6

@@ -39,6 +39,7 @@ def arguments(backend: str, **overrides) -> SimpleNamespace:
         setattr(args, field.name, None if default is dataclasses.MISSING else default)
     args.bridge_backend = backend
     args.task_type = "causal_lm"
+    args.padding_free = False  # needs the alltoall dispatcher, which needs a GPU
     args.torch_dtype = torch.float32
     args.gradient_accumulation_fusion = False  # needs apex
     args.attention_backend = AttnBackend.local
