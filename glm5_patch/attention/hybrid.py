@@ -1,4 +1,4 @@
-"""A GLM-5 built as megatron-core's ``HybridModel``, and its parameters by a ``GPTModel``'s names."""
+"""A GLM-5 as megatron-core's ``HybridModel``, and its parameters by a ``GPTModel``'s names."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ from glm5_patch.attention.build import (
     set_latent_norm_epsilon,
 )
 from glm5_patch.checkpoint.reader import HFCheckpoint
-from glm5_patch.config.huggingface import HFConfig
 from glm5_patch.errors import GLM5PatchError, MissingTopkError, PipelineSplitError, ScheduleError
 from glm5_patch.patches.built import Owner, attentions_of
 from glm5_patch.patches.megatron_core import carrying
@@ -24,14 +23,14 @@ from tests.clients.stacks import (
     MODES,
     causal_mask,
     config,
-    gradients,
     glm5_stage,
+    gradients,
     hybrid_stack,
     hybrid_stage,
     outputs,
 )
 from tests.distributed import run
-from tests.tiny import add_mtp_layer, hf_config, megatron_config, relative, saved, tokens
+from tests.tiny import add_mtp_layer, megatron_config, relative, saved, tokens
 
 HAS_HYBRID_MODEL = pytest.mark.skipif(
     find_spec("megatron.core.models.hybrid") is None, reason="no HybridModel before 0.18"
@@ -50,9 +49,7 @@ def build(checkpoint: HFCheckpoint, **overrides):
 
 
 @HAS_HYBRID_MODEL
-@pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 2))]
-)
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 2))])
 def test_a_model_is_right(world, tmp_path, seed):
     assert_equals_hugging_face(build, tmp_path / "hf", seed)
     assert_recomputes(build, tmp_path / "hf", seed)

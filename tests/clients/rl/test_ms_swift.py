@@ -15,6 +15,7 @@ import torch
 import glm5_patch
 from glm5_patch.attention.build import HF_LATENT_NORM_EPSILON, set_latent_norm_epsilon
 from glm5_patch.patches.built import Owner, attentions_of
+from glm5_patch.testing.cpu_host import CudaLiterals
 from tests.clients.parity import assert_equals_hugging_face, assert_recomputes
 from tests.hosts.bridge import standin
 from tests.hosts.bridge.helpers import CPU
@@ -82,7 +83,8 @@ def build(request, world):
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
         hf_config = AutoConfig.from_pretrained(checkpoint.directory)
-        with mock.patch.dict(ROPE_INIT_FUNCTIONS):  # mcore-bridge puts in its own
+        # mcore-bridge puts in ropes of its own; Bridge moves the model to a GPU.
+        with mock.patch.dict(ROPE_INIT_FUNCTIONS), CudaLiterals():
             (model,) = utils.get_mcore_model(arguments(backend, **overrides), hf_config)
         set_latent_norm_epsilon(model, HF_LATENT_NORM_EPSILON)
         if backend == "mcore-bridge":
