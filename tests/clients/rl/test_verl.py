@@ -119,9 +119,10 @@ def build_by_engine(patch, monkeypatch):
         from transformers import AutoConfig
 
         engine = object.__new__(MegatronEngine)
-        on_cpu = dict(CPU, variable_seq_lengths=False)
+        # Bridge's own default trains the indexers; Hugging Face has no such gradient.
+        settings = dict(CPU, variable_seq_lengths=False, dsa_indexer_loss_coeff=0.0)
         engine.engine_config = McoreEngineConfig(
-            forward_only=True, override_transformer_config={**on_cpu, **overrides}
+            forward_only=True, override_transformer_config={**settings, **overrides}
         )
         engine.model_config = Model(
             model_type="language_model",
