@@ -26,6 +26,7 @@ from tests.tiny import add_mtp_layer, megatron_model, saved, tokens
 
 if importlib.util.find_spec("verl") is None:
     pytest.skip("verl is not installed", allow_module_level=True)
+standin.install()  # verl imports Bridge where it is installed
 NOT_OF_TRAINING = ("ray", "tensordict", "codetiming", "orjson")
 
 
@@ -108,7 +109,6 @@ def build_by_engine(patch, monkeypatch):
     """Makes and loads a model by verl's Megatron engine, on Megatron-Bridge."""
     if importlib.util.find_spec("megatron.bridge") is None:
         pytest.skip("megatron-bridge is not installed")
-    standin.install()
     from verl.utils.torch_dtypes import PrecisionType
     from verl.workers.config import McoreEngineConfig
     from verl.workers.engine.megatron.transformer_impl import MegatronEngine
