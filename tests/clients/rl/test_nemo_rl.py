@@ -110,7 +110,9 @@ def build(world, setup):
         setup._apply_performance_config(provider, config)
         provider.__post_init__()
         with CudaLiterals():
-            (model,) = provider.provide_distributed_model(wrap_with_ddp=False)
+            (model,) = provider.provide_distributed_model(
+                wrap_with_ddp=False, use_cpu_initialization=True
+            )
         set_latent_norm_epsilon(model, HF_LATENT_NORM_EPSILON)
         bridge.load_hf_weights([model], str(checkpoint.directory))
         glm5_patch.require(model=model)
