@@ -113,6 +113,8 @@ def build_by_engine(patch, monkeypatch):
     from verl.workers.config import McoreEngineConfig
     from verl.workers.engine.megatron.transformer_impl import MegatronEngine
 
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        monkeypatch.delenv(name, raising=False)  # an earlier model chose another backend
     monkeypatch.setattr(PrecisionType, "to_dtype", staticmethod(lambda name: torch.float32))
 
     def make(checkpoint, **overrides):
