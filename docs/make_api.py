@@ -14,7 +14,14 @@ import glm5_patch
 PAGE = Path(__file__).parent / "api.md"
 GROUPS = {
     "Activation": ("status", "require", "enable", "disable", "Status"),
-    "Models": ("transformer_config", "gpt_model", "set_latent_norm_epsilon", "single_process"),
+    "Models": (
+        "transformer_config",
+        "gpt_model",
+        "hybrid_model",
+        "as_gpt",
+        "set_latent_norm_epsilon",
+        "single_process",
+    ),
     "Checkpoints": ("HFCheckpoint", "HFConfig", "save", "report"),
     "Training": ("set_phase", "audit", "recorded", "topk_overlap"),
     "Replay": (

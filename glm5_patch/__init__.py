@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .attention.build import gpt_model, set_latent_norm_epsilon, transformer_config
+    from .attention.hybrid import as_gpt, hybrid_model
     from .checkpoint.bridge_report import report
     from .checkpoint.reader import HFCheckpoint
     from .checkpoint.writer import save
@@ -52,10 +53,12 @@ __all__ = [
     "Status",
     "TopkRecording",
     "__version__",
+    "as_gpt",
     "audit",
     "disable",
     "enable",
     "gpt_model",
+    "hybrid_model",
     "record_topk",
     "recorded",
     "replay_topk",
@@ -84,8 +87,10 @@ _LAZY = {
     "ScheduleError": "errors",
     "Status": "patching.ledger",
     "TopkRecording": "topk.record",
+    "as_gpt": "attention.hybrid",
     "audit": "training.phases",
     "gpt_model": "attention.build",
+    "hybrid_model": "attention.hybrid",
     "record_topk": "topk.record",
     "recorded": "testing.parity",
     "replay_topk": "topk.replay",

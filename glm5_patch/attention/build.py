@@ -8,16 +8,19 @@ import torch
 
 from ..config.fields import ALIASES
 from ..config.huggingface import HFConfig
+from ..config.hybrid import hybrid_kwargs
 from ..errors import GLM5PatchError
 
 _REPEATED = "mtp_use_repeated_layer"
 
 
-def transformer_config(hf: HFConfig, **overrides: Any):
+def transformer_config(hf: HFConfig, *, hybrid: bool = False, **overrides: Any):
     """The ``MLATransformerConfig`` of a GLM-5 model.
 
     Args:
         hf: the published configuration.
+        hybrid: for a ``HybridModel``, whose layers are numbered across kinds, and not a
+            ``GPTModel``.
         overrides: any other field, such as parallelism, precision, recompute or
             ``transformer_impl``. They replace what the configuration says.
 
@@ -27,7 +30,7 @@ def transformer_config(hf: HFConfig, **overrides: Any):
     """
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-    fields = hf.megatron_kwargs()
+    fields = hybrid_kwargs(hf) if hybrid else hf.megatron_kwargs()
     numbers = {"dsa_indexer_topk_freq", "dsa_indexer_skip_topk_offset", *ALIASES}
     if numbers & overrides.keys():
         fields["dsa_indexer_types"] = None  # a list would beat them
@@ -61,7 +64,7 @@ def gpt_model(hf: HFConfig, config, *, pre_process: bool = True, post_process: b
         GLM5PatchError: Transformer Engine, a device or model parallelism is missing; the message
             names the field or the call that supplies it.
     """
-    _check_environment(config)
+    check_environment(config)
     from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
     from megatron.core.models.gpt.gpt_model import GPTModel
 
@@ -82,7 +85,8 @@ def gpt_model(hf: HFConfig, config, *, pre_process: bool = True, post_process: b
     return model.cuda()
 
 
-def _check_environment(config) -> None:
+def check_environment(config) -> None:
+    """Raises GLM5PatchError if a model of this configuration can't be built in this process."""
     from megatron.core import parallel_state
 
     if config.transformer_impl == "transformer_engine":

@@ -191,9 +191,10 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
             )
 
         latent, up_projection = key, value
-        return tensor_parallel.checkpoint(
-            core, False, query, latent, up_projection, hidden_states, q_latent
-        )
+        # The core only selects by these two. Inputs that need a gradient are freed after the
+        # recompute by verl, and the projections still need these.
+        selects_by = hidden_states.detach(), q_latent.detach()
+        return tensor_parallel.checkpoint(core, False, query, latent, up_projection, *selects_by)
 
 
 def _all_need_grad(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

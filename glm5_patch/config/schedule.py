@@ -10,8 +10,10 @@ from typing import Any
 
 from ..errors import ScheduleError
 
-FULL, SHARED = "full", "shared"
-_LETTERS = {"F": FULL, "S": SHARED}
+FULL, SHARED, NO_ATTENTION = KINDS = ("full", "shared", "none")
+"""A computing layer, a skip layer, and a layer of a HybridModel that is no attention."""
+
+_LETTERS = {"F": FULL, "S": SHARED, "N": NO_ATTENTION}
 
 
 def _kinds(types: str | Sequence[str]) -> Iterator[str]:
@@ -36,6 +38,9 @@ class IndexSchedule:
 
     Layers are numbered from 1, as ``layer_number`` in Megatron. IndexCache (arXiv 2603.12201)
     describes the scheme; Hugging Face calls the field ``indexer_types``.
+
+    megatron-core's ``HybridModel`` numbers across kinds: attention and MLP are layers of their own.
+    There the layers without attention are ``"none"``.
     """
 
     types: tuple[str, ...]
@@ -44,15 +49,16 @@ class IndexSchedule:
         if not self.types:
             raise ScheduleError("indexer_types is empty; give one entry for each layer")
         for number, kind in enumerate(self.types, 1):
-            if kind not in (FULL, SHARED):
+            if kind not in KINDS:
                 raise ScheduleError(
                     f"indexer_types has {kind!r} for layer {number}; use 'full' or 'shared', "
                     "or a string of F and S"
                 )
-        if self.types[0] != FULL:
+        first = next((n for n, kind in enumerate(self.types, 1) if kind != NO_ATTENTION), 1)
+        if self.types[first - 1] != FULL:
             raise ScheduleError(
-                "indexer_types makes layer 1 a skip layer, but no layer before it computes a "
-                "top-k; the first entry must be 'full'"
+                f"indexer_types makes layer {first} a skip layer, but no layer before it computes "
+                f"a top-k; the first entry must be 'full'"
             )
 
     @classmethod
@@ -99,7 +105,10 @@ class IndexSchedule:
         num_layers = config["num_hidden_layers"]
         for field in ("indexer_types", "index_topk_pattern"):
             if config.get(field) is not None:
-                return cls.from_types(config[field], num_layers, field)
+                found = cls.from_types(config[field], num_layers, field)
+                if NO_ATTENTION in found.types:
+                    raise ScheduleError(f"{field} has {NO_ATTENTION!r}; use 'full' or 'shared'")
+                return found
         freq, offset = config.get("index_topk_freq") or 1, config.get("index_skip_topk_offset")
         if offset is not None:
             return cls.from_freq(num_layers, freq, offset)
@@ -131,6 +140,8 @@ class IndexSchedule:
     @property
     def freq_and_offset(self) -> tuple[int, int] | None:
         """The smallest ``from_freq`` numbers that mean this schedule, or None if none do."""
+        if NO_ATTENTION in self.types:
+            return None
         if not self.shares:
             return 1, MEGATRON_DEFAULT_OFFSET
         offset = self.types.index(SHARED)
@@ -164,15 +175,33 @@ class IndexSchedule:
             index -= 1
         return index + 1
 
+    def source_of_rest(self, layer_number: int) -> int | None:
+        """The layer before this one whose top-k this one or a later one uses; None if the next
+        attention computes its own, or there is none."""
+        for kind in self.types[self._index(layer_number) :]:
+            if kind != NO_ATTENTION:
+                return None if kind == FULL else self.source(layer_number)
+        return None
+
+    def attention_number(self, layer_number: int) -> int:
+        """How many of the layers up to this one have attention: the number of its decoder layer in
+        a ``GPTModel``."""
+        index = self._index(layer_number)
+        return sum(kind != NO_ATTENTION for kind in self.types[: index + 1])
+
     def consumers(self, layer_number: int) -> tuple[int, ...]:
         """The skip layers that reuse this computing layer's top-k."""
         end = self._index(layer_number) + 1
-        while end < self.num_layers and self.types[end] == SHARED:
+        while end < self.num_layers and self.types[end] != FULL:
             end += 1
-        return tuple(range(layer_number + 1, end + 1)) if self.computes(layer_number) else ()
+        if not self.computes(layer_number):
+            return ()
+        after = range(layer_number + 1, end + 1)
+        return tuple(n for n in after if self.types[n - 1] == SHARED)
 
     def __str__(self) -> str:
-        return f"{len(self.computing_layers)} of {self.num_layers} layers compute their top-k"
+        layers = self.attention_number(self.num_layers)
+        return f"{len(self.computing_layers)} of {layers} layers compute their top-k"
 
     def _index(self, layer_number: int) -> int:
         if not 1 <= layer_number <= self.num_layers:

@@ -46,7 +46,7 @@ def announce(stack: torch.nn.Module, config: Any) -> None:
     attentions = attentions_of(stack)
     if is_glm5(config):
         raise_unless_right(attentions, config)
-        raise_unless_sources_are_here(attentions, config)
+        raise_unless_sources_are_here(stack, attentions, config)
     if not attentions or _rank() != 0:  # the description imports the backends
         return
     summary = Summary.of(attentions)

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..config.fields import ACROSS_STAGES
-from ..errors import GLM5PatchError, PipelineSplitError
+from ..errors import GLM5PatchError, PipelineSplitError, ScheduleError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -136,22 +136,32 @@ def raise_unless_right(attentions: list[Attention], config) -> None:
             )
 
 
-def raise_unless_sources_are_here(attentions: list[Attention], config) -> None:
-    """Raise PipelineSplitError if a skip layer's source is on another pipeline stage.
+def raise_unless_sources_are_here(stack: nn.Module, attentions: list[Attention], config) -> None:
+    """Raise PipelineSplitError if a skip layer's source is on another pipeline stage, and
+    ScheduleError if it has no attention.
 
     A GPTModel's split is checked for all stages before it is built; this is for stacks that are
     built otherwise, as a HybridStack.
 
     Args:
-        attentions: of one stack of a GLM-5.
+        stack: of layers, of a GLM-5.
+        attentions: of its layers.
         config: its ``TransformerConfig``.
     """
-    if getattr(config, ACROSS_STAGES, False):
-        return
+    numbers = {layer.layer_number for layer in getattr(stack, "layers", ())}
     here = {attention.layer_number for attention in attentions}
     for attention in attentions:
         topk_source = getattr(attention.core, "topk_source", None)
         if topk_source is None or topk_source.source in here or topk_source.is_mtp:
+            continue
+        if topk_source.source in numbers:
+            raise ScheduleError(
+                f"layer {attention.layer_number} is a skip layer whose source, layer "
+                f"{topk_source.source}, has no attention. A HybridModel numbers layers across "
+                "kinds: give dsa_indexer_types an entry for each, 'none' (N) where there is no "
+                "attention, as transformer_config(hf, hybrid=True) does"
+            )
+        if getattr(config, ACROSS_STAGES, False):
             continue
         raise PipelineSplitError(
             f"layer {attention.layer_number} is a skip layer whose source, layer "

@@ -42,6 +42,20 @@ def enable(device: str = "cpu") -> None:
         (random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
     ):
         _adapted.enter_context(mock.patch.object(owner, name, value))
+    _give_inference_layers()
+
+
+def _give_inference_layers() -> None:
+    """megatron-core 0.20 asks of each MTP layer whether it is one of Transformer Engine's layers
+    for inference, which without Transformer Engine are no classes."""
+    try:
+        from megatron.core.tensor_parallel import inference_layers
+    except ImportError:
+        return
+    for name in ("InferenceColumnParallelLinear", "InferenceLayerNormColumnParallelLinear"):
+        if not isinstance(getattr(inference_layers, name, object), type):
+            absent = type(name, (torch.nn.Module,), {})
+            _adapted.enter_context(mock.patch.object(inference_layers, name, absent))
 
 
 class Stream:

@@ -6,6 +6,7 @@ indexer. Sequences must be longer than ``index_topk``, or every selection is tri
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..checkpoint.names import pieces
+from ..config.schedule import IndexSchedule
 from ..topk.carrier import open_carrier
 
 NEAR_TIE = 2e-5
@@ -26,7 +29,8 @@ class Recording:
     """The top-k of each layer in one forward, and the scores it comes from."""
 
     topk_indices: dict[int, Tensor] = field(default_factory=dict)
-    """Layer number -> int32 [b, s, k]; -1 is an empty place."""
+    """Layer number -> int32 [b, s, k]; -1 is an empty place. The layers of a ``HybridModel`` have
+    the numbers of their decoder layers."""
     _scores: dict[int, Callable[[int], Tensor]] = field(default_factory=dict)
 
     def row_scores(self, layer_number: int, row: int) -> Tensor:
@@ -50,8 +54,16 @@ def recorded(model: torch.nn.Module) -> Iterator[Recording]:
         yield recording
 
 
+def decoder_layer(layer) -> int:
+    """The number of the decoder layer that a layer, or its attention, belongs to."""
+    schedule = IndexSchedule.from_megatron(layer.config)
+    number = layer.layer_number
+    return schedule.attention_number(number) if number <= schedule.num_layers else number
+
+
 def _record_ours(core, recording: Recording, undo: ExitStack) -> None:
-    core.observer = recording.topk_indices.__setitem__
+    number = decoder_layer(core)
+    core.observer = lambda _, topk: recording.topk_indices.__setitem__(number, topk)
     undo.callback(delattr, core, "observer")
     if core.indexer is None:
         return
@@ -60,7 +72,7 @@ def _record_ours(core, recording: Recording, undo: ExitStack) -> None:
     select, scale = core.indexer.select, core.indexer.softmax_scale
 
     def recording_select(inputs, queries):
-        recording._scores[core.layer_number] = lambda row: block_scores(
+        recording._scores[number] = lambda row: block_scores(
             inputs, slice(row, row + 1), row + 1, scale
         )[:, 0]
         return select(inputs, queries)
@@ -88,7 +100,7 @@ def _record_hosts(cores, recording: Recording, undo: ExitStack) -> None:
     dsa._run_sparse_attention = recording_run
     undo.callback(setattr, dsa, "_run_sparse_attention", run_sparse_attention)
     for core in cores:
-        enter = core.register_forward_pre_hook(lambda m, *_: running.append(m.layer_number))
+        enter = core.register_forward_pre_hook(lambda m, *_: running.append(decoder_layer(m)))
         leave = core.register_forward_hook(lambda *_: running.pop() and None)
         undo.callback(enter.remove)
         undo.callback(leave.remove)
@@ -106,7 +118,7 @@ def _record_host_scores(core, recording: Recording, undo: ExitStack) -> None:
             per_head = torch.einsum("bhd,tbd->bht", q[row].float(), k[: row + 1].float()).relu()
             return torch.einsum("bh,bht->bt", weights[row].float(), per_head)
 
-        recording._scores[core.layer_number] = row_scores
+        recording._scores[decoder_layer(core)] = row_scores
         return q, k, weights
 
     core.indexer.forward_before_topk = recording_before_topk
@@ -169,7 +181,7 @@ def same_input_shares(
     fp32 its rounding.
 
     Args:
-        model: a Megatron GPTModel, whole, in evaluation mode.
+        model: a Megatron GPTModel or HybridModel, whole, in evaluation mode.
         reference: a ``GlmMoeDsaForCausalLM`` with the same weights.
         ids: tokens [b, s].
         recorder: how to record the model's selections.
@@ -190,9 +202,47 @@ def same_input_shares(
         reference(ids, use_cache=False)
     with recorder(model) as ours, open_carrier(), LowerTies():
         for layer in model.decoder.layers:
-            hidden_states = inputs[layer.layer_number].transpose(0, 1)  # [s, b, h]
+            if not hasattr(layer.self_attention, "core_attention"):
+                continue  # an MLP of a HybridModel
+            hidden_states = inputs[decoder_layer(layer)].transpose(0, 1)  # [s, b, h]
             layer.self_attention(hidden_states, None)
     return {number: kept_share(ours.topk_indices[number], theirs[number]) for number in theirs}
+
+
+_EXPERT = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+
+
+def gradient_errors(model: torch.nn.Module, reference: torch.nn.Module) -> dict[str, float]:
+    """Parameter -> distance of its gradient from Hugging Face's, relative to its norm.
+
+    Where Hugging Face has a zero, as for an expert without tokens, the distance itself. An indexer
+    has no gradient, and is not among them.
+
+    Args:
+        model: a Megatron GPTModel, or ``attention.hybrid.as_gpt`` of a HybridModel.
+        reference: a ``GlmMoeDsaForCausalLM`` with the same weights. Of both, the backward of the
+            same loss has run.
+    """
+    references = dict(reference.named_parameters())
+    errors = {}
+    for name, parameter, sources in pieces(model):
+        if ".indexer." in name or name.endswith("expert_bias"):
+            continue
+        expected = torch.cat([_hf_gradient(references, source) for source in sources])
+        found = torch.zeros_like(expected) if parameter.grad is None else parameter.grad
+        errors[name] = ((found - expected).norm() / (expected.norm() or 1)).item()
+    return errors
+
+
+def _hf_gradient(references: dict[str, Tensor], source: str) -> Tensor:
+    """transformers holds all experts of a layer in two parameters."""
+    match = _EXPERT.fullmatch(source)
+    if match is None:
+        return references[source].grad
+    experts, number, kind = match.groups()
+    stacked = "down_proj" if kind == "down" else "gate_up_proj"
+    gradient = references[f"{experts}.{stacked}"].grad[int(number)]
+    return gradient if kind == "down" else gradient.chunk(2)[("gate", "up").index(kind)]
 
 
 @dataclass(frozen=True)

@@ -213,6 +213,9 @@ def _add_checkpoint(commands) -> None:
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flavour", choices=("5.2", "5.1"), default="5.2")
+    parser.add_argument(
+        "--model", choices=("gpt", "hybrid"), default="gpt", help="GPTModel or HybridModel"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--impl", choices=("local", "transformer_engine"), default="local", help="module backend"

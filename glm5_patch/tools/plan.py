@@ -9,6 +9,7 @@ from pathlib import Path
 from ..config.costs import estimate, topk_bytes_per_token
 from ..config.fields import ACROSS_STAGES
 from ..config.huggingface import HFConfig
+from ..config.hybrid import layer_pattern
 from ..config.pipeline_split import Split, best_splits, check_split, chunk_label, equal_middle_split
 from ..config.schedule import IndexSchedule
 from ..errors import PipelineSplitError
@@ -42,6 +43,8 @@ def run(options: argparse.Namespace) -> Result:
         any_layer=crosses,
     )
     plans = [describe(split, options.pp, options.vpp, options.mtp) for split in splits]
+    for plan in plans:
+        plan["hybrid_layer_pattern"] = layer_pattern(hf, plan["layers"], int(options.mtp))
     data = {
         "schedule": str(hf.schedule),
         "uniform": why_not_uniform(hf.schedule, options.pp, options.vpp, crosses),
@@ -176,6 +179,9 @@ def _print(report: dict, best: Split, schedule: IndexSchedule, options) -> None:
     if report["first_and_last"]:
         sizes = ", ".join(map(str, report["first_and_last"]["layers"]))
         _print_settings(f"or with first and last counts ({sizes})", report["first_and_last"])
+    print("")
+    print_text("as a HybridModel, in the place of a layout:")
+    print_flags({"--hybrid-layer-pattern": report["plans"][0]["hybrid_layer_pattern"]})
 
 
 def _most_chunks(schedule: IndexSchedule, any_layer: bool) -> str:

@@ -20,6 +20,7 @@ from ..errors import MissingTopkError
 from .context import begin_replay, current_recorder
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from ..config.schedule import IndexSchedule
@@ -159,9 +160,11 @@ def carried(function: Callable) -> Callable:
     carrier = _current.get()
     if carrier is None:
         return function
+    module = _module_in_closure(function)
 
     @functools.wraps(function)
     def run(*args, **kwargs):
+        module  # noqa: B018 - verl looks for an MTP layer here, whose inputs it must not free
         before, carrier._in_checkpoint = carrier._in_checkpoint, True
         try:
             with open_carrier(carrier):
@@ -170,6 +173,18 @@ def carried(function: Callable) -> Callable:
             carrier._in_checkpoint = before
 
     return run
+
+
+def _module_in_closure(function: Callable) -> torch.nn.Module | None:
+    """The module whose forward a checkpointed function runs, if it is one of a closure."""
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            found = cell.cell_contents
+        except ValueError:  # it is not set yet
+            continue
+        if hasattr(found, "named_modules"):
+            return found
+    return None
 
 
 def _missing(layer_number: int, source: int, cause: str) -> MissingTopkError:

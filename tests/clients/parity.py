@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from glm5_patch.checkpoint.reader import HFCheckpoint
-from glm5_patch.tools.verify import forward
+from glm5_patch.tools.verify import by_name, forward
 from tests.patches.test_parity import assert_gradients, compared
 from tests.patches.test_recompute import FULL, gradients, microbatches
 from tests.tiny import hf_config, hf_model, pack_forward, packed, relative, tokens
@@ -26,7 +26,7 @@ def assert_equals_hugging_face(build, directory, seed: int) -> None:
     theirs.save_pretrained(directory)
     ours = build(HFCheckpoint(directory))
     ids, _ = compared(ours, theirs, lambda draw: tokens(seed + 100 * draw, 2, 64))
-    assert_gradients(ours, theirs, ids)
+    assert_gradients(ours, theirs, ids, by_name(ours))
     for length in LENGTHS:
         compared(ours, theirs, lambda draw, n=length: tokens(seed + n + 100 * draw, 1, n))
     assert_packs(ours, tokens(seed, 1, sum(LENGTHS)))
@@ -45,17 +45,18 @@ def assert_packs(model, ids) -> None:
     assert (whole - torch.cat(parts, dim=1)).abs().max() <= 2e-5
 
 
-def assert_recomputes(build, directory, seed: int) -> None:
+def assert_recomputes(build, directory, seed: int, recompute=RECOMPUTE) -> None:
     """With two microbatches in flight the gradients are those of no recompute, to 1e-6.
 
     Args:
         build: as above; it takes fields of the configuration as well.
         directory: where ``assert_equals_hugging_face`` wrote the checkpoint.
         seed: of the tokens.
+        recompute: the fields that ask for it.
     """
     checkpoint = HFCheckpoint(directory)
     for layout in ("bshd", "thd"):
         plain = gradients(build(checkpoint), microbatches(layout, seed))
-        found = gradients(build(checkpoint, **RECOMPUTE), microbatches(layout, seed))
+        found = gradients(build(checkpoint, **recompute), microbatches(layout, seed))
         assert found.keys() == plain.keys()
         assert max(relative(found[name], g) for name, g in plain.items() if g.any()) <= 1e-6

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,44 @@ def launch(source: str, *arguments: str, module="glm5_patch.testing.cpu_launch",
         capture_output=True,
         text=True,
     )
+
+
+def launch_stages(source: str, *arguments: str):
+    """Run the script with ``--pipeline-model-parallel-size 2``, one process for each stage."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = str(Path(source) / "pretrain_gpt.py")
+    arguments = ("--pipeline-model-parallel-size", "2", *arguments)
+    command = ["-W", "ignore", "-m", "glm5_patch.testing.cpu_launch", script]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *command, *TRAINING.split(), *arguments],
+            cwd=Path(__file__).parents[2],
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_PORT": str(port),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=STAGES_TIMEOUT_S)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    failed = max(abs(rank.returncode) for rank in ranks)
+    return subprocess.CompletedProcess(command, failed, "".join(outputs), "")
+
+
+STAGES_TIMEOUT_S = 900
+"""A rank that fails leaves the other waiting."""
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 from datetime import date
@@ -38,7 +39,7 @@ def main(client: str, tests: list[str]) -> int:
     row = {
         "client": client,
         "core": core,
-        "command": f"{'MEGATRON_LM=SOURCE ' if launcher else ''}pytest {' '.join(tests)}",
+        "command": f"{'MEGATRON_LM=SOURCE ' if launcher else ''}pytest {shlex.join(tests)}",
         "seen": f"{_what(tests[0])} {passed[0]}",
         "date": date.today().isoformat(),
     }

@@ -100,6 +100,30 @@ def hybrid_stage(config, first: int, last: int):
     )
 
 
+def glm5_stage(first: int, last: int, **overrides):
+    """What a pipeline stage has of a GLM-5's ``HybridModel``: these of its 16 layers."""
+    if not is_there("megatron.core.models.hybrid.hybrid_block"):
+        pytest.skip("no HybridModel before megatron-core 0.18")
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.spec_utils import build_module
+
+    from glm5_patch.attention.hybrid import hybrid_stack_spec
+    from glm5_patch.config.hybrid import layer_pattern
+
+    hf = HFConfig(hf_config().to_dict())
+    config = megatron_config(hf, hybrid=True, **overrides)
+    stage = build_module(
+        hybrid_stack_spec(config),
+        config,
+        pre_process=first == 1,
+        layer_type_list=list(layer_pattern(hf)[first - 1 : last]),
+        pp_layer_offset=first - 1,
+        post_layer_norm=False,
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    return randomized(stage)
+
+
 def hybrid_stack(config, **spec):
     """``HybridStack``, or what it was called before megatron-core 0.18."""
     from megatron.core.process_groups_config import ProcessGroupCollection

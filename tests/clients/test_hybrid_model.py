@@ -1,4 +1,4 @@
-"""A HybridModel's stack of DSA layers: forward as the host's, recompute as without recompute."""
+"""HybridModel: a GLM-5 of its layers is right, and each forward of its stack has its own top-k."""
 
 import itertools
 from importlib.util import find_spec
@@ -7,20 +7,109 @@ import pytest
 import torch
 from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
 
-from glm5_patch.errors import GLM5PatchError, MissingTopkError, PipelineSplitError
+from glm5_patch.attention.build import (
+    HF_LATENT_NORM_EPSILON,
+    gpt_model,
+    set_latent_norm_epsilon,
+)
+from glm5_patch.checkpoint.reader import HFCheckpoint
+from glm5_patch.errors import GLM5PatchError, MissingTopkError, PipelineSplitError, ScheduleError
+from glm5_patch.patches.built import Owner, attentions_of
 from glm5_patch.patches.megatron_core import carrying
 from glm5_patch.patching.imports import is_there
+from glm5_patch.topk.carrier import current_carrier
+from tests.clients.parity import assert_equals_hugging_face, assert_recomputes
 from tests.clients.stacks import (
     MODES,
     causal_mask,
     config,
+    glm5_stage,
     gradients,
     hybrid_stack,
     hybrid_stage,
     outputs,
 )
 from tests.distributed import run
-from tests.tiny import relative
+from tests.tiny import add_mtp_layer, megatron_config, relative, saved, tokens
+
+HAS_HYBRID_MODEL = pytest.mark.skipif(
+    find_spec("megatron.core.models.hybrid") is None, reason="no HybridModel before 0.18"
+)
+
+
+def build(checkpoint: HFCheckpoint, **overrides):
+    """The whole model, loaded."""
+    from glm5_patch.attention.hybrid import as_gpt, hybrid_model
+
+    config = megatron_config(checkpoint.config, hybrid=True, **overrides)
+    model = hybrid_model(checkpoint.config, config)
+    set_latent_norm_epsilon(model, HF_LATENT_NORM_EPSILON)
+    checkpoint.load_into(as_gpt(model))
+    return model
+
+
+@HAS_HYBRID_MODEL
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 2))])
+def test_a_model_is_right(world, tmp_path, seed):
+    assert_equals_hugging_face(build, tmp_path / "hf", seed)
+    assert_recomputes(build, tmp_path / "hf", seed)
+
+
+@HAS_HYBRID_MODEL
+def test_its_layers_are_the_plugin_s_and_numbered_across_kinds(world, tmp_path):
+    model = build(saved(tmp_path / "hf"))
+    found = attentions_of(model)
+    assert {attention.owner for attention in found} == {Owner.PLUGIN}
+    assert [attention.layer_number for attention in found] == list(range(1, 17, 2))
+    assert [a.layer_number for a in found if a.core.indexer is not None] == [1, 3, 5, 13]
+    assert [a.core.topk_source.source for a in found] == [1, 3, 5, 5, 5, 5, 13, 13]
+
+
+@HAS_HYBRID_MODEL
+def test_its_mtp_layer_is_that_of_a_gpt_model(world, tmp_path):
+    saved(tmp_path / "hf")
+    add_mtp_layer(tmp_path / "hf")
+    checkpoint = HFCheckpoint(tmp_path / "hf")
+    settings = dict(mtp_num_layers=1)
+    gpt = gpt_model(checkpoint.config, megatron_config(checkpoint.config, **settings))
+    checkpoint.load_into(gpt)
+    set_latent_norm_epsilon(gpt, HF_LATENT_NORM_EPSILON)
+    hybrid = build(checkpoint, **settings)
+    ids = tokens(0, 2, 48)
+    for model in (gpt, hybrid):
+        model.train()
+        model(ids, torch.arange(48).expand_as(ids), None, labels=ids).sum().backward()
+    for name in ("embedding.word_embeddings", "mtp.layers.0.eh_proj", "output_layer"):
+        ours, theirs = (m.get_submodule(name).weight.grad for m in (hybrid, gpt))
+        assert relative(ours, theirs) <= 1e-6, name
+
+
+@HAS_HYBRID_MODEL
+def test_attention_that_a_program_puts_there_stays(host_attention, monkeypatch):
+    from megatron.core.transformer.experimental_attention_variant.dsa import DSAttention
+
+    monkeypatch.delenv("GLM5_PATCH_ATTENTION")
+    own = type("Own", (DSAttention,), {"__module__": "a.program"})
+    stack = hybrid_stack(config(), core_attention=own)
+    assert {attention.owner for attention in attentions_of(stack)} == {Owner.CLIENT_ON_HOST}
+
+
+@HAS_HYBRID_MODEL
+def test_a_source_without_attention_is_refused(world):
+    """Two of them: as a GPTModel's schedule would have it."""
+    numbers = dict(dsa_indexer_types="FFFFSSSFFFFFSSSF")
+    with pytest.raises(ScheduleError, match="layer 5 .*source, layer 4, has no attention.*'none'"):
+        glm5_stage(1, 16, **numbers)
+
+
+def test_a_top_k_is_freed_after_its_last_reader(world):
+    held = []
+    stage = glm5_stage(1, 16)
+    for layer in stage.layers:
+        layer.register_forward_hook(lambda *_: held.append(current_carrier().held_layers))
+    stage(torch.randn(48, 2, 64), None)
+    # Layers 1 and 3 have no readers, 5 is read by 7, 9 and 11, and 13 by 15.
+    assert held == [(), (), (), (), *[(5,)] * 6, (), (), (13,), (13,), (), ()]
 
 
 @pytest.mark.parametrize("mask", [None, causal_mask(48)], ids=["no mask", "one mask"])
@@ -98,6 +187,24 @@ def test_a_pipeline_of_two_processes_has_the_gradients_of_the_whole_model(tmp_pa
     ranks = run.world(2, tmp_path, "tests.clients.hybrid_worker")
     assert [rank["layers"] for rank in ranks] == [list(range(1, 8)), list(range(8, 17))]
     assert [rank["differ"] for rank in ranks] == [[], []]
+
+
+@pytest.mark.parametrize("cuts", [(12,), (6, 9), (13,)], ids=str)
+def test_stages_of_a_model_may_start_on_any_layer(world, cuts):
+    """On a computing layer; on a skip layer and an MLP behind one; on an MLP before one."""
+    settings = dict(dsa_topk_across_stages=True)
+    whole = glm5_stage(1, 16).train()
+    bounds = list(itertools.pairwise((0, *cuts, 16)))
+    stages = [glm5_stage(begin + 1, end, **settings).train() for begin, end in bounds]
+    for stage, (begin, end) in zip(stages, bounds):
+        for ours, layer in zip(stage.layers, whole.layers[begin:end], strict=True):
+            ours.load_state_dict(layer.state_dict())
+    hidden = torch.randn(48, 2, 64, generator=torch.Generator().manual_seed(1))
+    expected = run_stages([whole], hidden.clone().requires_grad_(), narrow=False)
+    found = run_stages(stages, hidden.clone().requires_grad_(), narrow=False)
+    assert torch.equal(found, expected)
+    sent = stages[0](hidden, None).shape[-1] - 64
+    assert sent == (0 if cuts == (12,) else 5)  # 9 keys of 16 bits
 
 
 @pytest.mark.parametrize(("last", "length", "width"), [(6, 48, 64), (5, 9, 64), (5, 48, 69)])

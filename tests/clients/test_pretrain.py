@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tests.clients.pretrain import STEPS, Run, launch
+from tests.clients.pretrain import STEPS, Run, launch, launch_stages
 from tests.tiny import hf_config
 
 SOURCE = os.environ.get("MEGATRON_LM")
@@ -80,6 +80,25 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(by_config, folder, model
     resumed = Run(launch(SOURCE, *arguments, "--load", str(folder / "saved"), "--ckpt-step", "10"))
     assert_goes_on(resumed.steps, by_config.steps)
     assert resumed.test_loss == by_config.test_loss
+
+
+@pytest.mark.parametrize(
+    "split", ["Et*6|t*2mL", "Et*4|t*4mL --dsa-topk-across-stages"], ids=["computing", "skip"]
+)
+def test_a_pipeline_of_two_stages_goes_on_with_the_same_losses(by_config, folder, split):
+    """The second stage starts on layer 7, which computes, or on layer 5, a skip layer."""
+    resumed = Run(
+        launch_stages(
+            SOURCE,
+            *("--glm5-config", str(folder / "hf")),
+            *("--load", str(folder / "saved"), "--ckpt-step", str(HALF), "--no-load-rng"),
+            *("--pipeline-model-parallel-layout", *split.split()),
+        )
+    )
+    assert sorted(resumed.steps) == [n for n in by_config.steps if n > HALF]
+    for number in range(HALF + 3, STEPS + 1):
+        found, expected = ([float(v) for v in run.steps[number]] for run in (resumed, by_config))
+        assert found == pytest.approx(expected, rel=2e-6), number
 
 
 def assert_goes_on(resumed, expected):

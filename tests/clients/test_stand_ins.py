@@ -255,3 +255,19 @@ def test_a_seam_whose_wrapper_is_gone_is_refused(world, monkeypatch):
             client.setattr(owner, name, wrapped_plainly(original))
             with pytest.raises(GLM5PatchError, match=f"patch '{patch.id}' is not in place"):
                 glm5_patch.patches.MACHINE.raise_unless_in_place(config=config())
+
+
+def test_a_checkpointed_core_is_given_gradients_only_of_what_it_computes_on(world, monkeypatch):
+    """verl frees the inputs of a recompute that need a gradient. Those of the indexer are also the
+    inputs of projections, whose backward is still to come."""
+    from glm5_patch.attention import mla
+
+    checkpoint, given = mla.tensor_parallel.checkpoint, []
+
+    def seen(function, distribute, *inputs):
+        given.append([tensor.requires_grad for tensor in inputs])
+        return checkpoint(function, distribute, *inputs)
+
+    monkeypatch.setattr(mla.tensor_parallel, "checkpoint", seen)
+    gradients(block(config(**MODES["core_attn"])))
+    assert given and all(needs == [True, True, True, False, False] for needs in given)

@@ -87,3 +87,23 @@ def test_every_layer_is_computing_or_a_consumer_of_its_source():
 def test_impossible_schedules_are_named(make, says):
     with pytest.raises(ScheduleError, match=says):
         make()
+
+
+def test_layers_without_attention_are_counted_and_passed_over():
+    """As in a HybridModel: attention and MLP in turn."""
+    schedule = IndexSchedule.from_types("FNFNSNFN", 8)
+    assert schedule.computing_layers == (1, 3, 7)
+    assert schedule.consumers(3) == (5,) and schedule.consumers(1) == schedule.consumers(2) == ()
+    assert [schedule.attention_number(n) for n in range(1, 9)] == [1, 1, 2, 2, 3, 3, 4, 4]
+    of_rest = [schedule.source_of_rest(n) for n in range(1, 9)]
+    assert of_rest == [None, None, None, 3, 3, None, None, None]
+    assert str(schedule) == "3 of 4 layers compute their top-k"
+    assert schedule.freq_and_offset is None
+    with pytest.raises(ScheduleError, match="layer 2 a skip layer"):
+        IndexSchedule.from_types("NSF", 3)
+
+
+def test_a_config_json_has_no_layers_without_attention():
+    fields = {"num_hidden_layers": 2, "indexer_types": ["full", "none"]}
+    with pytest.raises(ScheduleError, match="indexer_types has 'none'"):
+        IndexSchedule.from_hf(fields)

@@ -33,6 +33,7 @@ TESTS = {
     "transformers": ["tests/patches/test_hf_config.py", "tests/hosts/test_tables.py"],
     "megatron-bridge": ["tests/hosts/bridge"],
     "mcore-bridge": ["tests/clients/test_mcore_bridge.py"],
+    "verl": ["tests/clients/rl/test_verl.py"],
     # transformers 5.12 has no other row.
     "megatron-bridge==0.5.1+megatron-core==0.18.2+transformers==5.12.1": [
         "tests/hosts/bridge",
@@ -81,6 +82,7 @@ PIP_OPTIONS = {
     "megatron-core": ["--no-deps"],
     "megatron-bridge": ["--no-deps"],
     "mcore-bridge": ["--no-deps"],
+    "verl": ["--no-deps"],
     "transformers": [],
 }
 IMPORTS = {

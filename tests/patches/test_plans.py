@@ -194,3 +194,12 @@ def test_uniform_splits_are_explained():
 def test_a_wrong_path_is_named(tmp_path, capsys):
     assert cli.main(["plan", "--config", str(tmp_path / "x.yaml"), "--pp", "2"]) == 2
     assert "x.yaml: no such file" in capsys.readouterr().err
+
+
+def test_a_plan_has_the_pattern_of_a_hybrid_model(config_json, capsys):
+    """Attention and MLP of each layer stay in one stage, and the first three are dense."""
+    cli.main(["plan", "--config", config_json, "--pp", "4", "--mtp", "--json"])
+    plan = json.loads(capsys.readouterr().out)["plans"][0]
+    decoder, mtp = plan["hybrid_layer_pattern"].split("/")
+    assert mtp == "DE" and decoder.replace("|", "") == "D-" * 3 + "DE" * 75
+    assert [len(stage) // 2 for stage in decoder.split("|")] == plan["layers"]

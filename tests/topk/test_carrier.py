@@ -72,3 +72,12 @@ def test_a_missing_source_is_named_with_what_to_check():
         require_carrier(3, 1)
     with open_carrier() as carrier, pytest.raises(MissingTopkError, match="pipeline split"):
         carrier.read(3, 1)
+
+
+def test_what_a_checkpoint_runs_again_shows_its_module():
+    """verl looks for an MTP layer in the closure, whose inputs it must not free."""
+    layer = torch.nn.Linear(1, 1)
+    with open_carrier():
+        run = carried(lambda x: layer(x))
+    assert layer in [cell.cell_contents for cell in run.__closure__]
+    assert torch.equal(run(torch.ones(1)), layer(torch.ones(1)))

@@ -39,14 +39,14 @@ def send(stack, carrier: TopkCarrier, output):
 def _of_next_layer(stack, carrier: TopkCarrier, output) -> StageTopk | None:
     schedule = IndexSchedule.from_megatron(stack.config)
     following = stack.layers[-1].layer_number + 1
-    if following > schedule.num_layers or schedule.computes(following):
+    source = None if following > schedule.num_layers else schedule.source_of_rest(following)
+    if source is None:
         return None
     layout, index_topk = carrier.layout, stack.config.dsa_indexer_topk
     if layout is None:  # no layer of this stage is one of attention
         return carrier.arrived
     if layout.queries.all_fit(index_topk):
         return None
-    source = schedule.source(following)
     topk_indices = carrier.published(source)
     if topk_indices is None:
         raise MissingTopkError(

@@ -12,6 +12,7 @@ from ....config.fields import is_glm5
 from ....errors import GLM5PatchError
 from ....patching.patch import Finding, Patch
 from ..building.gate import gated
+from ..building.hybrid_layers import with_glm5_layers
 from ..carrying import opens_carriers, with_carrier, with_stage_carrier
 
 
@@ -42,7 +43,7 @@ class _Stack:
 
     def apply(self, module, seams) -> None:
         seams.wrap_call(self._stack(module), self._call)
-        seams.wrap(self._stack(module), "__init__", self._init, reads=("config",))
+        seams.wrap(self._stack(module), "__init__", self._init, reads=self._reads)
 
     def still_right(self, module) -> Finding | None:
         return opens_carriers(self._stack(module))
@@ -51,6 +52,7 @@ class _Stack:
         return getattr(module, self.attribute.partition(".")[0])
 
     _init = staticmethod(gated)
+    _reads: tuple[str, ...] = ("config",)
     _call = staticmethod(with_stage_carrier)
 
 
@@ -58,10 +60,13 @@ class HybridCarrier(_Stack, Patch):
     id = "hybrid_carrier"
     module = "megatron.core.models.hybrid.hybrid_block"
     attribute = "HybridStack.__call__"
-    why = "A skip layer of a HybridModel can't tell which top-k belongs to its own forward."
+    why = "A HybridModel's DSA layer is not GLM-5's, and its skip layers mix up forwards."
     upstream = "Megatron-LM #6793: the host stores the top-k on the mask or the config"
-    remove_when = "the host carries the top-k per forward and through recompute"
+    remove_when = "the host's dsa_layer is correct, also under recompute"
     may_be_absent = True
+
+    _init = staticmethod(with_glm5_layers)
+    _reads = ("config", "submodules")
 
 
 class MambaCarrier(_Stack, Patch):
