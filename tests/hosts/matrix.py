@@ -61,7 +61,7 @@ TESTS = {
         "tests/patching/test_seams.py",
         "tests/hosts",
         "tests/attention",
-        "tests/clients/test_hybrid_model.py",
+        "tests/clients/hybrid/test_hybrid_model.py",
         "tests/clients/test_stand_ins.py",
         "tests/clients/test_launcher.py",
         "tests/ops/test_index_loss.py::test_only_a_positive_coefficient_trains_the_indexers_and_only_them",

@@ -184,7 +184,7 @@ def test_stages_that_start_on_a_skip_layer_are_as_one_stack(world, cuts, narrow,
 )
 def test_a_pipeline_of_two_processes_has_the_gradients_of_the_whole_model(tmp_path):
     """Its second stage starts on an MLP, between a source and its skip layers."""
-    ranks = run.world(2, tmp_path, "tests.clients.hybrid_worker")
+    ranks = run.world(2, tmp_path, "tests.clients.hybrid.worker")
     assert [rank["layers"] for rank in ranks] == [list(range(1, 8)), list(range(8, 17))]
     assert [rank["differ"] for rank in ranks] == [[], []]
 
