@@ -10,6 +10,8 @@ import sys
 import torch
 import transformers
 
+from glm5_patch.testing.parity import LowerTies
+
 
 def logits(where: str, ids: torch.Tensor, dtype: str) -> torch.Tensor:
     directory, _, adapter = where.partition("+")
@@ -20,7 +22,7 @@ def logits(where: str, ids: torch.Tensor, dtype: str) -> torch.Tensor:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter)
-    with torch.no_grad():
+    with torch.no_grad(), LowerTies():
         return model.eval()(ids, use_cache=False).logits.float()
 
 
