@@ -112,7 +112,8 @@ class LightningIndexer(DSAIndexer):
         if self.config.dsa_indexer_precision != FP8:
             return inputs, self.softmax_scale
         rotate = not self.config.dsa_indexer_rotate_activation
-        return fp8_inputs(inputs, self.softmax_scale, rotate), 1.0
+        with torch.no_grad():
+            return fp8_inputs(inputs, self.softmax_scale, rotate), 1.0
 
     def forward(self, x, qr, mask=None, packed_seq_params=None) -> Tensor:
         """The host's slots: top-k of each query, see ``select``. The mask is causal, and only that.

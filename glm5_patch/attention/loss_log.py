@@ -23,7 +23,7 @@ def log_loss(
     loss: Tensor,
     layer_number: int,
     mtp_depth: int | None,
-    token_group: ProcessGroup | None,
+    shared_by: ProcessGroup | None,
     cp_group: ProcessGroup | None,
 ) -> None:
     """Add the indexer loss of one layer.
@@ -33,7 +33,7 @@ def log_loss(
         loss: [].
         layer_number: of a decoder layer.
         mtp_depth: of a layer of multi-token prediction, from 1.
-        token_group: the ranks that share the tokens out; their losses are added up.
+        shared_by: the ranks that share the tokens out; their losses are added up.
         cp_group: the context-parallel ranks; the mean of their losses is logged.
     """
     slots = config.num_layers + (config.mtp_num_layers or 0)
@@ -46,7 +46,7 @@ def log_loss(
         loss=loss,
         layer_number=layer_number if mtp_depth is None else config.num_layers + mtp_depth,
         num_layers=slots,
-        reduce_group=token_group,
+        reduce_group=shared_by,
         avg_group=cp_group if config.context_parallel_size > 1 else None,
     )
 

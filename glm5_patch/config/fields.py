@@ -26,7 +26,7 @@ REPLAY = "dsa_topk_replay"
 
 FP8 = "fp8"
 INDEXER_PRECISIONS = ("model", FP8)
-"""In what the indexer's scores are computed: the model's own dtype, or as servers do."""
+"""Precision of the index scores: the model's own dtype, or as servers compute them."""
 
 
 class OnOff(argparse.Action):
@@ -105,7 +105,7 @@ class GLM5Fields:
     )
     dsa_indexer_precision: Literal["model", "fp8"] = _setting(
         "model",
-        "In what the indexer selects: the model's dtype, or fp8 as sglang and vLLM serve GLM-5.",
+        "Precision of the index scores: the model's dtype, or fp8 as sglang and vLLM serve GLM-5.",
     )
     dsa_topk_replay: bool = _setting(
         False,

@@ -155,6 +155,11 @@ class IndexSchedule:
         return len(self.types)
 
     @property
+    def of_attention(self) -> IndexSchedule:
+        """The schedule of the layers with attention alone, numbered as in a GPTModel."""
+        return IndexSchedule(tuple(kind for kind in self.types if kind != NO_ATTENTION))
+
+    @property
     def shares(self) -> bool:
         """Whether any layer reuses another's top-k."""
         return SHARED in self.types

@@ -355,8 +355,8 @@ def _compare_rounded(reference, model, ids, report: Report, label: str) -> None:
 
     with LowerTies():
         theirs = reference(ids, use_cache=False).logits.float()
+        exact = reference.float()(ids, use_cache=False).logits
     logits = forward(model, ids).float()
-    exact = reference.float()(ids, use_cache=False).logits
     ratio = ((logits - exact).norm() / (theirs - exact).norm()).item()
     report.check(
         f"{label}: logits' distance from fp32",

@@ -58,6 +58,8 @@ class TopkCarrier:
     """Of an MTP layer whose iterations share one top-k: the carrier that has it, maybe this one."""
     recorder: TopkRecorder | None = field(default_factory=current_recorder)
     """Of the ``record_topk`` block that the forward runs in."""
+    recorded: set[int] = field(default_factory=set)
+    """Layers that the recorder has; a recompute records none again."""
     replay: ForwardReplay | None = field(default_factory=begin_replay)
     """Of the ``replay_topk`` block that the forward runs in; a recompute keeps it."""
     _slots: dict[int, _Slot] = field(default_factory=dict)
@@ -124,31 +126,32 @@ def current_carrier() -> TopkCarrier | None:
     return _current.get()
 
 
+OUTSIDE = (
+    "runs outside TransformerBlock, HybridStack and their recompute. A loop of your own over the "
+    "layers can be wrapped in `with glm5_patch.topk.carrier.open_carrier():`, one for each "
+    "forward; recompute by megatron.core.tensor_parallel.checkpoint, which puts the carrier back"
+)
+
+
 def require_carrier(layer_number: int, source: int) -> TopkCarrier:
     """Raises MissingTopkError outside the forward of a stack."""
     carrier = _current.get()
     if carrier is None:
-        raise _missing(
-            layer_number,
-            source,
-            "is out of reach: the layer runs outside TransformerBlock, HybridStack and their "
-            "recompute. A loop of your own over the layers can be wrapped in `with "
-            "glm5_patch.topk.carrier.open_carrier():`, one for each forward; recompute by "
-            "megatron.core.tensor_parallel.checkpoint, which puts the carrier back",
-        )
+        raise _missing(layer_number, source, f"is out of reach: the layer {OUTSIDE}")
     return carrier
 
 
 @contextmanager
 def open_carrier(carrier: TopkCarrier | None = None) -> Iterator[TopkCarrier]:
     """Make a carrier the current one: a new one for the forward of a stack."""
-    carrier = TopkCarrier() if carrier is None else carrier
+    begins = carrier is None
+    carrier = TopkCarrier() if begins else carrier
     token = _current.set(carrier)
     try:
         yield carrier
     finally:
         _current.reset(token)
-        if carrier.replay is not None:
+        if begins and carrier.replay is not None:
             carrier.replay.end_forward()
 
 

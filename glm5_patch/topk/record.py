@@ -230,8 +230,9 @@ class TopkRecorder:
         """
         if self._lengths is None:
             raise GLM5PatchError(
-                "nothing was recorded: no computing layer of this package's attention ran in the "
-                "block; build the model with GLM5_PATCH_ATTENTION=plugin, and call it in the block"
+                "nothing was recorded: no layer of this package's attention ran in the block. "
+                "Build the model with GLM5_PATCH_ATTENTION=plugin, and call it in the block; a "
+                "pipeline stage without attention layers has nothing to record"
             )
         return [
             TopkRecording(
@@ -241,6 +242,26 @@ class TopkRecorder:
             )
             for number, length in enumerate(self._lengths)
         ]
+
+    def begin(self, layout: Layout, index_topk: int, b: int) -> list[int]:
+        """Keep of which documents the forward is, also on a stage without a computing layer.
+
+        Args:
+            layout: where the tokens stand.
+            index_topk: keys of a query.
+            b: sequences of the batch.
+
+        Returns:
+            Tokens of each document.
+
+        Raises:
+            GLM5PatchError: another forward has run in the block.
+        """
+        lengths = layout.documents.lengths * b
+        if self._lengths not in (None, lengths):
+            raise _another_forward()
+        self._lengths, self._index_topk = lengths, index_topk
+        return lengths
 
     def add(
         self,
@@ -260,18 +281,14 @@ class TopkRecorder:
             b: sequences of the batch.
 
         Raises:
-            GLM5PatchError: the layer has run before in the block.
+            GLM5PatchError: another forward has run in the block.
         """
-        lengths = layout.lengths * b
-        if layer_number in self._layers or self._lengths not in (None, lengths):
-            raise GLM5PatchError(
-                f"layer {layer_number} runs twice in one record_topk block; use a block for each "
-                "forward of each microbatch"
-            )
-        self._lengths, self._index_topk = lengths, index_topk
+        if layer_number in self._layers:
+            raise _another_forward(layer_number)
+        lengths = self.begin(layout, index_topk, b)
         parts = []
         on_host = None if topk_indices is None else topk_indices.cpu().numpy()
-        for document, (batch, rows, positions) in enumerate(layout.documents(b)):
+        for document, (batch, rows, positions) in enumerate(layout.documents.rows(b)):
             real = positions < lengths[document]
             rows, positions = rows[real].numpy(), positions[real].numpy()
             order = positions.argsort()
@@ -286,6 +303,13 @@ class TopkRecorder:
         self._layers[layer_number] = parts
         for part in list(self._layers.values())[:-MOST_PENDING][-1:]:
             futures_wait(part)
+
+
+def _another_forward(layer_number: int | None = None) -> GLM5PatchError:
+    what = "two forwards run" if layer_number is None else f"layer {layer_number} runs twice"
+    return GLM5PatchError(
+        f"{what} in one record_topk block; use a block for each forward of each microbatch"
+    )
 
 
 @contextmanager

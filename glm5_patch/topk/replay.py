@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -26,8 +27,8 @@ class Replayed(NamedTuple):
     topk_indices: Tensor
     """int32 [b, s, k] of this rank's queries, ascending, then -1."""
     missing: Tensor | None
-    """bool [b, s]: which queries are not recorded, of which the indexer must select. None where
-    none is, on any rank."""
+    """bool [b, s]: which queries are not recorded, so that the indexer must select their keys. None
+    where every query is recorded, on all ranks."""
     report: ReplayReport | None
     """Where to count how many of these keys the indexer would have selected."""
 
@@ -142,21 +143,21 @@ class ForwardReplay:
         """
         if self._documents is not None:
             return
-        lengths = layout.lengths * b
+        lengths = layout.documents.lengths * b
         if len(self._recordings) != len(lengths):
+            kind = "documents" if layout.documents.packed else "sequences"
             raise GLM5PatchError(
-                f"{len(self._recordings)} recordings for a batch of {len(lengths)} "
-                f"{'documents' if layout.packed else 'sequences'}; give replay_topk one for each, "
-                "None where there is none"
+                f"{len(self._recordings)} recordings for a batch of {len(lengths)} {kind}; give "
+                "replay_topk one for each, None where there is none"
             )
         for number, (recording, length) in enumerate(zip(self._recordings, lengths)):
             if recording is not None:
-                exact = layout.is_exact(number)
-                _check(number, recording, length, exact, index_topk, computing)
+                least = layout.documents.least(number)
+                _check(number, recording, length, least, index_topk, computing)
         self._documents = [
             _Document(recording, index_topk, length, batch, rows, positions)
             for recording, length, (batch, rows, positions) in zip(
-                self._recordings, lengths, layout.documents(b)
+                self._recordings, lengths, layout.documents.rows(b)
             )
         ]
 
@@ -187,7 +188,9 @@ class ForwardReplay:
         return Replayed(topk_indices, None if complete else missing, self._report)
 
     def end_forward(self) -> None:
-        """Free what was decompressed for a layer of the next pipeline stage."""
+        """Drop what was to be decompressed for a layer of the next pipeline stage."""
+        for future in itertools.chain(*itertools.chain(*self._inflating.values())):
+            future.cancel()
         self._inflating.clear()
 
     def _inflate(self, layer_number: int) -> list[list[Future]]:
@@ -219,7 +222,7 @@ class _Document:
         self.rows, self.positions = rows[order], positions  # int64, on the CPU
 
     def is_covered(self, layer_number: int) -> bool:
-        """Of the queries of all ranks, so that all of them answer alike."""
+        """Whether the recording covers the queries of all ranks; every rank answers alike."""
         if self.recording is None:
             return self.length <= self.index_topk
         return self.recording.covers(layer_number, self.length)
@@ -255,7 +258,7 @@ def _check(
     number: int,
     recording: TopkRecording,
     length: int,
-    exact: bool,
+    least: int,
     index_topk: int,
     computing: Sequence[int],
 ) -> None:
@@ -271,8 +274,7 @@ def _check(
             f"{sorted(computing)}; record with the model's index schedule, and merge the parts of "
             "all pipeline stages"
         )
-    # A rollout never feeds its last token to the model, so that one is not recorded.
-    if recording.length > length or exact and recording.length < length - 1:
+    if not least <= recording.length <= length:
         raise GLM5PatchError(
             f"{what} has {recording.length} positions, its document has {length} tokens; give the "
             "recording of that document, with one position for each token (the last may be missing)"
@@ -293,7 +295,8 @@ def replay_topk(
 
     Args:
         recordings: one for each sequence of the batch or each document of the pack, in order; None
-            for a document without.
+            for a document without. Every tensor- and context-parallel rank must give the same ones
+            and the same ``report``: ranks that disagree wait for each other forever.
         report: count how many of the recorded keys the model's own indexers would have selected.
             Every computing layer then computes its index scores, and once more to compare.
 

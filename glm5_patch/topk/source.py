@@ -12,7 +12,7 @@ from ..config.schedule import IndexSchedule
 from ..errors import GLM5PatchError
 from ..ops.index_topk.reference import IndexerInputs
 from ..ops.query_positions import QueryPositions
-from .carrier import TopkCarrier, current_carrier, require_carrier
+from .carrier import OUTSIDE, TopkCarrier, current_carrier, require_carrier
 from .context import current_recorder, replay_is_asked_for
 from .mtp import mtp_depth
 from .tokens import Layout
@@ -63,6 +63,9 @@ class TopkSource:
         """The depth of multi-token prediction, from 1; None of a decoder layer."""
         self.source = layer_number if self.is_mtp else self.schedule.source(layer_number)
         """The number of the layer that computes the top-k."""
+        self.decoder_layer = None if self.is_mtp else self.schedule.attention_number(layer_number)
+        """The number that recordings know it by: as ``layer_number``, but of a HybridModel, which
+        counts MLPs as layers, the number in the same GPTModel."""
         self.requires_replay = getattr(config, REPLAY, False) and not self.is_mtp
 
     @property
@@ -99,12 +102,13 @@ class TopkSource:
                 ``dsa_topk_replay=True``.
         """
         every_key_fits = layout.queries.all_fit(self.index_topk)
-        if not self.computes:
-            return Selection(self._carried(every_key_fits), None)
-        carrier = current_carrier()
-        b = hidden_states.shape[1]
-        replay = self._replay(carrier, layout, b)
+        carrier, b = current_carrier(), hidden_states.shape[1]
         recorder = None if carrier is None or self.is_mtp else carrier.recorder
+        if not self.computes:
+            if recorder is not None:
+                recorder.begin(layout, self.index_topk, b)
+            return Selection(self._carried(every_key_fits), None)
+        replay = self._replay(carrier, layout, b)
         if self.is_mtp:
             first = None if carrier is None else carrier.first_iteration
             if first is not carrier and first is not None:
@@ -117,7 +121,7 @@ class TopkSource:
         selects = topk_indices is None and not every_key_fits
         replayed = None
         if selects and replay is not None:
-            replayed = replay.keys(self.layer_number, layout.queries, b, self.index_topk)
+            replayed = replay.keys(self.decoder_layer, layout.queries, b, self.index_topk)
         wants_scores = selects and (replayed is None or replayed.wants_scores)
         inputs = None
         if wants_scores or wants_inputs:
@@ -128,8 +132,9 @@ class TopkSource:
             topk_indices = _select(indexer, inputs, layout)  # int32 [b, s, k]
         if selects and carrier is not None:
             carrier.publish(self.layer_number, topk_indices, self.schedule)
-        if recorder is not None and (selects or every_key_fits):
-            recorder.add(self.layer_number, topk_indices, layout, self.index_topk, b)
+        if recorder is not None and self.layer_number not in carrier.recorded:
+            carrier.recorded.add(self.layer_number)
+            recorder.add(self.decoder_layer, topk_indices, layout, self.index_topk, b)
         return Selection(topk_indices, inputs)
 
     def _replay(self, carrier: TopkCarrier | None, layout: Layout, b: int) -> ForwardReplay | None:
@@ -139,10 +144,14 @@ class TopkSource:
         if carrier is None:
             asks = self.requires_replay or replay_is_asked_for() or current_recorder() is not None
             if asks:
-                require_carrier(self.layer_number, self.source)
+                raise GLM5PatchError(
+                    f"layer {self.layer_number}: record_topk and replay_topk can't reach it, "
+                    f"because it {OUTSIDE}"
+                )
             return None
         if carrier.replay is not None:
-            carrier.replay.check(layout, b, self.index_topk, self.schedule.computing_layers)
+            computing = map(self.schedule.attention_number, self.schedule.computing_layers)
+            carrier.replay.check(layout, b, self.index_topk, tuple(computing))
         elif self.requires_replay:
             raise GLM5PatchError(
                 f"layer {self.layer_number}: {REPLAY}=True, and the forward runs without "
@@ -157,7 +166,7 @@ class TopkSource:
         where nothing is recorded, the indexer selects."""
         if replayed.report is not None:
             scoring = indexer.scoring(inputs)
-            replayed.report.add(self.layer_number, *scoring, layout.queries, replayed)
+            replayed.report.add(self.decoder_layer, *scoring, layout.queries, replayed)
         if replayed.missing is not None:
             _select_missing(indexer, inputs, layout, replayed)
         return replayed.topk_indices

@@ -8,7 +8,6 @@ and values of 64 heads are 32768).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -27,11 +26,10 @@ from ..ops.query_positions import (
     QueryPositions,
     document_bounds,
     document_starts,
-    is_thd,
     longest_document,
 )
 from .carrier import current_carrier
-from .padding import real_lengths, real_queries
+from .documents import Documents, real_queries
 
 DEALT_FROM = 16384
 """Keys of the longest document from which on rows of index scores are dealt out evenly. Below, the
@@ -105,14 +103,8 @@ class Layout(NamedTuple):
     num_real: float | None = None
     """How many queries of all the ranks that share the tokens out are not padding; on average over
     the context-parallel ranks, since data parallelism averages what they find."""
-    bounds: tuple[int, ...] = ()
-    """Where the documents of a pack begin and end among the keys, padding included; of a batch that
-    is not packed, 0 and s."""
-    real_lengths: tuple[int, ...] | None = None
-    """Tokens of each document without padding, where ``cu_seqlens_q_padded`` tells them."""
-    packed: bool = False
-    masked: bool = False
-    """Whether ``real_token_mask_q`` says what is padding, and not the lengths."""
+    documents: Documents | None = None
+    """Of the batch; None of a layout that is none of a forward."""
 
     @classmethod
     def of(
@@ -159,7 +151,6 @@ class Layout(NamedTuple):
             is_real = is_real[own]
             real = is_real.nonzero().squeeze(1)
             real = None if len(real) == len(is_real) else real
-        packed = is_thd(packed_seq_params)
         layout = cls(
             queries,
             everyone,
@@ -168,42 +159,11 @@ class Layout(NamedTuple):
             real,
             deal,
             num_real,
-            tuple(document_bounds(packed_seq_params, everyone.keys)),
-            real_lengths(packed_seq_params) if packed else None,
-            packed,
-            getattr(packed_seq_params, "real_token_mask_q", None) is not None,
+            Documents(config, packed_seq_params, queries),
         )
         if carrier is not None:
             carrier.layout = layout
         return layout
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each document of a pack, without padding where that is known; of a batch that
-        is not packed, of a sequence."""
-        if self.real_lengths is not None:
-            return list(self.real_lengths)
-        return [end - begin for begin, end in zip(self.bounds, self.bounds[1:])]
-
-    def is_exact(self, document: int) -> bool:
-        """Whether the length of a document is known. Tokens that nothing marks as padding may end
-        a sequence, and the last document of a pack; with a mask, each document."""
-        if self.real_lengths is not None:
-            return True
-        return self.packed and not self.masked and document < len(self.bounds) - 2
-
-    def documents(self, b: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Of each sequence of a batch of b, or each document of a pack: which sequence, which of
-        this rank's queries are of it, and their positions in it; int64, on the CPU."""
-        local = self.queries.local_positions.cpu()
-        if not self.packed:
-            yield from ((batch, torch.arange(len(local)), local) for batch in range(b))
-            return
-        ends = torch.tensor(self.bounds[1:])
-        document = torch.searchsorted(ends, self.queries.places.cpu(), right=True)
-        for number in range(len(ends)):
-            rows = (document == number).nonzero().squeeze(1)
-            yield 0, rows, local[rows]
 
     def gather(self, tensor: Tensor) -> Gathering:
         """Start to gather [own, ...] of every rank; what comes is the whole sequence in natural
