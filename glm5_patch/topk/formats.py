@@ -210,4 +210,4 @@ def _model(config: Any) -> tuple[IndexSchedule, int]:
     """Which layers of a model compute, and how many keys they select."""
     if isinstance(config, HFConfig):
         return config.schedule, config.index_topk
-    return IndexSchedule.from_megatron(config), config.dsa_indexer_topk
+    return IndexSchedule.from_megatron(config).of_attention, config.dsa_indexer_topk

@@ -3,10 +3,12 @@
 import itertools
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
 
+from glm5_patch import record_topk, replay_topk, topk_from_array
 from glm5_patch.attention.build import (
     HF_LATENT_NORM_EPSILON,
     gpt_model,
@@ -17,6 +19,7 @@ from glm5_patch.errors import GLM5PatchError, MissingTopkError, PipelineSplitErr
 from glm5_patch.patches.built import Owner, attentions_of
 from glm5_patch.patches.megatron_core import carrying
 from glm5_patch.patching.imports import is_there
+from glm5_patch.tools.verify import forward
 from glm5_patch.topk.carrier import current_carrier
 from tests.clients.parity import assert_equals_hugging_face, assert_recomputes
 from tests.clients.stacks import (
@@ -30,7 +33,7 @@ from tests.clients.stacks import (
     outputs,
 )
 from tests.distributed import run
-from tests.tiny import add_mtp_layer, megatron_config, relative, saved, tokens
+from tests.tiny import add_mtp_layer, megatron_config, megatron_model, relative, saved, tokens
 
 HAS_HYBRID_MODEL = pytest.mark.skipif(
     find_spec("megatron.core.models.hybrid") is None, reason="no HybridModel before 0.18"
@@ -82,6 +85,26 @@ def test_its_mtp_layer_is_that_of_a_gpt_model(world, tmp_path):
     for name in ("embedding.word_embeddings", "mtp.layers.0.eh_proj", "output_layer"):
         ours, theirs = (m.get_submodule(name).weight.grad for m in (hybrid, gpt))
         assert relative(ours, theirs) <= 1e-6, name
+
+
+@HAS_HYBRID_MODEL
+def test_it_replays_what_a_gpt_model_recorded(world, tmp_path):
+    """And what a server did, which numbers decoder layers."""
+    checkpoint = saved(tmp_path / "hf")
+    hybrid, ids = build(checkpoint), tokens(0, 1, 48)
+    with record_topk() as recorder:
+        forward(megatron_model(checkpoint), ids)
+    with record_topk() as again, replay_topk(recorder.recordings, report=True) as report:
+        forward(hybrid, ids)
+    assert again.recordings == recorder.recordings
+    assert report.shares == dict.fromkeys((1, 2, 3, 7), 1.0)
+    (recording,) = recorder.recordings
+    schedule, topk = checkpoint.config.schedule, checkpoint.config.index_topk
+    array = np.full((48, schedule.num_layers, topk), -1, dtype=np.int32)
+    for number in range(1, schedule.num_layers + 1):
+        positions, keys = recording.keys(schedule.source(number))
+        array[positions, number - 1] = keys
+    assert topk_from_array(array, hybrid.config) == recording
 
 
 @HAS_HYBRID_MODEL
