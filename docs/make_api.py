@@ -18,7 +18,6 @@ GROUPS = {
         "transformer_config",
         "gpt_model",
         "hybrid_model",
-        "as_gpt",
         "set_latent_norm_epsilon",
         "single_process",
     ),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .attention.build import gpt_model, set_latent_norm_epsilon, transformer_config
-    from .attention.hybrid import as_gpt, hybrid_model
+    from .attention.hybrid import hybrid_model
     from .checkpoint.bridge_report import report
     from .checkpoint.reader import HFCheckpoint
     from .checkpoint.writer import save
@@ -53,7 +53,6 @@ __all__ = [
     "Status",
     "TopkRecording",
     "__version__",
-    "as_gpt",
     "audit",
     "disable",
     "enable",
@@ -87,7 +86,6 @@ _LAZY = {
     "ScheduleError": "errors",
     "Status": "patching.ledger",
     "TopkRecording": "topk.record",
-    "as_gpt": "attention.hybrid",
     "audit": "training.phases",
     "gpt_model": "attention.build",
     "hybrid_model": "attention.hybrid",

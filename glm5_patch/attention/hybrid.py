@@ -1,15 +1,13 @@
-"""A GLM-5 as megatron-core's ``HybridModel``, and its parameters by a ``GPTModel``'s names."""
+"""A GLM-5 as megatron-core's ``HybridModel``."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 
 import torch
 
 from ..config.huggingface import HFConfig
 from ..config.hybrid import layer_pattern
-from ..config.schedule import IndexSchedule
 from ..errors import GLM5PatchError
 from .build import check_environment
 from .local_backend import LocalNorm, local_spec_provider
@@ -126,50 +124,3 @@ def _local_stack_spec(host, config):
             ),
         ),
     )
-
-
-def as_gpt(model: torch.nn.Module) -> torch.nn.Module:
-    """The parameters of a ``HybridModel`` by a ``GPTModel``'s names and layer numbers.
-
-    For readers and writers of checkpoints: ``HFCheckpoint(directory).load_into(as_gpt(model))``.
-    The modules are the model's own. It has no forward.
-
-    Args:
-        model: this rank's, without wrappers.
-    """
-    schedule = IndexSchedule.from_megatron(model.config)
-    view = torch.nn.Module()
-    view.config = copy.copy(model.config)
-    view.config.num_layers = schedule.attention_number(schedule.num_layers)
-    view.share_embeddings_and_output_weights = model.share_embeddings_and_output_weights
-    view.decoder = torch.nn.Module()
-    view.decoder.layers = _whole_layers(model.decoder, schedule.attention_number)
-    if hasattr(model.decoder, "final_norm"):
-        view.decoder.final_layernorm = model.decoder.final_norm
-    for name in ("embedding", "output_layer"):
-        if hasattr(model, name):
-            setattr(view, name, getattr(model, name))
-    if hasattr(model, "mtp"):
-        view.mtp = torch.nn.Module()
-        view.mtp.layers = torch.nn.ModuleList(map(_mtp_layer, model.mtp.layers))
-    return view
-
-
-def _whole_layers(stack, number) -> torch.nn.ModuleList:
-    """Attention and MLP of each decoder layer in one module."""
-    layers: dict[int, torch.nn.Module] = {}
-    for part in stack.layers:
-        layer = layers.setdefault(number(part.layer_number), torch.nn.Module())
-        layer.layer_number = number(part.layer_number)
-        for name, module in part.named_children():
-            if any(True for _ in module.parameters()):
-                setattr(layer, name, module)
-    return torch.nn.ModuleList(layers.values())
-
-
-def _mtp_layer(depth) -> torch.nn.Module:
-    view = torch.nn.Module()
-    for name, module in depth.named_children():
-        setattr(view, name, module)
-    (view.mtp_model_layer,) = _whole_layers(depth.mtp_model_layer, lambda _: 1)
-    return view

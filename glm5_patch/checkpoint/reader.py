@@ -5,6 +5,7 @@ A checkpoint of a model with index sharing has indexer tensors on its computing 
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..config.json_file import unreadable
+from ..config.schedule import IndexSchedule
 from ..errors import CheckpointError
 from .dequantize import dequantized
 from .files import CheckpointFiles
@@ -233,12 +235,13 @@ def chunks_of(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[torch.
 
 
 def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The GPTModel inside wrappers such as ``DistributedDataParallel`` and ``Float16Module``."""
+    """The model inside wrappers such as ``DistributedDataParallel`` and ``Float16Module``; of a
+    ``HybridModel`` its parameters by a ``GPTModel``'s names."""
     while not hasattr(model, "decoder") and isinstance(
         getattr(model, "module", None), torch.nn.Module
     ):
         model = model.module
-    return model
+    return as_gpt(model) if is_hybrid(model) else model
 
 
 def _keep_expert_bias_in_fp32(model: torch.nn.Module) -> None:
@@ -248,3 +251,52 @@ def _keep_expert_bias_in_fp32(model: torch.nn.Module) -> None:
         bias = getattr(module, "expert_bias", None)
         if isinstance(bias, Tensor) and bias.dtype != torch.float32:
             bias.data = bias.data.float()
+
+
+def is_hybrid(model: torch.nn.Module) -> bool:
+    return hasattr(model, "hybrid_layer_pattern")
+
+
+def as_gpt(model: torch.nn.Module) -> torch.nn.Module:
+    """The parameters of a ``HybridModel`` by a ``GPTModel``'s names and layer numbers. The modules
+    are the model's own; what is returned has no forward.
+
+    Args:
+        model: this rank's, without wrappers.
+    """
+    schedule = IndexSchedule.from_megatron(model.config)
+    view = torch.nn.Module()
+    view.config = copy.copy(model.config)
+    view.config.num_layers = schedule.attention_number(schedule.num_layers)
+    view.share_embeddings_and_output_weights = model.share_embeddings_and_output_weights
+    view.decoder = torch.nn.Module()
+    view.decoder.layers = _whole_layers(model.decoder, schedule.attention_number)
+    if hasattr(model.decoder, "final_norm"):
+        view.decoder.final_layernorm = model.decoder.final_norm
+    for name in ("embedding", "output_layer"):
+        if hasattr(model, name):
+            setattr(view, name, getattr(model, name))
+    if hasattr(model, "mtp"):
+        view.mtp = torch.nn.Module()
+        view.mtp.layers = torch.nn.ModuleList(map(_mtp_layer, model.mtp.layers))
+    return view
+
+
+def _whole_layers(stack, number) -> torch.nn.ModuleList:
+    """Attention and MLP of each decoder layer in one module."""
+    layers: dict[int, torch.nn.Module] = {}
+    for part in stack.layers:
+        layer = layers.setdefault(number(part.layer_number), torch.nn.Module())
+        layer.layer_number = number(part.layer_number)
+        for name, module in part.named_children():
+            if any(True for _ in module.parameters()):
+                setattr(layer, name, module)
+    return torch.nn.ModuleList(layers.values())
+
+
+def _mtp_layer(depth) -> torch.nn.Module:
+    view = torch.nn.Module()
+    for name, module in depth.named_children():
+        setattr(view, name, module)
+    (view.mtp_model_layer,) = _whole_layers(depth.mtp_model_layer, lambda _: 1)
+    return view

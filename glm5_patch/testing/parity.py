@@ -219,7 +219,7 @@ def gradient_errors(model: torch.nn.Module, reference: torch.nn.Module) -> dict[
     has no gradient, and is not among them.
 
     Args:
-        model: a Megatron GPTModel, or ``attention.hybrid.as_gpt`` of a HybridModel.
+        model: a Megatron GPTModel, or ``checkpoint.reader.as_gpt`` of a HybridModel.
         reference: a ``GlmMoeDsaForCausalLM`` with the same weights. Of both, the backward of the
             same loss has run.
     """

@@ -241,15 +241,15 @@ def _model(options: argparse.Namespace, checkpoint: HFCheckpoint) -> torch.nn.Mo
     model = (hybrid_model if hybrid else gpt_model)(checkpoint.config, config)
     set_latent_norm_epsilon(model, HF_LATENT_NORM_EPSILON)  # only Hugging Face has this epsilon
     with progress("loading", len(set(checkpoint.files.values()))) as advance:
-        checkpoint.load_into(by_name(model), advance)
+        checkpoint.load_into(model, advance)
     return model
 
 
 def by_name(model: torch.nn.Module) -> torch.nn.Module:
     """The model with the parameter names of a ``GPTModel``."""
-    from ..attention.hybrid import as_gpt
+    from ..checkpoint.reader import as_gpt, is_hybrid
 
-    return as_gpt(model) if hasattr(model, "hybrid_layer_pattern") else model
+    return as_gpt(model) if is_hybrid(model) else model
 
 
 def check_loaded(opened: Session) -> None:

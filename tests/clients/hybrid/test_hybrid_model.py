@@ -15,6 +15,7 @@ from glm5_patch.attention.build import (
     set_latent_norm_epsilon,
 )
 from glm5_patch.checkpoint.reader import HFCheckpoint
+from glm5_patch.checkpoint.writer import save
 from glm5_patch.errors import GLM5PatchError, MissingTopkError, PipelineSplitError, ScheduleError
 from glm5_patch.patches.built import Owner, attentions_of
 from glm5_patch.patches.megatron_core import carrying
@@ -42,12 +43,12 @@ HAS_HYBRID_MODEL = pytest.mark.skipif(
 
 def build(checkpoint: HFCheckpoint, **overrides):
     """The whole model, loaded."""
-    from glm5_patch.attention.hybrid import as_gpt, hybrid_model
+    from glm5_patch.attention.hybrid import hybrid_model
 
     config = megatron_config(checkpoint.config, hybrid=True, **overrides)
     model = hybrid_model(checkpoint.config, config)
     set_latent_norm_epsilon(model, HF_LATENT_NORM_EPSILON)
-    checkpoint.load_into(as_gpt(model))
+    checkpoint.load_into(model)
     return model
 
 
@@ -85,6 +86,17 @@ def test_its_mtp_layer_is_that_of_a_gpt_model(world, tmp_path):
     for name in ("embedding.word_embeddings", "mtp.layers.0.eh_proj", "output_layer"):
         ours, theirs = (m.get_submodule(name).weight.grad for m in (hybrid, gpt))
         assert relative(ours, theirs) <= 1e-6, name
+
+
+@HAS_HYBRID_MODEL
+def test_it_is_saved_as_it_was_loaded(world, tmp_path):
+    saved(tmp_path / "hf")
+    add_mtp_layer(tmp_path / "hf")
+    checkpoint = HFCheckpoint(tmp_path / "hf")
+    save(build(checkpoint, mtp_num_layers=1), checkpoint.config, tmp_path / "out")
+    again = HFCheckpoint(tmp_path / "out")
+    assert again.shapes == checkpoint.shapes
+    assert all(torch.equal(again.read(n), checkpoint.read(n)) for n in checkpoint.shapes)
 
 
 @HAS_HYBRID_MODEL
