@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import GLM5PatchError
+
 FRAME_ROWS = 256
-"""Most queries of a frame. Decoding one takes about ten bytes for each of its queries and each
+"""Most queries of a frame. Decoding one takes 15 to 17 bytes for each of its queries and each
 position of the document."""
 REFERENCES = 16
-"""More find hardly any query that is more alike."""
+"""A larger window rarely finds a closer query."""
 
 _ONES = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
 
@@ -34,7 +36,7 @@ class Frame(NamedTuple):
 
     @classmethod
     def encode(cls, first: int, keys: np.ndarray) -> Frame:
-        """Of the keys of each query, [rows, k], distinct positions in any order."""
+        """Compress the keys of each query, [rows, k], distinct positions in any order."""
         chosen = np.zeros((len(keys), int(keys.max()) + 1), dtype=bool)
         np.put_along_axis(chosen, keys.astype(np.int64), True, axis=1)
         back = _references(chosen, keys.shape[1])
@@ -44,8 +46,20 @@ class Frame(NamedTuple):
         return cls(first, len(keys), zlib.compress(back.tobytes() + _gaps(marked), 6))
 
     def inflate(self) -> Marks:
-        """What it holds, decompressed; the part of decoding that a thread can do beside the
-        model."""
+        """Decompress; the part of decoding that a thread can do beside the model.
+
+        Raises:
+            GLM5PatchError: the data is not that of ``rows`` queries.
+        """
+        try:
+            return self._inflate()
+        except (zlib.error, ValueError, IndexError) as error:
+            raise GLM5PatchError(
+                f"the data of positions {self.first} to {self.first + self.rows - 1} of a "
+                f"recording is damaged ({error}); record again"
+            ) from error
+
+    def _inflate(self) -> Marks:
         data = np.frombuffer(zlib.decompress(self.data), dtype=np.uint8)
         back, planes = data[: self.rows], data[self.rows :].reshape(4, -1)
         numbers = planes.T.reshape(-1).view("<u4").astype(np.int64)

@@ -14,12 +14,12 @@ replay: ContextVar[Replay | None] = ContextVar("glm5_patch_replay", default=None
 
 
 def current_recorder() -> TopkRecorder | None:
-    """Of the ``record_topk`` block that is running."""
+    """Return the recorder of the ``record_topk`` block that is running, if one is."""
     return recorder.get()
 
 
 def begin_replay() -> ForwardReplay | None:
-    """One forward of the ``replay_topk`` block that is running."""
+    """Begin a forward of the ``replay_topk`` block that is running, if one is."""
     found = replay.get()
     return None if found is None else found.begin()
 

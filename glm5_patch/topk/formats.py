@@ -26,7 +26,7 @@ _STEP, _REQUEST = struct.Struct("<QII"), struct.Struct("<QI")
 
 
 def topk_from_array(keys: np.ndarray, config: Any, *, first: int = 0) -> TopkRecording:
-    """Of an array, which is what miles keeps as ``sample.rollout_indexer_topk``.
+    """Read a recording from an array, such as miles' ``sample.rollout_indexer_topk``.
 
     Args:
         keys: int [tokens, layers, index_topk], in any order, -1 for an empty place. layers are all
@@ -39,6 +39,8 @@ def topk_from_array(keys: np.ndarray, config: Any, *, first: int = 0) -> TopkRec
             source, or a query has keys that it can't have.
     """
     schedule, index_topk = _model(config)
+    if keys.dtype.kind not in "iu":
+        raise GLM5PatchError(f"an array of {keys.dtype}; the keys must be integers")
     if keys.ndim != 3 or keys.shape[2] != index_topk:
         raise GLM5PatchError(
             f"an array of shape {list(keys.shape)}, where [tokens, layers, index_topk] is needed "
@@ -63,7 +65,7 @@ def topk_from_array(keys: np.ndarray, config: Any, *, first: int = 0) -> TopkRec
 
 
 def topk_from_sglang(meta_info: Mapping[str, Any], tokens: int, config: Any) -> TopkRecording:
-    """Of ``meta_info`` of a request with ``return_indexer_topk=True``
+    """Read a recording from sglang's ``meta_info`` of a request with ``return_indexer_topk=True``
     (``--enable-return-indexer-topk``, sglang #24392 and #26684).
 
     Its ``indexer_topk`` is base64 of int32 [tokens - 1, layers, index_topk]: the last token was
@@ -75,7 +77,8 @@ def topk_from_sglang(meta_info: Mapping[str, Any], tokens: int, config: Any) -> 
         config: as of ``topk_from_array``.
 
     Raises:
-        GLM5PatchError: as of ``topk_from_array``; the number of bytes is another.
+        GLM5PatchError: as of ``topk_from_array``; ``indexer_topk`` is not base64, or does not have
+            the keys of that many tokens.
     """
     found = meta_info.get("indexer_topk")
     if found is None:
@@ -83,10 +86,24 @@ def topk_from_sglang(meta_info: Mapping[str, Any], tokens: int, config: Any) -> 
             "meta_info has no indexer_topk; start sglang with --enable-return-indexer-topk and "
             "send return_indexer_topk=true"
         )
-    numbers = np.frombuffer(base64.b64decode(found), dtype="<i4")
-    schedule, index_topk = _model(config)
-    of_token = max(1, tokens - 1) * index_topk
-    layers = meta_info.get("indexer_topk_num_layers") or len(numbers) // of_token
+    content = _decode(found)
+    if len(content) % 4:
+        raise GLM5PatchError(
+            f"indexer_topk has {len(content)} bytes, which are not whole int32 numbers; give the "
+            "text as sglang sent it"
+        )
+    if not isinstance(tokens, (int, np.integer)) or tokens < 1:
+        raise GLM5PatchError(f"tokens={tokens!r}; give the number of tokens of prompt and response")
+    numbers = np.frombuffer(content, dtype="<i4")
+    _, index_topk = _model(config)
+    layers = meta_info.get("indexer_topk_num_layers")
+    if layers is None:
+        layers = len(numbers) // (max(1, tokens - 1) * index_topk)
+    elif type(layers) is not int or layers < 1:
+        raise GLM5PatchError(
+            f"indexer_topk_num_layers={layers!r} is not a number of layers; give meta_info as "
+            "sglang sent it"
+        )
     if len(numbers) != (tokens - 1) * layers * index_topk:
         raise GLM5PatchError(
             f"indexer_topk has {len(numbers)} numbers, which are not [tokens - 1, layers, "
@@ -97,8 +114,9 @@ def topk_from_sglang(meta_info: Mapping[str, Any], tokens: int, config: Any) -> 
 
 
 def topk_from_vllm(indexer_topk: str, config: Any, *, prompt_start: int = 0) -> TopkRecording:
-    """Of ``indexer_topk`` of a choice of vLLM's answer (``--enable-return-indexer-topk``,
-    vLLM #49555): base64 of an ``.npy`` file, int32 [tokens, computing layers, index_topk].
+    """Read a recording from ``indexer_topk`` of a choice of vLLM's answer
+    (``--enable-return-indexer-topk``, vLLM #49555): base64 of an ``.npy`` file, int32
+    [tokens, computing layers, index_topk].
 
     Args:
         indexer_topk: the text.
@@ -107,18 +125,22 @@ def topk_from_vllm(indexer_topk: str, config: Any, *, prompt_start: int = 0) -> 
             were left out.
 
     Raises:
-        GLM5PatchError: as of ``topk_from_array``; it is no ``.npy``.
+        GLM5PatchError: as of ``topk_from_array``; it is not base64 of an ``.npy`` file.
     """
+    content = io.BytesIO(_decode(indexer_topk))
     try:
-        keys = np.load(io.BytesIO(base64.b64decode(indexer_topk)), allow_pickle=False)
-    except ValueError as error:
-        raise GLM5PatchError(f"indexer_topk is no base64 of an .npy file: {error}") from error
+        keys = np.lib.format.read_array(content, allow_pickle=False)
+    except Exception as error:  # NumPy raises many kinds, also those of its header's parser
+        raise GLM5PatchError(
+            f"indexer_topk is not base64 of an .npy file ({error}); give the text as vLLM sent it"
+        ) from error
     return topk_from_array(keys, config, first=prompt_start)
 
 
 def topk_from_sglang_log(path: str | Path, config: Any) -> dict[int, TopkRecording]:
-    """Of a file ``indexer_topk_rank*.bin`` that sglang writes to ``SGLANG_INDEXER_TOPK_LOG_DIR``:
-    the decoded tokens of many requests, of the computing layers. Prompts are not in it.
+    """Read recordings from a file ``indexer_topk_rank*.bin``, which sglang writes to
+    ``SGLANG_INDEXER_TOPK_LOG_DIR``. It has the decoded tokens of many requests, of the computing
+    layers. Prompts are not in it.
 
     Args:
         path: of the file.
@@ -155,18 +177,22 @@ def topk_from_sglang_log(path: str | Path, config: Any) -> dict[int, TopkRecordi
                 gaps = np.frombuffer(zlib.decompress(file.read(size)), dtype="<i4")
                 keys = gaps.reshape(batch, len(layers), index_topk).cumsum(-1, dtype=np.int32)
             except (ValueError, zlib.error) as error:
-                raise GLM5PatchError(f"{path} is cut off or damaged: {error}") from error
+                raise GLM5PatchError(
+                    f"{path} is cut off or damaged: {error}; copy it again"
+                ) from error
             for (request, length), of_layers in zip(requests, keys):
                 found.setdefault(request, {})[length - 1] = of_layers
     recordings = {}
     for request, rows in found.items():
         positions = np.array(sorted(rows))
         keys = np.stack([rows[position] for position in positions.tolist()])
-        recordings[request] = TopkRecording.of_keys(
-            index_topk,
-            int(positions[-1]) + 1,
-            {number: (positions, keys[:, column]) for column, number in enumerate(layers)},
-        )
+        of_layers = {number: (positions, keys[:, column]) for column, number in enumerate(layers)}
+        try:
+            recordings[request] = TopkRecording.of_keys(
+                index_topk, int(positions[-1]) + 1, of_layers
+            )
+        except GLM5PatchError as error:
+            raise GLM5PatchError(f"{path}, request {request}: {error}") from error
     return recordings
 
 
@@ -179,19 +205,43 @@ def sglang_request_hash(request_id: str) -> int:
 def _sglang_header(file: BinaryIO, path: str | Path) -> dict[str, Any]:
     if file.read(len(SGLANG_MAGIC)) != SGLANG_MAGIC:
         raise GLM5PatchError(
-            f"{path} does not begin with {SGLANG_MAGIC.decode()}: it is no such log"
+            f"{path} does not begin with {SGLANG_MAGIC.decode()}; give a log of sglang's indexer"
         )
     (size,) = _unpack(struct.Struct("<I"), file.read(4), path)
     try:
-        return json.loads(file.read(size))
-    except ValueError as error:
-        raise GLM5PatchError(f"{path} is cut off or damaged: {error}") from error
+        header = json.loads(file.read(size))
+    except (ValueError, RecursionError) as error:
+        raise GLM5PatchError(f"{path} is cut off or damaged: {error}; copy it again") from error
+    if not isinstance(header, dict):
+        raise GLM5PatchError(f"{path} is damaged: its header is not an object; copy it again")
+    layers = header.get("layer_ids")
+    for field, valid in (
+        ("layer_ids", isinstance(layers, list) and all(type(n) is int for n in layers)),
+        ("topk", type(header.get("topk")) is int),
+        ("ids_are_token_positions", type(header.get("ids_are_token_positions")) is bool),
+    ):
+        if not valid:
+            value = repr(header[field]) if field in header else "missing"
+            raise GLM5PatchError(
+                f"{path} is damaged or of another version of sglang: {field} of its header is "
+                f"{value}; copy it again"
+            )
+    return header
 
 
 def _unpack(form: struct.Struct, data: bytes, path: str | Path) -> tuple[int, ...]:
     if len(data) != form.size:
-        raise GLM5PatchError(f"{path} is cut off")
+        raise GLM5PatchError(f"{path} is cut off; copy it again")
     return form.unpack(data)
+
+
+def _decode(indexer_topk: Any) -> bytes:
+    try:
+        return base64.b64decode(indexer_topk, validate=True)
+    except (ValueError, TypeError) as error:
+        raise GLM5PatchError(
+            f"indexer_topk is not base64 ({error}); give the text as the server sent it"
+        ) from error
 
 
 def _check_shared(keys: np.ndarray, number: int, source: int) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import struct
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as futures_wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -26,6 +29,10 @@ if TYPE_CHECKING:
     from .tokens import Layout
 
 MAGIC = b"GLM5TOPK"
+HEAD = struct.Struct("<II")
+"""Bytes of the header, and the CRC-32 of the header and the data."""
+LARGEST = 2**31 - 1
+"""Keys are int32."""
 MOST_PENDING = 3
 """Layers of a forward whose keys may lie in memory uncompressed; the next one waits."""
 
@@ -70,13 +77,16 @@ class TopkRecording:
                 each, int [rows, index_topk], in any order, -1 for an empty place.
 
         Raises:
-            GLM5PatchError: a query has too few keys, a key twice, or one that it does not see. The
-                message names layer and position.
+            GLM5PatchError: the positions do not ascend or are not positions of the document; a
+                query has too few keys, a key twice, or one that it does not see. The message names
+                layer and position.
         """
+        for number, (positions, _) in layers.items():
+            _check_positions(number, length, positions)
         return cls(
-            index_topk,
-            length,
-            {n: tuple(_frames(n, index_topk, *rows)) for n, rows in sorted(layers.items())},
+            int(index_topk),  # NumPy's integers are not JSON
+            int(length),
+            {int(n): tuple(_frames(n, index_topk, *rows)) for n, rows in sorted(layers.items())},
         )
 
     @classmethod
@@ -132,34 +142,44 @@ class TopkRecording:
         return torch.cat([torch.arange(0), *positions]), torch.cat([none, *keys])
 
     def save(self, path: str | Path) -> None:
-        """Write to a file of its own."""
+        """Write the recording to a file. If several processes save to one path, the last wins."""
         header = {"index_topk": self.index_topk, "length": self.length, "layers": {}}
         for number, frames in self.layers.items():
             header["layers"][number] = [(f.first, f.rows, len(f.data)) for f in frames]
         text = json.dumps(header).encode()
-        data = [frame.data for frames in self.layers.values() for frame in frames]
+        parts = [text, *(frame.data for frames in self.layers.values() for frame in frames)]
+        checksum = functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
         path = Path(path)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(b"".join([MAGIC, struct.pack("<I", len(text)), text, *data]))
-        partial.replace(path)
+        # Processes of several hosts may have the same id.
+        partial = path.with_name(f".{path.name}.{os.getpid()}.{uuid4().hex}.partial")
+        try:
+            partial.write_bytes(b"".join([MAGIC, HEAD.pack(len(text), checksum), *parts]))
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> TopkRecording:
-        """Read what ``save`` wrote.
+        """Read a recording that ``save`` wrote.
 
         Raises:
-            GLM5PatchError: the file is not such a file, or is cut off.
+            GLM5PatchError: the file is not a recording, is cut off or is damaged. The message
+                names the file and what is wrong in it.
         """
         content = Path(path).read_bytes()
-        if content[: len(MAGIC)] != MAGIC:
-            raise GLM5PatchError(f"{path} is not a recording of TopkRecording.save")
-        begin = len(MAGIC) + 4
-        (size,) = struct.unpack("<I", content[len(MAGIC) : begin].ljust(4, b"\0"))
-        begin += size
+        begin = len(MAGIC) + HEAD.size
+        if not content.startswith(MAGIC):
+            raise GLM5PatchError(f"{path} is not a recording; give a file of TopkRecording.save")
+        size, expected = HEAD.unpack(content[len(MAGIC) : begin].ljust(HEAD.size, b"\0"))
+        checksum = zlib.crc32(memoryview(content)[begin:])
+        if checksum != expected:
+            raise _damaged(path, f"its checksum is {checksum:#010x}, not {expected:#010x}")
         try:
-            header = json.loads(content[begin - size : begin])
-        except ValueError as error:
-            raise GLM5PatchError(f"{path} is cut off or damaged: {error}") from error
+            header = json.loads(content[begin : begin + size])
+        except (ValueError, RecursionError) as error:
+            raise _damaged(path, f"its header is not JSON ({error})") from error
+        _check_header(header, path)
+        begin += size
         layers: dict[int, tuple[Frame, ...]] = {}
         for number, frames in header["layers"].items():
             found = []
@@ -168,14 +188,60 @@ class TopkRecording:
                 begin += length
             layers[int(number)] = tuple(found)
         if begin != len(content):
-            raise GLM5PatchError(f"{path} has {len(content)} bytes, its header says {begin}")
+            raise _damaged(path, f"it has {len(content)} bytes, its header says {begin}")
         return cls(header["index_topk"], header["length"], layers)
+
+
+def _damaged(path: str | Path, what: str) -> GLM5PatchError:
+    return GLM5PatchError(f"{path} is cut off or damaged: {what}; copy it or record it again")
+
+
+def _check_header(header: Any, path: str | Path) -> None:
+    """Check the types and bounds of all that the header of a file says."""
+    fields = ["index_topk", "layers", "length"]
+    if not isinstance(header, dict) or sorted(header) != fields:
+        raise _damaged(path, f"its header is {_short(header)}, not an object with {fields}")
+    for field, least in (("index_topk", 1), ("length", 0)):
+        if not _is_integer(header[field], least, LARGEST):
+            raise _damaged(
+                path, f"{field}={_short(header[field])} is not an integer from {least} to {LARGEST}"
+            )
+    if not isinstance(header["layers"], dict):
+        raise _damaged(path, f"layers={_short(header['layers'])} is not an object")
+    for number, frames in header["layers"].items():
+        if not re.fullmatch("[1-9][0-9]{0,8}", number):
+            raise _damaged(path, f"layers has {_short(number)}, which is not a layer number")
+        if not isinstance(frames, list):
+            raise _damaged(path, f"layer {number} is {_short(frames)}, not a list of frames")
+        end = header["index_topk"]
+        for frame in frames:
+            bounds = (end, LARGEST), (1, FRAME_ROWS), (1, LARGEST)
+            if (
+                not isinstance(frame, list)
+                or len(frame) != len(bounds)
+                or not all(_is_integer(value, *bound) for value, bound in zip(frame, bounds))
+            ):
+                raise _damaged(
+                    path,
+                    f"layer {number} has a frame {_short(frame)}, not [position, rows, bytes] with "
+                    f"a position from {end} on and at most {FRAME_ROWS} rows",
+                )
+            end = frame[0] + frame[1]
+
+
+def _is_integer(value: Any, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most  # True is an int too
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _frames(
     layer_number: int, index_topk: int, positions: np.ndarray, keys: np.ndarray
 ) -> Iterator[Frame]:
-    """Of the queries that have a choice, in runs of consecutive positions."""
+    """Compress the queries that have a choice, in runs of consecutive positions."""
     _check(layer_number, index_topk, positions, keys)
     choose = positions >= index_topk
     positions, keys = positions[choose], keys[choose]
@@ -185,7 +251,29 @@ def _frames(
             yield Frame.encode(int(run[begin]), of_run[begin : begin + FRAME_ROWS])
 
 
+def _check_positions(layer_number: int, length: int, positions: np.ndarray) -> None:
+    what = f"recording, layer {layer_number}"
+    if positions.ndim != 1 or positions.dtype.kind not in "iu":
+        given = f"{positions.dtype} {list(positions.shape)}"
+        raise GLM5PatchError(f"{what}: positions are {given}; give integers [rows]")
+    positions = positions.astype(np.int64)  # differences of unsigned numbers wrap
+    outside = (positions < 0) | (positions >= length)
+    if outside.any():
+        raise GLM5PatchError(
+            f"{what}: position {int(positions[outside][0])} is not a position of a document of "
+            f"length={length}; positions count from 0, the start of the document"
+        )
+    unordered = np.flatnonzero(np.diff(positions) <= 0)
+    if len(unordered):
+        before, after = positions[unordered[0] : unordered[0] + 2].tolist()
+        raise GLM5PatchError(
+            f"{what}: position {after} follows {before}; sort the rows, one for each position"
+        )
+
+
 def _check(layer_number: int, index_topk: int, positions: np.ndarray, keys: np.ndarray) -> None:
+    if keys.dtype.kind not in "iu":
+        raise GLM5PatchError(f"layer {layer_number}: keys of {keys.dtype}; keys must be integers")
     if keys.ndim != 2 or keys.shape != (len(positions), index_topk):
         raise GLM5PatchError(
             f"layer {layer_number}: keys of shape {list(keys.shape)}, where "

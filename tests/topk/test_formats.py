@@ -36,9 +36,9 @@ def selections(tokens: int = TOKENS) -> np.ndarray:
     return keys
 
 
-def assert_read(recording, keys, first=K, length=None):
+def assert_read(recording, keys, first=K):
     """All that has a choice, from ``first`` on."""
-    assert recording.length == len(keys) if length is None else length
+    assert recording.length == len(keys)
     assert sorted(recording.layers) == list(COMPUTING)
     for column, number in enumerate(COMPUTING):
         positions, found = recording.keys(number)
@@ -63,7 +63,8 @@ def sglang_answer(keys, **more):
 @pytest.mark.parametrize("more", [{}, {"indexer_topk_num_layers": 4}])
 def test_an_answer_of_sglang(more):
     keys = selections(TOKENS - 1)  # the last token was never fed
-    assert_read(topk_from_sglang(sglang_answer(keys, **more), TOKENS, CONFIG), keys)
+    for tokens in (TOKENS, np.int64(TOKENS)):
+        assert_read(topk_from_sglang(sglang_answer(keys, **more), tokens, CONFIG), keys)
 
 
 def test_a_prompt_that_sglang_did_not_record_is_left_to_the_indexer():
@@ -133,8 +134,6 @@ def test_what_does_not_fit_is_refused(tmp_path):
         topk_from_sglang(sglang_answer(keys, indexer_topk_num_layers=4), TOKENS + 2, CONFIG)
     with pytest.raises(GLM5PatchError, match="start sglang with --enable-return-indexer-topk"):
         topk_from_sglang({}, TOKENS, CONFIG)
-    with pytest.raises(GLM5PatchError, match="no base64 of an .npy file"):
-        topk_from_vllm("AAAA", CONFIG)
     path = tmp_path / "log"
     sglang_log(path, {"one": (9, keys)}, ids_are_token_positions=False)
     with pytest.raises(GLM5PatchError, match="set SGLANG_DSA_FUSE_TOPK=0"):
@@ -145,4 +144,123 @@ def test_what_does_not_fit_is_refused(tmp_path):
     sglang_log(path, {"one": (9, keys)})
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(GLM5PatchError, match="cut off or damaged"):
+        topk_from_sglang_log(path, CONFIG)
+
+
+def encoded(array: np.ndarray, save=np.save) -> str:
+    file = io.BytesIO()
+    save(file, array)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+NUMBERS = np.zeros((3, 2, K), dtype=np.int32)
+CUT_OFF = base64.b64encode(base64.b64decode(encoded(NUMBERS))[:-1]).decode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "A",
+        "AAAA",
+        "!!!!",
+        "\u00e4",
+        5,
+        None,
+        encoded(NUMBERS, np.savez),
+        CUT_OFF,
+        encoded(NUMBERS.astype(object), lambda file, a: np.save(file, a, allow_pickle=True)),
+    ],
+)
+def test_an_answer_of_vllm_that_is_no_array_is_refused(text):
+    with pytest.raises(GLM5PatchError, match="indexer_topk is not base64"):
+        topk_from_vllm(text, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "array", [np.float32(1), NUMBERS.astype(float), NUMBERS.astype(bool), NUMBERS[0]]
+)
+def test_arrays_of_other_kinds_are_refused(array):
+    with pytest.raises(GLM5PatchError, match="an array of"):
+        topk_from_vllm(encoded(array), CONFIG)
+
+
+@pytest.mark.parametrize("first", [-1, 0.5])
+def test_an_array_before_the_document_is_refused(first):
+    with pytest.raises(GLM5PatchError, match="layer 1.*position"):
+        topk_from_array(selections(), CONFIG, first=first)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"indexer_topk": "A"}, "indexer_topk is not base64"),
+        ({"indexer_topk": "!!!!"}, "indexer_topk is not base64"),
+        ({"indexer_topk": [1, 2]}, "indexer_topk is not base64"),
+        ({"indexer_topk": "AAAA"}, "indexer_topk has 3 bytes"),
+        ({"indexer_topk": ""}, "an array of 0 layers"),
+        ({"indexer_topk_num_layers": "4"}, "indexer_topk_num_layers='4'"),
+        ({"indexer_topk_num_layers": 4.0}, "indexer_topk_num_layers=4.0"),
+        ({"indexer_topk_num_layers": -4}, "indexer_topk_num_layers=-4"),
+        ({"indexer_topk_num_layers": 0}, "indexer_topk_num_layers=0"),
+    ],
+)
+def test_a_damaged_answer_of_sglang_is_refused(changes, says):
+    answer = sglang_answer(selections(TOKENS - 1)) | changes
+    with pytest.raises(GLM5PatchError, match=says):
+        topk_from_sglang(answer, TOKENS, CONFIG)
+
+
+@pytest.mark.parametrize("tokens", [0, -3, 2.5, "30", None])
+def test_a_wrong_number_of_tokens_is_refused(tokens):
+    with pytest.raises(GLM5PatchError, match="tokens="):
+        topk_from_sglang(sglang_answer(selections(TOKENS - 1)), tokens, CONFIG)
+
+
+def log_with_header(path, text: bytes):
+    path.write_bytes(b"".join([b"SGLTOPK1", struct.pack("<I", len(text)), text]))
+
+
+VALID = {"topk": K, "layer_ids": [0, 2], "ids_are_token_positions": True}
+WRONG_VALUES = {
+    "topk": ["6", None, 6.0, [6], True],
+    "layer_ids": ["02", None, 3, {}, [0, "2"], [0, None], [False, 2]],
+    "ids_are_token_positions": [None, 1, "true", []],
+}
+
+
+@pytest.mark.parametrize("field", VALID)
+def test_a_damaged_header_of_sglangs_log_is_refused(tmp_path, field):
+    path = tmp_path / "log"
+    headers = [{name: value for name, value in VALID.items() if name != field}]
+    headers += [VALID | {field: value} for value in WRONG_VALUES[field]]
+    for header in headers:
+        log_with_header(path, json.dumps(header).encode())
+        with pytest.raises(GLM5PatchError, match=f"log is damaged.*: {field} of its header"):
+            topk_from_sglang_log(path, CONFIG)
+
+
+@pytest.mark.parametrize("text", [b"[]", b"null", b"3", b"{", b"\xff", b"[" * 100_000])
+def test_a_header_of_sglangs_log_that_is_no_object_is_refused(tmp_path, text):
+    log_with_header(tmp_path / "log", text)
+    with pytest.raises(GLM5PatchError, match="log is (cut off or )?damaged"):
+        topk_from_sglang_log(tmp_path / "log", CONFIG)
+
+
+def test_a_log_of_sglang_cut_off_anywhere_is_refused(tmp_path):
+    path = tmp_path / "log"
+    sglang_log(path, {"one": (27, selections())})
+    content = path.read_bytes()
+    (size,) = struct.unpack("<I", content[8:12])
+    first_step = 12 + size + 16 + 12 + struct.unpack("<QII", content[12 + size :][:16])[2]
+    for end in set(range(first_step)) - {12 + size}:
+        path.write_bytes(content[:end])
+        with pytest.raises(GLM5PatchError, match="log (is cut off|does not begin)"):
+            topk_from_sglang_log(path, CONFIG)
+
+
+def test_a_log_of_sglang_names_the_request_with_a_wrong_position(tmp_path):
+    path = tmp_path / "log"
+    sglang_log(path, {"one": (-1, selections()[:1])})  # a length of 0
+    with pytest.raises(GLM5PatchError, match=r"log, request \d+: recording, layer 1"):
         topk_from_sglang_log(path, CONFIG)

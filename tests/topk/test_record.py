@@ -1,12 +1,17 @@
 """Recordings: what is kept of them, and what is refused."""
 
+import json
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from glm5_patch.errors import GLM5PatchError
 from glm5_patch.topk import codec
-from glm5_patch.topk.record import TopkRecording
+from glm5_patch.topk.record import HEAD, MAGIC, TopkRecording
 
 K = 6
 
@@ -84,15 +89,166 @@ def test_parts_are_merged():
         TopkRecording.merge([whole, recording(41)])
 
 
-def test_a_file_comes_back_and_a_damaged_one_is_refused(tmp_path):
+def test_a_file_comes_back(tmp_path):
     path = tmp_path / "recording"
-    recording().save(path)
-    assert TopkRecording.load(path) == recording()
-    content = path.read_bytes()
-    for end in (len(content) - 1, 30, 3):
-        path.write_bytes(content[:end])
-        with pytest.raises(GLM5PatchError, match="cut off|not a recording|its header says"):
-            TopkRecording.load(path)
+    for one in (
+        recording(),
+        replace(recording(), length=39),
+        TopkRecording.of_keys(np.int64(K), np.int64(0), {}),
+    ):
+        one.save(path)
+        assert TopkRecording.load(path) == one
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("recordings") / "whole"
+    recording(12).save(path)
+    return path.read_bytes()
+
+
+def refused(path: Path, content: bytes, says: str) -> None:
+    path.write_bytes(content)
+    with pytest.raises(GLM5PatchError, match=says):
+        TopkRecording.load(path)
+
+
+DAMAGED = "recording is (not a recording|cut off or damaged: .*; copy it or record it again)"
+
+
+def test_a_file_cut_off_or_changed_anywhere_is_refused(saved, tmp_path):
+    path = tmp_path / "recording"
+    for place in range(len(saved)):
+        refused(path, saved[:place], DAMAGED)
+        for bit in (1, 128):
+            flipped = bytes([saved[place] ^ bit])
+            refused(path, saved[:place] + flipped + saved[place + 1 :], DAMAGED)
+    refused(path, saved + b"\0", DAMAGED)
+
+
+def with_header(saved: bytes, change) -> bytes:
+    """The file with another header and the right checksum."""
+    begin = len(MAGIC) + HEAD.size
+    size, _ = HEAD.unpack(saved[len(MAGIC) : begin])
+    header = change(json.loads(saved[begin : begin + size]))
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    content = text + saved[begin + size :]
+    return MAGIC + HEAD.pack(len(text), zlib.crc32(content)) + content
+
+
+@pytest.mark.parametrize("header", [{}, [], None, 3, "x", b"{", b"\xff", b"[" * 100_000])
+def test_a_header_of_another_kind_is_refused(saved, tmp_path, header):
+    refused(tmp_path / "recording", with_header(saved, lambda _: header), "its header is")
+
+
+@pytest.mark.parametrize("field", ["index_topk", "length"])
+@pytest.mark.parametrize("value", ["6", None, 6.0, True, -1, 2**31, 10**400, [6], {}])
+def test_a_wrong_number_in_the_header_is_refused(saved, tmp_path, field, value):
+    content = with_header(saved, lambda header: header | {field: value})
+    refused(tmp_path / "recording", content, f"recording is .*damaged: {field}=.* not an integer")
+
+
+@pytest.mark.parametrize("field", ["index_topk", "length", "layers"])
+def test_a_header_without_a_field_is_refused(saved, tmp_path, field):
+    def drop(header):
+        return {name: value for name, value in header.items() if name != field}
+
+    refused(tmp_path / "recording", with_header(saved, drop), "not an object with")
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [],
+        None,
+        3,
+        "1",
+        {"x": []},
+        {"0": []},
+        {"-1": []},
+        {"1.5": []},
+        {"": []},
+        {"\u0661": []},
+        {"9" * 5000: []},
+    ],
+)
+def test_wrong_layers_in_the_header_are_refused(saved, tmp_path, layers):
+    content = with_header(saved, lambda header: header | {"layers": layers})
+    refused(tmp_path / "recording", content, "damaged: layers(=| has ).*not")
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["position", "rows", "bytes"])
+@pytest.mark.parametrize("value", ["6", None, 1.5, True, -10, 0, 2**31, [6]])
+def test_a_wrong_frame_in_the_header_is_refused(saved, tmp_path, place, value):
+    def change(header):
+        header["layers"]["1"][0][place] = value
+        return header
+
+    refused(tmp_path / "recording", with_header(saved, change), "layer 1 has a frame")
+
+
+@pytest.mark.parametrize(
+    "frames", [None, 3, {}, "x", [3], [[]], [[6, 6]], [[6, 6, 9, 9]], [[6, 2, 9], [7, 2, 9]]]
+)
+def test_wrong_frames_in_the_header_are_refused(saved, tmp_path, frames):
+    def change(header):
+        header["layers"]["1"] = frames
+        return header
+
+    refused(tmp_path / "recording", with_header(saved, change), "layer 1 (is|has a frame)")
+
+
+def test_frames_of_other_lengths_than_the_file_are_refused(saved, tmp_path):
+    def change(header):
+        header["layers"]["3"][0][2] += 1
+        return header
+
+    refused(tmp_path / "recording", with_header(saved, change), "bytes, its header says")
+
+
+@pytest.mark.parametrize("rows", [1, 7, 200])
+def test_a_frame_with_the_data_of_another_is_refused(rows):
+    frame = recording().layers[1][0]
+    with pytest.raises(GLM5PatchError, match="the data of positions 6 to .* is damaged"):
+        frame._replace(rows=rows).inflate()
+    with pytest.raises(GLM5PatchError, match="the data of positions 6 to 39 .* is damaged"):
+        frame._replace(data=frame.data[:-rows]).inflate()
+
+
+def test_writers_of_one_file_do_not_share_a_temporary_file(tmp_path, monkeypatch):
+    names = []
+    monkeypatch.setattr(Path, "replace", lambda self, _: names.append(self.name))
+    for _ in range(2):
+        recording(12).save(tmp_path / "recording")
+    assert len(set(names)) == 2
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path):
+    (tmp_path / "recording").mkdir()  # no file can replace it
+    with pytest.raises(OSError):
+        recording(12).save(tmp_path / "recording")
+    assert [path.name for path in tmp_path.iterdir()] == ["recording"]
+
+
+@pytest.mark.parametrize(
+    ("positions", "says"),
+    [
+        ([7, 6, *range(8, 40)], "position 6 follows 7; sort"),
+        ([6, 6, *range(8, 40)], "position 6 follows 6; sort"),
+        ([*range(6, 39), 40], "position 40 is not a position of a document of length=40"),
+        ([-1, *range(7, 40)], "position -1 is not a position"),
+        ([float(position) for position in range(6, 40)], "positions are float64"),
+        ([[position] for position in range(6, 40)], "positions are int64 .*integers .rows."),
+    ],
+)
+def test_positions_that_no_document_has_are_refused(positions, says):
+    with pytest.raises(GLM5PatchError, match=f"recording, layer 3: {says}"):
+        TopkRecording.of_keys(K, 40, {3: (np.array(positions), neighbours(40))})
+
+
+def test_keys_that_are_no_integers_are_refused():
+    with pytest.raises(GLM5PatchError, match="layer 3: keys of float64; keys must be integers"):
+        TopkRecording.of_keys(K, 40, {3: (np.arange(K, 40), neighbours(40).astype(float))})
 
 
 @pytest.mark.parametrize(
