@@ -322,10 +322,12 @@ def _compare_exactly(reference, model, ids, report: Report, label: str) -> torch
 
 def _compare_gradients(reference, model, ids, intact, report: Report, label: str) -> None:
     """Of the loss of the tokens before the first near tie of each sequence."""
-    from ..testing.parity import gradient_errors
+    from ..testing.parity import LowerTies, gradient_errors
 
     model.zero_grad()
-    for logits in (forward(model, ids), reference(ids, use_cache=False).logits):
+    with LowerTies():
+        theirs = reference(ids, use_cache=False).logits
+    for logits in (forward(model, ids), theirs):
         cross_entropy(logits[:, :-1][intact[:, 1:]], ids[:, 1:][intact[:, 1:]]).backward()
     errors = gradient_errors(by_name(model), reference)
     worst = max(errors, key=errors.__getitem__)
@@ -341,7 +343,7 @@ def _compare_gradients(reference, model, ids, intact, report: Report, label: str
 def _compare_rounded(reference, model, ids, report: Report, label: str) -> None:
     """Below fp32 a flipped key changes all that follows. So each layer is compared on one input,
     and the logits with those of the same weights in fp32."""
-    from ..testing.parity import same_input_shares
+    from ..testing.parity import LowerTies, same_input_shares
 
     shares = same_input_shares(model, reference, ids)
     worst = min(shares.values())
@@ -351,8 +353,6 @@ def _compare_rounded(reference, model, ids, report: Report, label: str) -> None:
         f">= {KEPT_BOUND:.0%}",
         worst >= KEPT_BOUND,
     )
-    from ..testing.parity import LowerTies
-
     with LowerTies():
         theirs = reference(ids, use_cache=False).logits.float()
         exact = reference.float()(ids, use_cache=False).logits
