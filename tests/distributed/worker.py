@@ -266,11 +266,11 @@ def batches(case: Case, seed: int = 0):
         else:
             ids, pack = tokens(seed + number, BATCH, length), None
             positions = torch.arange(length).expand_as(ids)
-        own = _own_positions(case, lengths if case.thd else [length])
+        own = own_positions(case, lengths if case.thd else [length])
         yield ids[:, own], ids.roll(-1, 1)[:, own], positions[:, own], pack
 
 
-def _own_positions(case: Case, lengths: list[int]) -> torch.Tensor:
+def own_positions(case: Case, lengths: list[int]) -> torch.Tensor:
     """This rank's tokens of documents of these lengths, in Megatron-LM's order or contiguous."""
     rank = parallel_state.get_context_parallel_rank()
     size = parallel_state.get_context_parallel_world_size()
@@ -291,16 +291,17 @@ def step(case: Case, chunks, seed: int = 0):
     """Forward and backward of all microbatches by the host's own schedule.
 
     Returns:
-        The loss of each microbatch, where it is computed, and the top-k of each forward.
+        The loss of each microbatch, where it is computed, and of each forward the tokens and the
+        top-k.
     """
     own = list(batches(case, seed))
-    found: list[dict[int, torch.Tensor]] = []
+    found: list[tuple[int, dict[int, torch.Tensor]]] = []
 
     def forward_step(iterator, model):
         ids, labels, positions, pack = next(iterator)
         with recorded(model.module) as recording:
             output = model(ids, positions, None, labels=labels, packed_seq_params=pack)
-        found.append(dict(recording.topk_indices))
+        found.append((ids.shape[1], dict(recording.topk_indices)))
         return output, loss
 
     def loss(output):
@@ -357,7 +358,14 @@ def compare(case: Case, chunks, losses, topk_indices, folder: Path) -> dict:
         before = torch.load(folder / f"{case.model}.pt")
         values = {n: value - part(n, before[n], value) for n, value in values.items()}
         expected = {n: _adam_update(gradient) for n, gradient in expected.items()}
+    if not values and case.trains_from > 1 and not trained(models):
+        return {**result, "gradients": 0.0, "worst": ["none", 0.0], "computing": []}
     return {**result, **_distance(values, expected)}
+
+
+def trained(models) -> list[str]:
+    """The parameters that are not frozen."""
+    return [name for name, tensor in tensors(models) if tensor.requires_grad]
 
 
 def logged_indexer_losses() -> dict[int, float]:
@@ -401,8 +409,8 @@ def _adam_update(gradient: torch.Tensor) -> torch.Tensor:
 
 def _distance(values, expected) -> dict:
     """Relative L2 errors: over everything that this rank holds, and of the worst parameter."""
-    if not values:  # every parameter of this rank is frozen
-        return {"gradients": 0.0, "worst": ["none", 0.0], "computing": []}
+    if not values:
+        raise AssertionError("no parameter of this rank has a gradient")
     squares = [
         ((v - expected[n]).square().sum(), expected[n].square().sum()) for n, v in values.items()
     ]
@@ -433,15 +441,16 @@ def _same_on_all_tensor_parallel_ranks(found, case: Case) -> bool:
     everyone = [None] * group.size()
     torch.distributed.all_gather_object(everyone, found, group=group)
     if case.shares_tokens:
-        lengths = {ids.shape[1] for ids, *_ in batches(case)}  # of a context-parallel rank
-        own = {length // group.size() for length in lengths}
         return all(
-            topk.shape[1] in own for rank in everyone for one in rank for topk in one.values()
+            topk.shape[1] == length // group.size()
+            for rank in everyone
+            for length, one in rank
+            for topk in one.values()
         )
     return all(
         mine.keys() == others.keys() and all(torch.equal(mine[n], others[n]) for n in mine)
         for other in everyone
-        for mine, others in zip(found, other)
+        for (_, mine), (_, others) in zip(found, other, strict=True)
     )
 
 

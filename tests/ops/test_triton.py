@@ -255,10 +255,10 @@ def test_unknown_kernels_are_named(monkeypatch):
     ("lengths", "loss_coeff"), [(None, None), ([5, 19], 0.5)], ids=["bshd", "thd-indexer-loss"]
 )
 def test_a_model_on_the_kernels_equals_one_on_torch(
-    lengths, loss_coeff, world, interpreted, deterministic, tmp_path, monkeypatch
+    lengths, loss_coeff, world, interpreted, tmp_path, monkeypatch
 ):
-    """Whole model, selection and a skip layer included, forward and backward, under full recompute.
-    Deterministic, so that of equal scores both take the lower position."""
+    """Whole model, selection and a skip layer included, forward and backward, under full
+    recompute."""
     wide = dict(kv_lora_rank=64, index_n_heads=16)
     schedule = dict(index_topk_freq=2, index_skip_topk_offset=1)
     checkpoint = saved(tmp_path, num_hidden_layers=2, **schedule, **wide)

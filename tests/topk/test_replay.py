@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from glm5_patch.errors import GLM5PatchError
+from glm5_patch.patches import MACHINE
 from glm5_patch.testing.parity import recorded
 from glm5_patch.tools.verify import forward
 from glm5_patch.topk.record import TopkRecording, record_topk
@@ -84,11 +85,7 @@ def test_a_pack_replays_its_documents_and_selects_for_the_others(model, rollout)
 def test_of_a_prompt_that_is_not_recorded_the_indexer_selects(model, rollout):
     prompt, ids = 17, tokens(0, 2, LENGTH)
     positions = torch.arange(prompt, LENGTH)
-    some = []
-    for one in rollout:
-        later = slice(prompt - one.index_topk, None)
-        layers = {n: [part[later].numpy() for part in one.keys(n)] for n in COMPUTING}
-        some.append(TopkRecording.of_keys(one.index_topk, LENGTH, layers))
+    some = [without_prompt(one, prompt) for one in rollout]
     topk, report = attended(model, some, lambda: forward(model, ids), report=True)
     for row in (0, 1):
         assert_replayed(topk, row, 0, rollout[row], positions)
@@ -97,6 +94,51 @@ def test_of_a_prompt_that_is_not_recorded_the_indexer_selects(model, rollout):
     # Of layer 1, whose input is the same.
     assert torch.equal(topk[1][:, :prompt], own.topk_indices[1][:, :prompt])
     assert not torch.equal(topk[1][:, prompt:], own.topk_indices[1][:, prompt:])
+
+
+def without_prompt(recording, prompt):
+    """The same recording, of the queries from ``prompt`` on."""
+    later = slice(prompt - recording.index_topk, None)
+    layers = {n: [part[later].numpy() for part in recording.keys(n)] for n in COMPUTING}
+    return TopkRecording.of_keys(recording.index_topk, LENGTH, layers)
+
+
+@pytest.mark.parametrize("length", [LENGTH, LENGTH - 1], ids=["whole", "last token missing"])
+def test_a_pack_with_padded_documents_replays_their_tokens(model, rollout, length):
+    """The real lengths are shorter than the places that the documents have."""
+    ids, padding = tokens(0, 2, LENGTH), torch.zeros(5, dtype=torch.int64)
+    pack = torch.cat([tokens(5, 1, 11)[0], padding, ids[1], padding, ids[0], padding])[None]
+    bounds, real = packed([16, LENGTH + 5, 0, LENGTH + 5]), packed([11, LENGTH, 0, LENGTH])
+    bounds.cu_seqlens_q_padded = bounds.cu_seqlens_kv_padded = bounds.cu_seqlens_q
+    positions = torch.cat([torch.arange(n) for n in bounds.cu_seqlens_q.diff().tolist()])[None]
+    bounds.cu_seqlens_q = bounds.cu_seqlens_kv = real.cu_seqlens_q
+    run = lambda: model(pack, positions, None, packed_seq_params=bounds)
+    first, second = (replace(one, length=length) for one in rollout)
+    topk, _ = attended(model, [None, second, None, first], run)
+    before = torch.arange(length)
+    assert_replayed(topk, 0, 16, rollout[1], before)
+    assert_replayed(topk, 0, 16 + LENGTH + 5, rollout[0], before)
+    with torch.no_grad(), recorded(model) as own:
+        run()
+    assert torch.equal(topk[1][:, :11], own.topk_indices[1][:, :11])  # it has no recording
+    if length < LENGTH:  # nor has the last token
+        for last in (16 + LENGTH - 1, 16 + LENGTH + 5 + LENGTH - 1):
+            assert torch.equal(topk[1][:, last], own.topk_indices[1][:, last])
+
+
+def test_a_partly_recorded_document_replays_beside_one_without_a_recording(model, rollout):
+    prompt, ids, without = 17, tokens(0, 2, LENGTH), tokens(5, 1, LENGTH)[0]
+    pack = torch.cat([ids[0], without, ids[1]])[None]
+    run = lambda: pack_forward(model, pack, packed([LENGTH] * 3))
+    recordings = [without_prompt(rollout[0], prompt), None, rollout[1]]
+    topk, _ = attended(model, recordings, run)
+    assert_replayed(topk, 0, 0, rollout[0], torch.arange(prompt, LENGTH))
+    assert_replayed(topk, 0, 2 * LENGTH, rollout[1])
+    with torch.no_grad(), recorded(model) as own:
+        run()
+    for rows in (slice(prompt), slice(LENGTH, 2 * LENGTH)):
+        assert torch.equal(topk[1][:, rows], own.topk_indices[1][:, rows])
+    assert not torch.equal(topk[1][:, prompt:LENGTH], own.topk_indices[1][:, prompt:LENGTH])
 
 
 def test_replaying_what_the_model_selects_changes_nothing(model):
@@ -194,11 +236,16 @@ def test_two_forwards_in_one_block_are_not_recorded(model):
         recorder.recordings  # noqa: B018
 
 
-def test_megatrons_own_attention_is_not_replayed(world, checkpoint, rollout, monkeypatch):
-    from glm5_patch.attention import attention
-
+@pytest.mark.parametrize("block", ["replay_topk", "record_topk"])
+def test_megatrons_own_attention_neither_replays_nor_records(
+    block, world, checkpoint, rollout, monkeypatch
+):
+    row = MACHINE.row("dsa_spec")
+    if "under recompute" not in row.reason:
+        pytest.skip(f"this host has no attention for a GLM-5: {row.reason}")
+    monkeypatch.setenv("GLM5_PATCH_ATTENTION", "host")
     model = megatron_model(checkpoint)
-    monkeypatch.setattr(attention, "CrossLayerDSAttention", type("Ours", (), {}))
-    with pytest.raises(GLM5PatchError, match="layer 1 has CrossLayerDSAttention as its attention"):
-        with replay_topk(rollout):
+    opened = replay_topk(rollout) if block == "replay_topk" else record_topk()
+    with pytest.raises(GLM5PatchError, match="layer 1 has DSAttention as its attention, which"):
+        with torch.no_grad(), opened:
             forward(model, tokens(0, 2, LENGTH))

@@ -8,7 +8,7 @@ from tests.distributed.cases import CONTIGUOUS, CP, FULL, INTERLEAVED, SP, UNEVE
 from tests.distributed.stage_cases import first
 
 
-def _case(name: str, tp=1, cp=1, pp=1, ep=1, thd=False, settings=()) -> Case:
+def _case(name: str, tp=1, cp=1, pp=1, ep=1, thd=False, shares="auto", settings=()) -> Case:
     """Expert parallelism goes over the ranks of CP where there are some."""
     return Case(
         name,
@@ -20,6 +20,7 @@ def _case(name: str, tp=1, cp=1, pp=1, ep=1, thd=False, settings=()) -> Case:
         thd=thd,
         even_packs=thd,
         microbatches=2 * (ep // cp or 1),
+        shares=shares,
         settings=dict(settings),
     )
 
@@ -39,6 +40,10 @@ def _cases():
     yield _case("CP 2, contiguous, recompute full, thd", cp=2, settings=settings, **pack)
     settings = {**first(4), **FULL}
     yield _case("PP 2 from layer 5, recompute full, thd", pp=2, settings=settings, **pack)
+    for layout in ("", ", thd"):
+        settings = {**SP, **CP, **FULL}
+        name = f"TP 2, heads, CP 2, recompute full{layout}"
+        yield _case(name, 2, 2, thd=bool(layout), shares="heads", settings=settings)
     case = _case("PP 2 x VPP 2, recompute full", pp=2, settings={**INTERLEAVED, **FULL})
     case.vpp = 2
     yield case

@@ -1,4 +1,5 @@
-"""A recording of one process, replayed by splits: the same bits with gradients and without."""
+"""A recording of one process, replayed by splits: the losses of one process that replays it, and
+the same bits with gradients and without."""
 
 import json
 from dataclasses import asdict
@@ -8,6 +9,9 @@ import pytest
 from tests.distributed.cases import Case
 from tests.distributed.replay.cases import CASES, SOME
 from tests.distributed.run import Worlds
+
+LOSS = 5e-6
+"""Relative, of one token."""
 
 
 def found_by(cases, folder):
@@ -41,5 +45,6 @@ def test_splits_replay_a_recording_bit_for_bit(cases, tmp_path):
         assert not any("error" in rank for rank in ranks), (name, ranks)
         assert [rank["wrong"] for rank in ranks] == [[]] * len(ranks), name
         assert sum(rank["outputs"] for rank in ranks) > 0, name
+        assert max(rank["loss"] for rank in ranks) <= LOSS, (name, ranks)
     for shares in rollout.values():  # or nothing would be replaced
         assert max(shares["shares"].values()) < 0.9, shares

@@ -1,7 +1,7 @@
 """One rank of a world that replays a recording; ``tests.distributed.run`` starts it.
 
-A world of 1 records a model whose indexers have other weights. The others replay it: a forward
-without gradients, then a training step with the microbatches in another order.
+A world of 1 records a model whose indexers have other weights, and replays it. The others replay
+it too: a forward without gradients, then a training step with the microbatches in another order.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import sys
 import traceback
 import warnings
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from glm5_patch.attention.attention import CrossLayerDSAttention
 from glm5_patch.testing import cpu_host
-from glm5_patch.testing.parity import recorded
+from glm5_patch.testing.parity import decoder_layer
 from glm5_patch.topk.record import TopkRecording, record_topk
 from glm5_patch.topk.replay import replay_topk
-from tests.distributed.cases import Case
+from tests.distributed.cases import FULL, Case
 from tests.distributed.worker import (
     BATCH,
     EVEN_PACKS,
@@ -30,6 +32,7 @@ from tests.distributed.worker import (
     batches,
     build,
     model_parallel,
+    own_positions,
 )
 
 
@@ -37,8 +40,8 @@ def passes(case: Case, chunks, recordings, reverse: bool, forward_only: bool):
     """All microbatches by the host's own schedule.
 
     Returns:
-        By microbatch: what the model returned, what was recorded in each chunk, and the top-k of
-        each layer, of the recompute where there is one.
+        By microbatch: what the model returned, what was recorded in each chunk, the top-k of each
+        layer in the forward, and in the recompute.
     """
     dp, size = (
         parallel_state.get_data_parallel_rank(),
@@ -46,15 +49,26 @@ def passes(case: Case, chunks, recordings, reverse: bool, forward_only: bool):
     )
     own = list(zip(range(dp, case.microbatches, size), batches(case)))
     own = own[::-1] if reverse else own
-    outputs, recorders, topk = {}, {}, {}
+    outputs, recorders, topk, recomputed = {}, {}, {}, {}
+    running = []
+
+    def observe(core, _, topk_indices):
+        layer = decoder_layer(core)
+        if running:
+            topk.setdefault(running[-1], {})[layer] = topk_indices
+        else:  # in the backward, which takes the microbatches of a layer in order
+            recomputed.setdefault(layer, []).append(topk_indices)
+
+    for core in attentions(chunks):
+        core.observer = partial(observe, core)
 
     def forward_step(iterator, model):
         number, (ids, labels, positions, pack) = next(iterator)
-        replay = replay_topk(recordings[number])
-        with replay, record_topk() as recorder, recorded(model.module) as found:
+        running.append(number)
+        with replay_topk(recordings[number]), record_topk() as recorder:
             output = model(ids, positions, None, labels=labels, packed_seq_params=pack)
+        running.pop()
         recorders.setdefault(number, []).append(recorder)
-        topk.setdefault(number, {}).update(found.topk_indices)
         if model.module.post_process:
             outputs[number] = output.detach().clone()
         return output, lambda output: (output.mean(), {"loss": output.detach().mean()})
@@ -74,7 +88,15 @@ def passes(case: Case, chunks, recordings, reverse: bool, forward_only: bool):
         forward_only=forward_only,
     )
     found = {n: [one.recordings for one in of_chunks] for n, of_chunks in recorders.items()}
-    return outputs, found, topk
+    again: dict[int, dict[int, torch.Tensor]] = {}
+    for layer, of_layer in recomputed.items():
+        for (number, _), topk_indices in zip(own, of_layer, strict=True):
+            again.setdefault(number, {})[layer] = topk_indices
+    return outputs, found, topk, again
+
+
+def attentions(chunks) -> list[CrossLayerDSAttention]:
+    return [m for chunk in chunks for m in chunk.modules() if isinstance(m, CrossLayerDSAttention)]
 
 
 def recording_paths(folder: Path, thd: bool, number: int) -> list[Path]:
@@ -83,9 +105,14 @@ def recording_paths(folder: Path, thd: bool, number: int) -> list[Path]:
     return [folder / f"{kind}-{number}-{document}.topk" for document in range(documents)]
 
 
+def losses_path(folder: Path, thd: bool) -> Path:
+    """Microbatch -> the losses of its tokens, as one process replays it."""
+    return folder / f"{'thd' if thd else 'bshd'}-losses.pt"
+
+
 def roll_out(case: Case, folder: Path) -> dict:
-    """Record, in one process, with indexers of other weights; how many keys the model's own would
-    have selected."""
+    """Record, in one process, with indexers of other weights, and replay; how many keys the model's
+    own would have selected."""
     with model_parallel(case):
         chunks = build(case, folder)  # saves its weights
         own = {n: p.clone() for n, p in chunks[0].named_parameters() if ".indexer." in n}
@@ -93,7 +120,7 @@ def roll_out(case: Case, folder: Path) -> dict:
             for name, parameter in chunks[0].named_parameters():
                 if name in own:
                     parameter.copy_(parameter.flip(0))
-        model, shares = chunks[0].module, []
+        model, everything, losses = chunks[0].module, [], {}
         for number, (ids, labels, positions, pack) in enumerate(batches(case)):
             with torch.no_grad(), record_topk() as recorder:
                 model(ids, positions, None, labels=labels, packed_seq_params=pack)
@@ -101,19 +128,23 @@ def roll_out(case: Case, folder: Path) -> dict:
                 recorder.recordings, recording_paths(folder, case.thd, number), strict=True
             ):
                 recording.save(path)
+            everything.append(recorder.recordings)
         with torch.no_grad():
             for name, parameter in chunks[0].named_parameters():
                 if name in own:
                     parameter.copy_(own[name])
-            with replay_topk(recorder.recordings, report=True) as report:
-                model(ids, positions, None, labels=labels, packed_seq_params=pack)
-        shares = report.shares
-        return {"shares": {str(n): share for n, share in shares.items()}}
+            for number, (ids, labels, positions, pack) in enumerate(batches(case)):
+                with replay_topk(everything[number], report=True) as report:
+                    losses[number] = model(
+                        ids, positions, None, labels=labels, packed_seq_params=pack
+                    )
+        torch.save(losses, losses_path(folder, case.thd))
+        return {"shares": {str(n): share for n, share in report.shares.items()}}
 
 
 def replay(case: Case, folder: Path) -> dict:
-    """What differs between the two passes, and between what was recorded and what is attended
-    to."""
+    """What differs between the two passes, between what was recorded and what is attended to, and
+    from one process; how far the losses of the tokens are from those of one process."""
     recordings = {
         number: [TopkRecording.load(path) for path in recording_paths(folder, case.thd, number)]
         for number in range(case.microbatches)
@@ -127,13 +158,28 @@ def replay(case: Case, folder: Path) -> dict:
             for number, output in without[0].items()
             if not torch.equal(output, training[0][number])
         ]
-        wrong += [
-            f"microbatch {number}, layer {layer}: other keys in the recompute"
-            for number, of_layers in without[2].items()
-            for layer, keys in of_layers.items()
-            if not torch.equal(keys, training[2][number][layer])
-        ]
-        return {"wrong": wrong + unlike(recordings, without[1]), "outputs": len(without[0])}
+        for what, topk in (("training forward", training[2]), ("recompute", training[3])):
+            if what == "recompute" and not case.settings.items() >= FULL.items():
+                continue
+            wrong += [
+                f"microbatch {number}, layer {layer}: other keys in the {what}"
+                for number, of_layers in without[2].items()
+                for layer, keys in of_layers.items()
+                if not torch.equal(keys, topk[number][layer])
+            ]
+        alone = torch.load(losses_path(folder, case.thd))
+        return {
+            "wrong": wrong + unlike(recordings, without[1]),
+            "outputs": len(without[0]),
+            "loss": max((off(case, n, one, alone[n]) for n, one in without[0].items()), default=0),
+        }
+
+
+def off(case: Case, number: int, losses: torch.Tensor, alone: torch.Tensor) -> float:
+    """The largest relative difference of a token's loss from that of one process."""
+    lengths = EVEN_PACKS[number % len(EVEN_PACKS)] if case.thd else [LENGTH]
+    expected = alone[:, own_positions(case, lengths)]
+    return (losses / expected - 1).abs().max().item()
 
 
 def unlike(recordings, found) -> list[str]:
