@@ -65,6 +65,7 @@ class ReplayReport:
         scale: float,
         queries: QueryPositions,
         replayed: Replayed,
+        real: Tensor | None = None,
     ) -> None:
         """Compare the recorded keys of one layer with its scores.
 
@@ -77,6 +78,7 @@ class ReplayReport:
             scale: of the products of the indexer's queries and keys.
             queries: of this rank.
             replayed: the recorded keys.
+            real: int64, the queries that are not padding; None: all of them.
         """
         inputs = IndexerInputs(*(tensor.detach().contiguous() for tensor in inputs))
         topk_indices = replayed.topk_indices
@@ -84,6 +86,10 @@ class ReplayReport:
         counted = (queries.local_positions >= k).expand(b, -1)
         if replayed.missing is not None:
             counted = counted & ~replayed.missing
+        if real is not None:
+            is_real = torch.zeros(s, dtype=torch.bool, device=counted.device)
+            is_real[real] = True
+            counted = counted & is_real
         keys = torch.arange(queries.keys, device=counted.device)
         found = self._counts.setdefault(layer_number, torch.zeros(2, dtype=torch.int64))
         for block in query_blocks(s, b * queries.keys * 4):

@@ -166,7 +166,7 @@ class TopkSource:
         where nothing is recorded, the indexer selects."""
         if replayed.report is not None:
             scoring = indexer.scoring(inputs)
-            replayed.report.add(self.decoder_layer, *scoring, layout.queries, replayed)
+            replayed.report.add(self.decoder_layer, *scoring, layout.queries, replayed, layout.real)
         if replayed.missing is not None:
             _select_missing(indexer, inputs, layout, replayed)
         return replayed.topk_indices

@@ -114,7 +114,9 @@ def test_a_pack_with_padded_documents_replays_their_tokens(model, rollout, lengt
     bounds.cu_seqlens_q = bounds.cu_seqlens_kv = real.cu_seqlens_q
     run = lambda: model(pack, positions, None, packed_seq_params=bounds)
     first, second = (replace(one, length=length) for one in rollout)
-    topk, _ = attended(model, [None, second, None, first], run)
+    topk, report = attended(model, [None, second, None, first], run, report=True)
+    rows = 2 * (length - rollout[0].index_topk)  # padding does not count
+    assert {all_ for _, all_ in report.counts.values()} == {rows * rollout[0].index_topk}
     before = torch.arange(length)
     assert_replayed(topk, 0, 16, rollout[1], before)
     assert_replayed(topk, 0, 16 + LENGTH + 5, rollout[0], before)
