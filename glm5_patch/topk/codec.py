@@ -9,6 +9,7 @@ stored as differences and compressed by zlib.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -137,3 +138,56 @@ def _gaps(marked: np.ndarray) -> bytes:
     before[np.concatenate([[0], rows[:-1]]) != rows] = 0
     numbers = np.concatenate([marked.sum(1), columns - before]).astype("<u4")
     return numbers.view(np.uint8).reshape(-1, 4).T.tobytes()
+
+
+def frames_of(
+    layer_number: int, index_topk: int, positions: np.ndarray, keys: np.ndarray
+) -> Iterator[Frame]:
+    """Check and compress the queries that have a choice, in runs of consecutive positions.
+
+    Args:
+        layer_number: of the layer, for messages.
+        index_topk: keys that a query selects.
+        positions: int [rows], ascending.
+        keys: int [rows, index_topk], in any order, -1 for an empty place.
+
+    Raises:
+        GLM5PatchError: a query has too few keys, a key twice, or one that it does not see.
+    """
+    _check_keys(layer_number, index_topk, positions, keys)
+    choose = positions >= index_topk
+    positions, keys = positions[choose], keys[choose]
+    breaks = np.flatnonzero(np.diff(positions) != 1) + 1
+    for run, of_run in zip(np.split(positions, breaks), np.split(keys, breaks)):
+        for begin in range(0, len(run), FRAME_ROWS):
+            yield Frame.encode(int(run[begin]), of_run[begin : begin + FRAME_ROWS])
+
+
+def _check_keys(
+    layer_number: int, index_topk: int, positions: np.ndarray, keys: np.ndarray
+) -> None:
+    if keys.dtype.kind not in "iu":
+        raise GLM5PatchError(f"layer {layer_number}: keys of {keys.dtype}; keys must be integers")
+    if keys.ndim != 2 or keys.shape != (len(positions), index_topk):
+        raise GLM5PatchError(
+            f"layer {layer_number}: keys of shape {list(keys.shape)}, where "
+            f"[{len(positions)}, {index_topk}] is needed, a row for each query and "
+            f"dsa_indexer_topk={index_topk} keys"
+        )
+    ordered = np.sort(keys, axis=1)
+    valid = ordered >= 0
+    expected = np.minimum(positions + 1, index_topk)
+    twice = ((ordered[:, 1:] == ordered[:, :-1]) & valid[:, 1:]).any(1)
+    unseen = (ordered > positions[:, None]).any(1)
+    for wrong, says in (
+        (unseen, "a key after the query; keys are positions in the document, not slots of a cache"),
+        (twice, "a key twice; is the recording of another model or layer?"),
+        (valid.sum(1) != expected, "too few keys; there must be min(position + 1, index_topk)"),
+    ):
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise GLM5PatchError(
+                f"recording, layer {layer_number}, position {int(positions[row])}: {says} "
+                f"(its keys go from {int(ordered[row].min())} to {int(ordered[row, -1])}, "
+                f"index_topk={index_topk})"
+            )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GLM5PatchError
-from .codec import FRAME_ROWS, Frame
+from .codec import FRAME_ROWS, Frame, frames_of
 from .context import recorder
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class TopkRecording:
         return cls(
             int(index_topk),  # NumPy's integers are not JSON
             int(length),
-            {int(n): tuple(_frames(n, index_topk, *rows)) for n, rows in sorted(layers.items())},
+            {int(n): tuple(frames_of(n, index_topk, *rows)) for n, rows in sorted(layers.items())},
         )
 
     @classmethod
@@ -238,19 +238,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _frames(
-    layer_number: int, index_topk: int, positions: np.ndarray, keys: np.ndarray
-) -> Iterator[Frame]:
-    """Compress the queries that have a choice, in runs of consecutive positions."""
-    _check(layer_number, index_topk, positions, keys)
-    choose = positions >= index_topk
-    positions, keys = positions[choose], keys[choose]
-    breaks = np.flatnonzero(np.diff(positions) != 1) + 1
-    for run, of_run in zip(np.split(positions, breaks), np.split(keys, breaks)):
-        for begin in range(0, len(run), FRAME_ROWS):
-            yield Frame.encode(int(run[begin]), of_run[begin : begin + FRAME_ROWS])
-
-
 def _check_positions(layer_number: int, length: int, positions: np.ndarray) -> None:
     what = f"recording, layer {layer_number}"
     if positions.ndim != 1 or positions.dtype.kind not in "iu":
@@ -269,34 +256,6 @@ def _check_positions(layer_number: int, length: int, positions: np.ndarray) -> N
         raise GLM5PatchError(
             f"{what}: position {after} follows {before}; sort the rows, one for each position"
         )
-
-
-def _check(layer_number: int, index_topk: int, positions: np.ndarray, keys: np.ndarray) -> None:
-    if keys.dtype.kind not in "iu":
-        raise GLM5PatchError(f"layer {layer_number}: keys of {keys.dtype}; keys must be integers")
-    if keys.ndim != 2 or keys.shape != (len(positions), index_topk):
-        raise GLM5PatchError(
-            f"layer {layer_number}: keys of shape {list(keys.shape)}, where "
-            f"[{len(positions)}, {index_topk}] is needed, a row for each query and "
-            f"dsa_indexer_topk={index_topk} keys"
-        )
-    ordered = np.sort(keys, axis=1)
-    valid = ordered >= 0
-    expected = np.minimum(positions + 1, index_topk)
-    twice = ((ordered[:, 1:] == ordered[:, :-1]) & valid[:, 1:]).any(1)
-    unseen = (ordered > positions[:, None]).any(1)
-    for wrong, says in (
-        (unseen, "a key after the query; keys are positions in the document, not slots of a cache"),
-        (twice, "a key twice; is the recording of another model or layer?"),
-        (valid.sum(1) != expected, "too few keys; there must be min(position + 1, index_topk)"),
-    ):
-        if wrong.any():
-            row = int(wrong.argmax())
-            raise GLM5PatchError(
-                f"recording, layer {layer_number}, position {int(positions[row])}: {says} "
-                f"(its keys go from {int(ordered[row].min())} to {int(ordered[row, -1])}, "
-                f"index_topk={index_topk})"
-            )
 
 
 class TopkRecorder:
@@ -387,7 +346,7 @@ class TopkRecorder:
             else:
                 keys = on_host[batch, rows]
             part = layer_number, index_topk, positions, keys
-            parts.append(workers().submit(lambda part=part: list(_frames(*part))))
+            parts.append(workers().submit(lambda part=part: list(frames_of(*part))))
         self._layers[layer_number] = parts
         for part in list(self._layers.values())[:-MOST_PENDING][-1:]:
             futures_wait(part)
