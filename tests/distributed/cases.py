@@ -296,9 +296,7 @@ CASES = (*_cases(), *_shared_out_cases())
 
 _SOME = """
 TP 2, forward, thd
-TP 2 + SP, indexer loss
 TP 2 + SP, heads, indexer loss, recompute none, thd
-TP 4 + SP, indexer loss, recompute full, thd
 CP 2 x TP 2 + SP, auto, indexer loss, recompute core_attn, thd
 TP 2 + SP, padding, indexer loss
 TP 4 + SP, dealt, indexer loss, recompute full, thd
@@ -306,18 +304,12 @@ CP 2, contiguous, padding, indexer loss
 MTP, TP 2 + SP, auto, indexer loss
 TP 2 + SP, auto, adapters, indexer loss, recompute core_attn
 PP 2, recompute block
-PP 2, recompute core_attn
-PP 2, recompute layernorm
 PP 2, indexer loss, recompute full
-PP 2 x VPP 2, recompute full
 PP 2 x VPP 2, recompute mla_up_proj, thd
 PP 2 x VPP 2 x TP 2 + SP, recompute full
 CP 2, indexer loss, recompute core_attn
-CP 2, contiguous, indexer loss, recompute mla_up_proj, thd
-CP 2 x TP 2 + SP, contiguous, recompute full
 EP 2 x TP 2 + SP
 DP 2, distributed optimizer
-MTP, PP 2, recompute core_attn
 MTP alone on the last stage
 """
 SOME = tuple(case for case in CASES if case.name in _SOME.splitlines())

@@ -304,4 +304,3 @@ FILES = dict(
     ),
 )
 """As of ``tests.distributed.cases``."""
-SOME_FILES = dict(checkpoints=FILES["checkpoints"][:3], readers=(), savers=FILES["savers"][:1])

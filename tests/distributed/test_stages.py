@@ -3,7 +3,7 @@
 import pytest
 
 from tests.distributed import run
-from tests.distributed.stage_cases import CASES, FILES, SOME, SOME_FILES, STALE
+from tests.distributed.stage_cases import CASES, FILES, SOME, STALE
 from tests.distributed.test_parallel import check_files, shortcomings
 
 
@@ -16,15 +16,9 @@ def found_by(cases, folder):
     return {case.name: [rank[case.name] for rank in ranks[case.world]] for case in cases}
 
 
-@pytest.mark.parametrize(
-    "files",
-    [
-        pytest.param(SOME_FILES, id="some"),
-        pytest.param(FILES, id="all", marks=pytest.mark.nightly),
-    ],
-)
-def test_any_split_loads_what_any_other_saved(files, tmp_path):
-    check_files(files, run.everything(tmp_path, [], files), tmp_path)
+@pytest.mark.nightly  # tests/distributed/test_parallel.py has splits without the switch
+def test_any_split_loads_what_any_other_saved(tmp_path):
+    check_files(FILES, run.everything(tmp_path, [], FILES), tmp_path)
 
 
 @pytest.mark.parametrize(

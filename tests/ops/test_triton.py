@@ -63,7 +63,9 @@ def both(tensors, topk, queries, dims, upstream_seed=9):
     return found
 
 
-@pytest.mark.parametrize("heads", [8, 16, 32, 64, 72])
+@pytest.mark.parametrize(
+    "heads", [8, 72, *(pytest.param(heads, marks=pytest.mark.nightly) for heads in (16, 32, 64))]
+)
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.nightly)])
 def test_attention_for_each_count_of_heads(interpreted, heads, seed):
     queries, tensors = layout([16]), inputs(16, 1, heads, SMALL, seed)
