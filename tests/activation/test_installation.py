@@ -53,7 +53,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     ]
 
 
-@pytest.fixture(params=["wheel", "editable", "target"])
+@pytest.fixture(params=["wheel", "editable", pytest.param("target", marks=pytest.mark.nightly)])
 def installed(request, wheel, tmp_path):
     """An environment that borrows torch and the hosts from this one, with the package installed
     its own way: (how, interpreter, variables)."""

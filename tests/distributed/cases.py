@@ -330,6 +330,8 @@ FILES = dict(
     ),
 )
 """The splits of ``tests.distributed.files.Files``."""
+SOME_FILES = {**FILES, "savers": (CHECKPOINT, FILES["savers"][-1])}
+"""Of the writers one with TP and PP, and one with MTP, PP and DP."""
 
 
 def source_of(case: Case) -> str:

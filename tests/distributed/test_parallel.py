@@ -10,7 +10,7 @@ import torch
 import glm5_patch
 from glm5_patch.checkpoint.reader import HFCheckpoint
 from tests.distributed import run
-from tests.distributed.cases import CASES, FILES, RECOMPUTE, SOME, SP, Case, source_of
+from tests.distributed.cases import CASES, FILES, RECOMPUTE, SOME, SOME_FILES, SP, Case, source_of
 
 LOSS = 5e-7
 # Relative, over all parameters of a rank and of the worst one. Tensor parallelism sums the partial
@@ -56,16 +56,19 @@ def shortcomings(case, found):
 
 
 @pytest.mark.parametrize(
-    "cases",
-    [pytest.param(SOME, id="some"), pytest.param(CASES, id="all", marks=pytest.mark.nightly)],
+    ("cases", "files"),
+    [
+        pytest.param(SOME, SOME_FILES, id="some"),
+        pytest.param(CASES, FILES, id="all", marks=pytest.mark.nightly),
+    ],
 )
-def test_splits_equal_one_process(cases, tmp_path):
-    found = run.everything(tmp_path, list(cases), FILES)
+def test_splits_equal_one_process(cases, files, tmp_path):
+    found = run.everything(tmp_path, list(cases), files)
     wrong = {case.name: shortcomings(case, found[case.name]) for case in cases}
     assert {name: text for name, text in wrong.items() if text} == {}
     assert found["refused"]["same"]
     assert "holds layer 5, a skip layer whose source, layer 3," in found["refused"]["says"]
-    check_files(FILES, found, tmp_path)
+    check_files(files, found, tmp_path)
     assert found["save, refused"]["same"]
     assert "exists and is not an empty directory" in found["save, refused"]["says"]
 
