@@ -38,7 +38,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from split_model import MICROBATCHES, Model, Split, initialised, splits
+from split_model import MICROBATCHES, Model, Split, dtype_on, initialised, splits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import glm5_patch
@@ -185,7 +185,7 @@ class Comparison:
     def __init__(self, options: argparse.Namespace):
         self.options, self.device = options, torch.device(options.device)
         self.on_gpu = options.device == "cuda"
-        self.dtype = torch.bfloat16 if self.on_gpu and not options.fp32 else torch.float32
+        self.dtype = torch.float32 if options.fp32 else dtype_on(options.device)
         self.reference: Reference | None = None
         self.bound = ON_CPU
         self.rates: dict[int, float] = {}

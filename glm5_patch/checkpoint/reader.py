@@ -241,7 +241,7 @@ def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
         getattr(model, "module", None), torch.nn.Module
     ):
         model = model.module
-    return as_gpt(model) if is_hybrid(model) else model
+    return _as_gpt(model) if hasattr(model, "hybrid_layer_pattern") else model
 
 
 def _keep_expert_bias_in_fp32(model: torch.nn.Module) -> None:
@@ -253,11 +253,7 @@ def _keep_expert_bias_in_fp32(model: torch.nn.Module) -> None:
             bias.data = bias.data.float()
 
 
-def is_hybrid(model: torch.nn.Module) -> bool:
-    return hasattr(model, "hybrid_layer_pattern")
-
-
-def as_gpt(model: torch.nn.Module) -> torch.nn.Module:
+def _as_gpt(model: torch.nn.Module) -> torch.nn.Module:
     """The parameters of a ``HybridModel`` by a ``GPTModel``'s names and layer numbers. The modules
     are the model's own; what is returned has no forward.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..checkpoint.names import pieces
+from ..checkpoint.reader import chunks_of
 from ..config.schedule import IndexSchedule
 from ..topk.carrier import open_carrier
 
@@ -219,13 +220,14 @@ def gradient_errors(model: torch.nn.Module, reference: torch.nn.Module) -> dict[
     has no gradient, and is not among them.
 
     Args:
-        model: a Megatron GPTModel, or ``checkpoint.reader.as_gpt`` of a HybridModel.
+        model: a Megatron GPTModel or HybridModel, in one chunk.
         reference: a ``GlmMoeDsaForCausalLM`` with the same weights. Of both, the backward of the
             same loss has run.
     """
     references = dict(reference.named_parameters())
     errors = {}
-    for name, parameter, sources in pieces(model):
+    (chunk,) = chunks_of(model)
+    for name, parameter, sources in pieces(chunk):
         if ".indexer." in name or name.endswith("expert_bias"):
             continue
         expected = torch.cat([_hf_gradient(references, source) for source in sources])

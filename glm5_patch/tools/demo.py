@@ -15,7 +15,7 @@ import torch
 from ..checkpoint.staging import free_directory
 from ..checkpoint.writer import save
 from .report import Result, progress, say
-from .verify import Report, Session, by_name, check_loaded, compare, losses, session
+from .verify import Report, Session, check_loaded, compare, losses, session
 
 
 def run(options: argparse.Namespace) -> Result:
@@ -43,7 +43,7 @@ def _check_writable(output: Path) -> None:
 
 def _save_and_read_back(opened: Session, output: str | None) -> None:
     directory = Path(output) if output else opened.scratch / "trained"
-    save(by_name(opened.model), opened.checkpoint.config, directory, opened.checkpoint)
+    save(opened.model, opened.checkpoint.config, directory, opened.checkpoint)
     say("transformers: reading the trained checkpoint back")
     compare(opened, directory, microbatch=1, label="trained")
 

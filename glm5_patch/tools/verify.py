@@ -245,13 +245,6 @@ def _model(options: argparse.Namespace, checkpoint: HFCheckpoint) -> torch.nn.Mo
     return model
 
 
-def by_name(model: torch.nn.Module) -> torch.nn.Module:
-    """The model with the parameter names of a ``GPTModel``."""
-    from ..checkpoint.reader import as_gpt, is_hybrid
-
-    return as_gpt(model) if is_hybrid(model) else model
-
-
 def check_loaded(opened: Session) -> None:
     """Keys, logits and recompute of the model as it was loaded."""
     length, topk = opened.ids.shape[2] - 1, opened.checkpoint.config.index_topk
@@ -329,7 +322,7 @@ def _compare_gradients(reference, model, ids, intact, report: Report, label: str
         theirs = reference(ids, use_cache=False).logits
     for logits in (forward(model, ids), theirs):
         cross_entropy(logits[:, :-1][intact[:, 1:]], ids[:, 1:][intact[:, 1:]]).backward()
-    errors = gradient_errors(by_name(model), reference)
+    errors = gradient_errors(model, reference)
     worst = max(errors, key=errors.__getitem__)
     report.check(
         f"{label}: gradients of {len(errors)} parameters",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from glm5_patch.checkpoint.reader import HFCheckpoint
-from glm5_patch.tools.verify import by_name, forward
+from glm5_patch.tools.verify import forward
 from tests.patches.test_parity import assert_gradients, compared
 from tests.patches.test_recompute import FULL, gradients, microbatches
 from tests.tiny import hf_config, hf_model, pack_forward, packed, relative, tokens
@@ -26,7 +26,7 @@ def assert_equals_hugging_face(build, directory, seed: int) -> None:
     theirs.save_pretrained(directory)
     ours = build(HFCheckpoint(directory))
     ids, _ = compared(ours, theirs, lambda draw: tokens(seed + 100 * draw, 2, 64))
-    assert_gradients(ours, theirs, ids, by_name(ours))
+    assert_gradients(ours, theirs, ids)
     for length in LENGTHS:
         compared(ours, theirs, lambda draw, n=length: tokens(seed + n + 100 * draw, 1, n))
     assert_packs(ours, tokens(seed, 1, sum(LENGTHS)))

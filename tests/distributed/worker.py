@@ -28,7 +28,6 @@ from megatron.core.distributed import (
 from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossLoggingHelper
 
@@ -41,6 +40,7 @@ from glm5_patch.testing.models import let_go
 from glm5_patch.testing.parity import recorded
 from glm5_patch.topk import tokens as where_tokens_stand
 from glm5_patch.topk.stages import StageTopk
+from tests.distributed import schedule
 from tests.distributed.adapters import adapt
 from tests.distributed.cases import CONTIGUOUS, Case
 from tests.tiny import hf_config, megatron_config, packed, tokens
@@ -314,13 +314,11 @@ def step(case: Case, chunks, seed: int = 0):
     for chunk in chunks:
         chunk.train(not case.forward_only)
         chunk.zero_grad_buffer()
-    iterators = [iter(own) for _ in chunks]
-    reduced = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators if len(chunks) > 1 else iterators[0],
-        model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(own),
-        seq_length=LENGTH,
+    reduced = schedule.run(
+        chunks,
+        own,
+        forward_step,
+        length=LENGTH,
         micro_batch_size=1 if case.thd else BATCH,
         decoder_seq_length=LENGTH,
         forward_only=case.forward_only,

@@ -62,14 +62,15 @@ def carries(stack) -> bool:
     ours = sys.modules.get(OUR_ATTENTION)
     if ours is None:
         return False
-    return any(isinstance(core, ours.CrossLayerDSAttention) for core in _cores(stack))
+    return any(isinstance(core, ours.CrossLayerDSAttention) for _, core in _cores(stack))
 
 
-def _cores(stack) -> list:
-    """The core attention of each layer that has one."""
-    attentions = (getattr(layer, "self_attention", None) for layer in getattr(stack, "layers", ()))
+def _cores(stack) -> list[tuple]:
+    """Each layer that has a core attention, and that."""
+    layers = getattr(stack, "layers", ())
+    attentions = (getattr(layer, "self_attention", None) for layer in layers)
     cores = (getattr(attention, "core_attention", None) for attention in attentions)
-    return [core for core in cores if core is not None]
+    return [(layer, core) for layer, core in zip(layers, cores) if core is not None]
 
 
 def shares(config) -> bool:
@@ -117,7 +118,7 @@ def _open_loss_log(stack) -> None:
     from ...attention.attention import CrossLayerDSAttention
     from ...attention.loss_log import open_log
 
-    if all(isinstance(core, CrossLayerDSAttention) for core in _cores(stack)):
+    if all(isinstance(core, CrossLayerDSAttention) for _, core in _cores(stack)):
         open_log(stack)
 
 
@@ -139,9 +140,8 @@ def _refuse_to_replay_other_attention(stack) -> None:
     """megatron-core's own sparse attention asks neither a recording nor a recorder."""
     from ...attention.attention import CrossLayerDSAttention
 
-    for layer in getattr(stack, "layers", ()):
-        core = getattr(getattr(layer, "self_attention", None), "core_attention", None)
-        if core is not None and not isinstance(core, CrossLayerDSAttention):
+    for layer, core in _cores(stack):
+        if not isinstance(core, CrossLayerDSAttention):
             raise GLM5PatchError(
                 f"layer {layer.layer_number} has {type(core).__name__} as its attention, which "
                 "record_topk and replay_topk do not reach; build the model with "

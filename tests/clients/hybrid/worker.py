@@ -16,7 +16,6 @@ from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid import hybrid_block
 from megatron.core.models.hybrid.hybrid_model import HybridModel
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel import (
@@ -32,6 +31,7 @@ from glm5_patch.attention.local_backend import LocalNorm
 from glm5_patch.config.huggingface import HFConfig
 from glm5_patch.testing import cpu_host
 from tests.clients.stacks import layer_spec, randomized
+from tests.distributed import schedule
 from tests.tiny import hf_config, megatron_config, tokens
 
 BATCH, LENGTH, MICROBATCHES = 2, 48, 3
@@ -87,20 +87,7 @@ def named(model: HybridModel) -> dict[str, torch.nn.Parameter]:
 
 
 def gradients(model: HybridModel) -> dict[str, torch.Tensor]:
-    def forward_step(iterator, model):
-        ids = next(iterator)
-        output = model(ids, torch.arange(LENGTH).expand_as(ids), None, labels=ids.roll(-1, 1))
-        return output, lambda output: (output.mean(), {})
-
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter([tokens(seed, BATCH, LENGTH) for seed in range(MICROBATCHES)]),
-        model=model,
-        num_microbatches=MICROBATCHES,
-        seq_length=LENGTH,
-        micro_batch_size=BATCH,
-        forward_only=False,
-    )
+    schedule.train(model, [tokens(seed, BATCH, LENGTH) for seed in range(MICROBATCHES)])
     return {name: p.grad for name, p in named(model).items() if p.grad is not None}
 
 

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from glm5_patch.attention.attention import CrossLayerDSAttention
 from glm5_patch.testing import cpu_host
 from glm5_patch.testing.parity import decoder_layer
 from glm5_patch.topk.record import TopkRecording, record_topk
 from glm5_patch.topk.replay import replay_topk
+from tests.distributed import schedule
 from tests.distributed.cases import FULL, Case
 from tests.distributed.worker import (
     BATCH,
@@ -76,13 +76,11 @@ def passes(case: Case, chunks, recordings, reverse: bool, forward_only: bool):
     for chunk in chunks:
         chunk.train(not forward_only)
         chunk.zero_grad_buffer()
-    iterators = [iter(own) for _ in chunks]
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators if len(chunks) > 1 else iterators[0],
-        model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(own),
-        seq_length=LENGTH,
+    schedule.run(
+        chunks,
+        own,
+        forward_step,
+        length=LENGTH,
         micro_batch_size=1 if case.thd else BATCH,
         decoder_seq_length=LENGTH,
         forward_only=forward_only,

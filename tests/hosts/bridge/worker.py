@@ -66,28 +66,15 @@ def there_and_back(split: str, folder: Path) -> dict:
 def gradients(folder: Path, split: str | None) -> dict[str, torch.Tensor]:
     """Of two microbatches of what this rank has of a model that Bridge built."""
     from megatron.bridge import AutoBridge
-    from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    from tests.distributed import schedule
     from tests.distributed.worker import tensors
 
     bridge = AutoBridge.from_hf_pretrained(str(folder / "source"))
     settings = {**SPLITS[split], **SETTINGS[split]} if split else {}
     model = build(bridge, {**CPU, **settings}).train()
 
-    def forward_step(iterator, model):
-        ids = next(iterator)
-        output = model(ids, torch.arange(LENGTH).expand_as(ids), None, labels=ids.roll(-1, 1))
-        return output, lambda output: (output.mean(), {})
-
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter([tokens(seed, BATCH, LENGTH) for seed in (0, 1)]),
-        model=model,
-        num_microbatches=2,
-        seq_length=LENGTH,
-        micro_batch_size=BATCH,
-        forward_only=False,
-    )
+    schedule.train(model, [tokens(seed, BATCH, LENGTH) for seed in (0, 1)])
     return {name: p.grad for name, p in tensors([model]) if p.grad is not None}
 
 
