@@ -145,8 +145,11 @@ class Model:
         config = transformer_config(self.hf, **own)
         config.finalize_model_grads_func = None if split.alone else finalize_model_grads
         model = gpt_model(self.hf, config)
-        in_fp32 = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-        self.ddp = DistributedDataParallel(config, in_fp32, model)
+        as_trained = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, overlap_grad_reduce=not split.alone
+        )
+        self.ddp = DistributedDataParallel(config, as_trained, model)
+        config.no_sync_func = self.ddp.no_sync
         self.fill()
         self.microbatch = 0
         """The one that is running; its recompute too, since no other is in flight."""
