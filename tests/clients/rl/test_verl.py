@@ -3,7 +3,6 @@
 Packages that it imports for rollouts and for its controller are made up where they are absent.
 """
 
-import importlib.machinery
 import importlib.util
 import inspect
 import sys
@@ -19,6 +18,7 @@ from glm5_patch.attention.build import HF_LATENT_NORM_EPSILON, set_latent_norm_e
 from glm5_patch.checkpoint.reader import HFCheckpoint
 from glm5_patch.testing.cpu_host import CudaLiterals
 from tests.clients.parity import assert_equals_hugging_face, assert_recomputes
+from tests.clients.rl.packages import made_up
 from tests.hosts.bridge import standin
 from tests.hosts.bridge.helpers import CPU
 from tests.patches.test_recompute import MODES
@@ -27,30 +27,12 @@ from tests.tiny import add_mtp_layer, megatron_model, saved, tokens
 if importlib.util.find_spec("verl") is None:
     pytest.skip("verl is not installed", allow_module_level=True)
 standin.install()  # verl imports Bridge where it is installed
-NOT_OF_TRAINING = ("ray", "tensordict", "codetiming", "orjson")
-
-
-class MadeUp:
-    """Finds modules that are not installed."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in NOT_OF_TRAINING:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec):
-        return MagicMock(__spec__=spec, __path__=[], __name__=spec.name, __version__="99")
-
-    def exec_module(self, module):
-        pass
 
 
 @pytest.fixture(scope="module", autouse=True)
 def packages():
-    finder = MadeUp()
-    sys.meta_path.append(finder)  # the last: what is installed is taken
-    yield
-    sys.meta_path.remove(finder)
+    with made_up("ray", "tensordict", "codetiming", "orjson"):
+        yield
 
 
 @pytest.fixture
