@@ -1,8 +1,9 @@
 """Break one patch or one seam of the real hosts at a time, each in a forked copy of a process.
 
-    TORCH_DEVICE_BACKEND_AUTOLOAD=0 python -m tests.activation.break_hosts
+    TORCH_DEVICE_BACKEND_AUTOLOAD=0 python -m tests.activation.break_hosts PATCH:FAULT...
 
-Prints one JSON line for each patch and fault, and one for the hosts as they are.
+Prints one JSON line for each patch and fault, and one for the hosts as they are. A patch whose seam
+can't have the fault has no line.
 """
 
 import inspect
@@ -156,11 +157,12 @@ def _index_sharing():
     return {}
 
 
-def main():
+def main(asked):
     print(json.dumps(in_a_fork(outcome, None, None)))
     for patch in PATCHES:
         for fault in possible_faults(patch):
-            print(json.dumps(in_a_fork(outcome, patch, fault)))
+            if f"{patch.id}:{fault.__name__}" in asked:
+                print(json.dumps(in_a_fork(outcome, patch, fault)))
 
 
 if __name__ == "__main__":
@@ -174,4 +176,4 @@ if __name__ == "__main__":
         TransformerConfig as CONFIG,
     )
 
-    main()
+    main(sys.argv[1:])

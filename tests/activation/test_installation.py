@@ -53,7 +53,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     ]
 
 
-@pytest.fixture(params=["wheel", "editable", pytest.param("target", marks=pytest.mark.nightly)])
+@pytest.fixture(
+    params=[
+        "wheel",
+        *(pytest.param(how, marks=pytest.mark.nightly) for how in ("editable", "target")),
+    ]
+)
 def installed(request, wheel, tmp_path):
     """An environment that borrows torch and the hosts from this one, with the package installed
     its own way: (how, interpreter, variables)."""
@@ -124,7 +129,9 @@ print(importlib.metadata.version("wrapt"))
 """
 
 
-@pytest.mark.parametrize("pin", ["1.14", pytest.param("1.17", marks=pytest.mark.nightly), "2.0"])
+@pytest.mark.parametrize(
+    "pin", [*(pytest.param(pin, marks=pytest.mark.nightly) for pin in ("1.14", "1.17")), "2.0"]
+)
 def test_no_pin_of_an_image_is_changed(wheel, tmp_path, pin):
     """Images pin wrapt for OpenTelemetry. Theirs around ours is seen through in each release."""
     run(sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv"))

@@ -303,11 +303,9 @@ TP 4 + SP, dealt, indexer loss, recompute full, thd
 CP 2, contiguous, padding, indexer loss
 MTP, TP 2 + SP, auto, indexer loss
 TP 2 + SP, auto, adapters, indexer loss, recompute core_attn
-PP 2, recompute block
 PP 2, indexer loss, recompute full
 PP 2 x VPP 2, recompute mla_up_proj, thd
 PP 2 x VPP 2 x TP 2 + SP, recompute full
-CP 2, indexer loss, recompute core_attn
 EP 2 x TP 2 + SP
 DP 2, distributed optimizer
 MTP alone on the last stage

@@ -89,8 +89,17 @@ def test_only_a_positive_coefficient_trains_the_indexers_and_only_them(
             assert torch.equal(grad, gradients[None][name]), name
 
 
-@pytest.mark.parametrize("lengths", [[S], [1, 14, 0, 9]], ids=["bshd", "thd"])
-@pytest.mark.parametrize("kind", ["as they come", "deterministic", "everything selected"])
+@pytest.mark.parametrize(
+    ("lengths", "kind"),
+    [
+        pytest.param([S], "deterministic", id="bshd-deterministic"),
+        pytest.param([S], "as they come", id="bshd-as they come", marks=pytest.mark.nightly),
+        pytest.param([S], "everything selected", id="bshd-all", marks=pytest.mark.nightly),
+        pytest.param([1, 14, 0, 9], "deterministic", id="thd-deterministic"),
+        pytest.param([1, 14, 0, 9], "as they come", id="thd-as they come"),
+        pytest.param([1, 14, 0, 9], "everything selected", id="thd-all"),
+    ],
+)
 def test_triton_computes_the_same_loss_and_gradients(lengths, kind, interpreted, monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
     b = B if len(lengths) == 1 else 1

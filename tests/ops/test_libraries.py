@@ -143,7 +143,12 @@ def absorbed_inputs(lengths, batch, k, seed):
 
 SEEDS = pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.nightly)])
 LAYOUTS = pytest.mark.parametrize(
-    ("lengths", "batch"), [([24], 1), ([24], 3), ([1, 13, 10], 1)], ids=["one", "batch", "thd"]
+    ("lengths", "batch"),
+    [
+        pytest.param([24], 1, id="one"),
+        pytest.param([24], 3, id="batch", marks=pytest.mark.nightly),
+        pytest.param([1, 13, 10], 1, id="thd"),
+    ],
 )
 
 
