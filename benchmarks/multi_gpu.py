@@ -6,9 +6,9 @@
 
 Seven layers of GLM-5.2's width, of which 1, 2, 3 and 7 compute their top-k, few experts, random
 weights, bf16, full recompute, two microbatches a step, the indexer's loss, megatron-core's
-schedule, modules of the local backend, gradients reduced beside the backward. "1 GPU" runs on every rank by itself. "tokens" and "heads"
-are what tensor parallelism shares out (GLM5_PATCH_TP). Experts are split between all ranks wherever
-there are several.
+schedule, modules of the local backend, gradients reduced beside the backward. "1 GPU" runs on every
+rank by itself. "tokens" and "heads" are what tensor parallelism shares out (GLM5_PATCH_TP). Experts
+are split between all ranks wherever there are several.
 
 A rate is of the median of the timed steps, per GPU and as a share of one GPU's; memory is the peak
 of the worst rank. At the first length the gradients of a step are compared with one GPU's twice:
