@@ -36,10 +36,11 @@ def main(client: str, tests: list[str]) -> int:
     core = megatron.core.__version__
     record = tables.read()
     launcher = client.partition(" ")[0] == "Megatron-LM"
+    source = "MEGATRON_LM=SOURCE " if "MEGATRON_LM" in os.environ else ""
     row = {
         "client": client,
         "core": core,
-        "command": f"{'MEGATRON_LM=SOURCE ' if launcher else ''}pytest {shlex.join(tests)}",
+        "command": f"{source}pytest {shlex.join(tests)}",
         "seen": f"{_what(tests[0])} {passed[0]}",
         "date": date.today().isoformat(),
     }
