@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import glm5_patch
 
 ROOT = Path(__file__).parents[1]
@@ -40,11 +42,20 @@ def test_a_name_is_loaded_when_it_is_used():
     assert result.returncode == 0, result.stderr
 
 
-def test_the_api_page_is_current():
-    """``python docs/make_api.py`` writes it."""
-    spec = importlib.util.spec_from_file_location("make_api", ROOT / "docs" / "make_api.py")
-    make_api = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_api)
-    assert make_api.PAGE.read_text() == make_api.page()
+def maker(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["make_api", "make_settings"])
+def test_a_page_that_is_made_is_current(name):
+    """``python docs/NAME.py`` writes it."""
+    assert maker(name).PAGE.read_text() == maker(name).page()
+
+
+def test_all_of_the_api_is_documented():
+    make_api = maker("make_api")
     documented = {name for names in make_api.GROUPS.values() for name in names}
     assert documented == set(glm5_patch.__all__) - {"__version__"}

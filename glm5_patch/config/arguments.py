@@ -80,6 +80,13 @@ _ANY = HFConfig({"rope_parameters": {"rope_theta": 1.0}})
 """Of its arguments those in ``ALWAYS`` are every GLM-5's."""
 
 
+def command_line(hf: HFConfig) -> list[str]:
+    """The flags of Megatron-LM that say what a config.json says; those at a parser's default that
+    no flag sets are left out."""
+    remedies = (_remedy(name, value) for name, value in model_arguments(hf).items())
+    return [text.removeprefix("give ") for text in remedies if text.startswith("give ")]
+
+
 def check_arguments(args: Any, hf: HFConfig | None, source: str = "") -> None:
     """Compare a command line with the GLM-5 of a config.json, or with what all GLM-5s have.
 
@@ -192,4 +199,6 @@ def _remedy(name: str, wanted: Any) -> str:
         wanted = "".join("F" if kind == FULL else "S" for kind in wanted)
     elif isinstance(wanted, list):
         wanted = str(wanted).replace(" ", "")
+    elif isinstance(wanted, float) and wanted.is_integer():
+        wanted = int(wanted)  # --rotary-base takes no 8000000.0
     return f"remove {flag}" if wanted is None else f"give {flag} {wanted}"
