@@ -82,11 +82,12 @@ class CudaLiterals(TorchFunctionMode):
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
             return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return func(*args).replace("torch.", "torch.cuda.")
+        if not kwargs:
+            found = func(*args)
+            of_type = func is torch.Tensor.type and len(args) == 1
+            return found.replace("torch.", "torch.cuda.") if of_type else found
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs = {**kwargs, "device": "cpu"}
         if kwargs.get("pin_memory"):

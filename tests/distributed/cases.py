@@ -44,7 +44,8 @@ class Case:
     indexer_loss: float | None = None
     distributed_optimizer: bool = False
     forward_only: bool = False
-    microbatches: int = 4
+    microbatches: int = 0
+    """0: four where stages, replicas or more than two ranks share them out, else two."""
     bf16: bool = False
     stale: bool = False
     """Stages get the top-k of the microbatch before, so that the comparison can fail."""
@@ -63,6 +64,10 @@ class Case:
     trains_from: int = 1
     """The embedding and the layers before this one are frozen."""
     settings: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        several = self.pp * self.dp > 1 or self.world > 2
+        self.microbatches = self.microbatches or (4 if several else 2)
 
     @property
     def shares_tokens(self) -> bool:
