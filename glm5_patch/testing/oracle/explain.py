@@ -1,0 +1,212 @@
+"""Find the known faults under which the reference gives the same logits as an implementation.
+
+The first ``index_topk`` tokens of a sequence attend to everything before them, so faults of the
+selection leave them alone. They are explained first, by the other faults; then the rest, by those
+of the selection. That keeps the search small: it covers every pair, and some larger sets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import combinations
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from .faults import FAULTS, Fault
+from .reference import Conventions, Forward, Reference
+
+BOUND = 2e-5
+"""The largest difference of two equal logits, relative to the largest logit."""
+ENOUGH = 0.4
+"""The share of tokens that must be free of near ties for a comparison to say something."""
+MOST_DENSE = 2
+"""Faults outside of the selection that are tried together."""
+MOST_SELECTING = 3
+"""Faults of the selection that are tried together."""
+FITTED = {
+    "rope_theta": (1e2, 1e10),
+    "softmax_scale": (1e-3, 1e1),
+    "routed_scaling_factor": (1e-2, 1e2),
+    "rms_norm_eps": (1e-9, 1e-1),
+    "kv_latent_norm_eps": (1e-9, 1e-1),
+    "q_latent_norm_eps": (1e-9, 1e-1),
+}
+"""Settings that may have any value, and where it is searched."""
+EPSILONS = (0.0, *(10.0**-n for n in range(12, 1, -1)))
+
+Faults = tuple[Fault, ...]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A setting that has another value than in any known fault."""
+
+    setting: str
+    value: float
+    right: float
+
+    def __str__(self) -> str:
+        return f"{self.setting} = {self.value:.6g} and not {self.right:.6g}"
+
+
+class Explainer:
+    """The reference on some tokens, under known faults.
+
+    Args:
+        reference: with weights that have an indexer in every layer.
+        ids: int64 [b, s], with s above ``index_topk``.
+    """
+
+    def __init__(self, reference: Reference, ids: Tensor):
+        self.reference, self.ids = reference, ids
+        self.config: SimpleNamespace = reference.config
+        self.right = Conventions.of(self.config)
+        self._forwards: dict[tuple[Conventions, int], Forward] = {}
+        within = torch.arange(ids.shape[1]) < self.config.index_topk
+        self.within = within.expand(ids.shape)
+        """bool [b, s]: the tokens that attend to everything before them."""
+        self.all_tokens = torch.ones_like(self.within)
+
+    def forward(self, conventions: Conventions, sequences: int | None = None) -> Forward:
+        """Of all sequences, or of the first ones. The outputs of layers are left out."""
+        key = conventions, sequences or len(self.ids)
+        if key not in self._forwards:
+            forward = self.reference(self.ids[: key[1]], conventions)
+            self._forwards[key] = replace(forward, hidden=[])  # hundreds are kept
+        return self._forwards[key]
+
+    def gives(self, conventions: Conventions, logits: Tensor, where: Tensor) -> bool:
+        """Whether the tokens of ``where``, bool [b, s], have these logits. Those that a near tie
+        has touched are left out."""
+        one = self.forward(conventions, 1)
+        if not _agrees(one, logits[:1], where[:1]):
+            return False  # the first sequence alone is much faster
+        whole = self.forward(conventions)
+        enough = (whole.intact & where).sum() >= ENOUGH * where.sum()
+        return bool(enough) and _agrees(whole, logits, where)
+
+    def changed(self, faults: Faults, base: Conventions | None = None) -> Conventions:
+        conventions = base or self.right
+        for fault in faults:
+            conventions = fault.applied(conventions, self.config)
+        return conventions
+
+    @cached_property
+    def _faults(self) -> Faults:
+        """Those that show on this model."""
+        right = self.forward(self.right).logits
+        return tuple(
+            f for f in FAULTS if not self.gives(self.changed((f,)), right, self.all_tokens)
+        )
+
+    def explain(
+        self, logits: Tensor, all_indexers: bool = False, base: Conventions | None = None
+    ) -> list[Faults]:
+        """The smallest sets of known faults that give these logits.
+
+        Args:
+            logits: [b, s, vocab].
+            all_indexers: whether the implementation was given an indexer in every layer.
+            base: what is changed; GLM-5's conventions if left out.
+
+        Returns:
+            Sets of one size; ``[()]`` if the logits are right, and ``[]`` if nothing gives them.
+        """
+        able = [fault for fault in self._faults if all_indexers or not fault.all_indexers]
+        dense = [fault for fault in able if not fault.selects]
+        selecting = [fault for fault in able if fault.selects]
+
+        def smallest(sets: Iterable[Faults], where: Tensor) -> list[Faults]:
+            """Of sets in the order of their sizes: those of the first size that explain."""
+            found: list[Faults] = []
+            for faults in sets:
+                if found and len(faults) > len(found[0]):
+                    break
+                if self.gives(self.changed(faults, base), logits, where):
+                    found.append(faults)
+            return found
+
+        found = [
+            explanation
+            for start in smallest(subsets(dense, MOST_DENSE), self.within)
+            for explanation in smallest(
+                (start + more for more in subsets(selecting, MOST_SELECTING)), self.all_tokens
+            )
+        ]
+        # Not every pair comes apart so: a fault of the padding can bring later tokens into the
+        # first, and a rope that only the indexer has shows in later tokens alone.
+        found = found or smallest(subsets(able, 2), self.all_tokens)
+        fewest = min(map(len, found), default=0)
+        return [faults for faults in found if len(faults) == fewest]
+
+    def fit(self, logits: Tensor) -> Fit | None:
+        """The value of one setting that gives these logits, or those of the first tokens."""
+        named = {"index_topk": range(1, self.ids.shape[1]), "index_k_norm_eps": EPSILONS}
+        for setting, values in named.items():
+            for value in values:
+                if self.gives(replace(self.right, **{setting: value}), logits, self.all_tokens):
+                    return Fit(setting, value, getattr(self.right, setting))
+        for setting, (low, high) in FITTED.items():
+            right = getattr(self.right, setting)
+            value = self._fitted(setting, right, (low, high), logits)
+            if value is not None:
+                return Fit(setting, value, right)
+        return None
+
+    def _fitted(self, setting: str, right: float, bounds, logits: Tensor) -> float | None:
+        first = self.within[:1]
+
+        def distance(value: float) -> float:
+            forward = self.forward(replace(self.right, **{setting: value}), 1)
+            errors = token_errors(forward.logits, logits[:1])[first]
+            return errors.quantile(0.75).item()  # experts may flip at some tokens
+
+        if distance(right) <= BOUND:
+            return None
+        low, high = map(math.log10, bounds)
+        step = (high - low) / 24
+        best = min((low + step * n for n in range(25)), key=lambda n: distance(10**n))
+        for _ in range(14):
+            step /= 2
+            best = min((best - step, best, best + step), key=lambda n: distance(10**n))
+        rounded = (float(f"{10**best:.{digits}e}") for digits in range(5))
+        value = next((value for value in rounded if distance(value) <= BOUND), 10**best)
+        return value if distance(value) <= 50 * BOUND else None
+
+    def nearest(self, logits: Tensor) -> tuple[Fault, float] | None:
+        """The one fault under which most tokens agree, and their share; None if none helps."""
+
+        def share(faults: Faults) -> float:
+            errors = token_errors(self.forward(self.changed(faults)).logits, logits)
+            return (errors <= BOUND).float().mean().item()
+
+        best = max(self._faults, key=lambda fault: share((fault,)))
+        found = share((best,))
+        return (best, found) if found > share(()) else None
+
+
+def subsets(faults: Iterable[Fault], most: int) -> Iterator[Faults]:
+    """Sets of at most so many faults, smaller ones first, no two of one setting."""
+    faults = tuple(faults)
+    for size in range(most + 1):
+        for chosen in combinations(faults, size):
+            settings = [name for fault in chosen for name in fault.changes]
+            if len(set(settings)) == len(settings):
+                yield chosen
+
+
+def token_errors(ours: Tensor, theirs: Tensor) -> Tensor:
+    """[b, s]: the largest difference of a token's logits, relative to the largest of all."""
+    errors = (ours - theirs).abs().amax(-1) / ours.abs().max()
+    return errors.nan_to_num(float("inf"), posinf=float("inf"))
+
+
+def _agrees(forward: Forward, logits: Tensor, where: Tensor) -> bool:
+    """Whether all tokens of ``where`` that no near tie has touched have these logits."""
+    errors = token_errors(forward.logits, logits)[forward.intact & where]
+    return bool((errors <= BOUND).all())
