@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-LENGTH = 32
+LENGTH = 30
 """Tokens of a sequence; the first ``index_topk`` of them attend to everything before them."""
 SIZES = dict(
     vocab_size=96,

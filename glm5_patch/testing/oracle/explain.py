@@ -28,6 +28,7 @@ MOST_DENSE = 2
 """Faults outside of the selection that are tried together."""
 MOST_SELECTING = 3
 """Faults of the selection that are tried together."""
+MOST = MOST_DENSE + MOST_SELECTING
 FITTED = {
     "rope_theta": (1e2, 1e10),
     "softmax_scale": (1e-3, 1e1),
@@ -105,12 +106,17 @@ class Explainer:
         )
 
     def explain(
-        self, logits: Tensor, all_indexers: bool = False, base: Conventions | None = None
+        self,
+        logits: Tensor,
+        most: int = MOST,
+        all_indexers: bool = False,
+        base: Conventions | None = None,
     ) -> list[Faults]:
         """The smallest sets of known faults that give these logits.
 
         Args:
             logits: [b, s, vocab].
+            most: faults of a set.
             all_indexers: whether the implementation was given an indexer in every layer.
             base: what is changed; GLM-5's conventions if left out.
 
@@ -133,14 +139,18 @@ class Explainer:
 
         found = [
             explanation
-            for start in smallest(subsets(dense, MOST_DENSE), self.within)
+            for start in smallest(subsets(dense, min(most, MOST_DENSE)), self.within)
             for explanation in smallest(
-                (start + more for more in subsets(selecting, MOST_SELECTING)), self.all_tokens
+                (
+                    start + more
+                    for more in subsets(selecting, min(most - len(start), MOST_SELECTING))
+                ),
+                self.all_tokens,
             )
         ]
         # Not every pair comes apart so: a fault of the padding can bring later tokens into the
         # first, and a rope that only the indexer has shows in later tokens alone.
-        found = found or smallest(subsets(able, 2), self.all_tokens)
+        found = found or smallest(subsets(able, min(most, 2)), self.all_tokens)
         fewest = min(map(len, found), default=0)
         return [faults for faults in found if len(faults) == fewest]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import GLM5PatchError
 from . import checkpoint
 from .candidate import Candidate, logits_of, recorded_layers
-from .explain import BOUND, Explainer, Faults, Fit, token_errors
+from .explain import BOUND, MOST, Explainer, Faults, Fit, token_errors
 from .faults import Fault, known
 from .reference import Conventions, Reference
 
@@ -168,11 +168,10 @@ class Oracle:
         self, logits: Tensor, hidden: list[Tensor], candidate: Candidate | None = None
     ) -> Verdict:
         explainer, fit = self.explainer, None
-        finite = bool(logits.isfinite().all())
-        explanations = explainer.explain(logits) if finite else []
-        if finite and not explanations:
-            explanations = self._explain_with_all_indexers(candidate)
-        if finite and not explanations and (fit := explainer.fit(logits)) is not None:
+        explanations = self._explain(logits, candidate) if logits.isfinite().all() else []
+        if logits.isfinite().all() and not explanations:
+            fit = explainer.fit(logits)
+        if fit is not None:
             base = replace(explainer.right, **{fit.setting: fit.value})
             explanations = explainer.explain(logits, base=base)
         errors = token_errors(explainer.forward(explainer.right).logits, logits)
@@ -182,19 +181,32 @@ class Oracle:
             verdict.remarks = list(self._remarks(logits, hidden, verdict))
         return verdict
 
-    def _explain_with_all_indexers(self, candidate: Candidate | None) -> list[Faults]:
+    def _explain(self, logits: Tensor, candidate: Candidate | None) -> list[Faults]:
+        """By one fault; by a wrong schedule; by several faults."""
+        explainer = self.explainer
+        if explanations := explainer.explain(logits, most=1):
+            return explanations
+        of_all = self._logits_with_all_indexers(candidate)
+        for most in (1, MOST):
+            if most > 1 and (explanations := explainer.explain(logits)):
+                return explanations
+            if of_all is not None:
+                found = explainer.explain(of_all, most, all_indexers=True)
+                if any(fault.all_indexers for faults in found for fault in faults):
+                    return found
+        return []
+
+    def _logits_with_all_indexers(self, candidate: Candidate | None) -> Tensor | None:
         """A model that runs the indexers of other layers finds no weights there, and its logits are
-        anybody's guess. So it gets some."""
+        anybody's guess. So it gets some. None if its loader refuses weights that no GLM-5 has."""
         if candidate is None or "shared" not in self.config.indexer_types:
-            return []
+            return None
         directory = self._saved("glm5-with-all-indexers", all_indexers=True)
         try:
             with candidate.built(directory) as model:
-                logits, _ = self._observe(model, candidate.name, candidate.device)
-        except GLM5PatchError:  # its loader refuses weights that no GLM-5 has
-            return []
-        found = self.explainer.explain(logits, all_indexers=True)
-        return [faults for faults in found if any(fault.all_indexers for fault in faults)]
+                return self._observe(model, candidate.name, candidate.device)[0]
+        except GLM5PatchError:
+            return None
 
     def _remarks(self, logits: Tensor, hidden: list[Tensor], verdict: Verdict):
         topk = self.config.index_topk

@@ -1,0 +1,112 @@
+"""Hugging Face's model with known faults: each is named, alone and in pairs, and none else is."""
+
+import copy
+import random
+
+import pytest
+import transformers
+
+from glm5_patch.testing.oracle import Oracle
+from glm5_patch.testing.oracle.explain import token_errors
+from glm5_patch.testing.oracle.faults import FAULTS
+from tests.testing.seeded import SCHEDULES, SEEDED, load, with_schedule
+
+transformers.utils.logging.disable_progress_bar()
+
+PAIRS = [
+    ("indexer_rope_slice", "indexer_raw_query_latent"),  # megatron-core 0.16 to 0.18
+    ("yarn_megatron", "indexer_rope_half_split"),
+]
+SLOW = [
+    ("rope_half_split", "rope_theta_default"),
+    ("rope_missing", "rope_theta_default"),
+    ("padding_last_key", "indexer_relu_missing"),
+]
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory):
+    return Oracle(tmp_path_factory.mktemp("oracle"))
+
+
+@pytest.fixture(scope="module")
+def right(oracle):
+    return load(oracle.checkpoint)
+
+
+def seeded(oracle, right, faults):
+    """The verdict on a model with these faults."""
+    with pytest.MonkeyPatch.context() as patch:
+        model = copy.deepcopy(right)
+        for fault in faults:
+            SEEDED[fault](model, patch)
+        return oracle.judge(model)
+
+
+def names(verdict):
+    return [{fault.id for fault in one} for one in verdict.explanations]
+
+
+def test_every_known_fault_is_seeded():
+    assert [fault.id for fault in FAULTS] == [*SEEDED, *SCHEDULES]
+
+
+@pytest.mark.parametrize("fault", SEEDED)
+def test_a_fault_is_named(oracle, right, fault):
+    verdict = seeded(oracle, right, [fault])
+    assert names(verdict) == [{fault}] and not verdict.passed() and verdict.passed([fault])
+    (row,) = (row for row in FAULTS if row.id == fault)
+    assert any(row.means in line and row.look_at in line for line in verdict.lines())
+    assert row.selects == (verdict.within <= 2e-5)
+
+
+@pytest.mark.parametrize("fault", SCHEDULES)
+def test_a_schedule_that_runs_other_layers_is_named(oracle, fault):
+    with pytest.raises(AssertionError, match=fault):
+        oracle.assert_builds(with_schedule(fault))
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [*PAIRS, *(pytest.param(pair, marks=pytest.mark.nightly) for pair in SLOW)],
+    ids="+".join,
+)
+def test_a_pair_of_faults_is_named(oracle, right, pair):
+    assert names(seeded(oracle, right, pair)) == [set(pair)]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", range(4))
+def test_any_pair_of_faults_is_named(tmp_path, seed):
+    """Where one fault hides the other, the one that shows is named."""
+    oracle = Oracle(tmp_path, seed=seed)
+    pairs = [
+        pair
+        for pair in (random.Random(seed).sample(list(SEEDED), 2) for _ in range(80))
+        if not set.intersection(*({*row.changes} for row in FAULTS if row.id in pair))
+    ]
+    right = load(oracle.checkpoint)
+    for pair in pairs:
+        found = names(seeded(oracle, right, pair))
+        assert found == [set(pair)] or found in [[{fault}] for fault in hidden(oracle, pair)], pair
+
+
+def hidden(oracle, pair):
+    """Faults of a pair that alone give the logits of the pair."""
+    rows = tuple(row for row in FAULTS if row.id in pair)
+    explainer = oracle.explainer
+    both = explainer.forward(explainer.changed(rows)).logits
+    for row in rows:
+        alone = explainer.forward(explainer.changed((row,)))
+        if token_errors(alone.logits, both)[alone.intact].max() <= 2e-5:
+            yield row.id
+
+
+@pytest.mark.parametrize("flavour", ["5.2", "5.1"])
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(n, marks=pytest.mark.nightly) for n in range(1, 20))]
+)
+def test_a_right_model_is_right(tmp_path, seed, flavour):
+    oracle = Oracle(tmp_path, flavour, seed, length=25)
+    assert oracle.compare_hugging_face() <= 1e-5
+    oracle.assert_matches(load(oracle.checkpoint))
