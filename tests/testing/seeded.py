@@ -97,39 +97,39 @@ def rope_slice(model, patch):
     reorder_queries(model, torch.arange(NOPE + ROPE).roll(-ROPE))
 
 
-def frequencies(base=8e6, width=ROPE):
+def rope(**changes):
+    """Of the base, of the width that the frequencies are spread over, of YaRN's options."""
+
     def seed(model, patch):
         rotary = model.model.rotary_emb
-        rotary.inv_freq = base ** -(torch.arange(0, ROPE, 2) / width)
-
-    return seed
-
-
-def yarn(**options):
-    def seed(model, patch):
+        own = dict(theta=8e6, width=ROPE, yarn={}) | getattr(rotary, "seeded", {}) | changes
+        rotary.seeded = own
         parameters = dict(
-            rope_type="yarn",
-            rope_theta=8e6,
-            factor=40.0,
-            original_max_position_embeddings=4096,
-            beta_fast=32,
-            beta_slow=1,
-            **options,
+            rope_type="yarn" if own["yarn"] else "default",
+            rope_theta=own["theta"],
+            **own["yarn"],
         )
         config = GlmMoeDsaConfig(**SIZES, rope_parameters=parameters)
-        rotary = model.model.rotary_emb
-        rotary.inv_freq, rotary.attention_scaling = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
-        for attention in attentions(model):
-            if "mscale_all_dim" in options:
+        config.head_dim = own["width"]
+        make = (
+            ROPE_INIT_FUNCTIONS["yarn"] if own["yarn"] else rotary.compute_default_rope_parameters
+        )
+        inv_freq, rotary.attention_scaling = make(config)
+        rotary.inv_freq = inv_freq[: ROPE // 2]
+        if "mscale_all_dim" in changes.get("yarn", {}):
+            for attention in attentions(model):
                 attention.scaling *= (0.1 * math.log(40) + 1) ** 2
 
     return seed
 
 
+YARN = dict(factor=40.0, original_max_position_embeddings=4096, beta_fast=32, beta_slow=1)
+
+
 def softmax_scale(width):
     def seed(model, patch):
         for attention in attentions(model):
-            attention.scaling = width**-0.5
+            attention.scaling *= (width / (NOPE + ROPE)) ** -0.5
 
     return seed
 
@@ -341,12 +341,12 @@ SEEDED = {
     "rope_half_split": rope_half_split,
     "rope_missing": without_rope(of_indexer=False),
     "rope_slice": rope_slice,
-    "rope_theta_default": frequencies(base=1e4),
-    "rope_theta_other_release": frequencies(base=1e6),
-    "rope_width_head_dim": frequencies(width=SIZE.head_dim),
-    "rope_width_qk_head_dim": frequencies(width=NOPE + ROPE),
-    "yarn_megatron": yarn(),
-    "yarn_deepseek": yarn(mscale=1.0, mscale_all_dim=1.0),
+    "rope_theta_default": rope(theta=1e4),
+    "rope_theta_other_release": rope(theta=1e6),
+    "rope_width_head_dim": rope(width=SIZE.head_dim),
+    "rope_width_qk_head_dim": rope(width=NOPE + ROPE),
+    "yarn_megatron": rope(yarn=YARN),
+    "yarn_deepseek": rope(yarn=dict(YARN, mscale=1.0, mscale_all_dim=1.0)),
     "softmax_scale_nope": softmax_scale(NOPE),
     "softmax_scale_value": softmax_scale(SIZE.v_head_dim),
     "softmax_scale_latent": softmax_scale(SIZE.kv_lora_rank + ROPE),

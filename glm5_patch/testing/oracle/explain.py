@@ -154,21 +154,27 @@ class Explainer:
         fewest = min(map(len, found), default=0)
         return [faults for faults in found if len(faults) == fewest]
 
-    def fit(self, logits: Tensor) -> Fit | None:
-        """The value of one setting that gives these logits, or those of the first tokens."""
-        named = {"index_topk": range(1, self.ids.shape[1]), "index_k_norm_eps": EPSILONS}
-        for setting, values in named.items():
+    def fit_listed(self, logits: Tensor) -> Fit | None:
+        """The value of a setting with few values that gives these logits."""
+        listed = {"index_topk": range(1, self.ids.shape[1]), "index_k_norm_eps": EPSILONS}
+        for setting, values in listed.items():
             for value in values:
                 if self.gives(replace(self.right, **{setting: value}), logits, self.all_tokens):
                     return Fit(setting, value, getattr(self.right, setting))
-        for setting, (low, high) in FITTED.items():
+        return None
+
+    def fit(self, logits: Tensor) -> Fit | None:
+        """The value of a setting with any value that gives the logits of the first tokens."""
+        for setting, bounds in FITTED.items():
             right = getattr(self.right, setting)
-            value = self._fitted(setting, right, (low, high), logits)
+            value = self._fitted(setting, right, bounds, logits)
             if value is not None:
                 return Fit(setting, value, right)
         return None
 
-    def _fitted(self, setting: str, right: float, bounds, logits: Tensor) -> float | None:
+    def _fitted(
+        self, setting: str, right: float, bounds: tuple[float, float], logits: Tensor
+    ) -> float | None:
         first = self.within[:1]
 
         def distance(value: float) -> float:

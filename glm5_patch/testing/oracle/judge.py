@@ -167,34 +167,41 @@ class Oracle:
     def _verdict(
         self, logits: Tensor, hidden: list[Tensor], candidate: Candidate | None = None
     ) -> Verdict:
-        explainer, fit = self.explainer, None
-        explanations = self._explain(logits, candidate) if logits.isfinite().all() else []
-        if logits.isfinite().all() and not explanations:
-            fit = explainer.fit(logits)
-        if fit is not None:
-            base = replace(explainer.right, **{fit.setting: fit.value})
-            explanations = explainer.explain(logits, base=base)
+        explainer = self.explainer
         errors = token_errors(explainer.forward(explainer.right).logits, logits)
+        explanations, fit = self._explain(logits, errors.max().item(), candidate)
         within, beyond = errors[explainer.within], errors[~explainer.within]
         verdict = Verdict(within.max().item(), beyond.max().item(), explanations, fit)
         if not explanations:
             verdict.remarks = list(self._remarks(logits, hidden, verdict))
         return verdict
 
-    def _explain(self, logits: Tensor, candidate: Candidate | None) -> list[Faults]:
-        """By one fault; by a wrong schedule; by several faults."""
+    def _explain(
+        self, logits: Tensor, error: float, candidate: Candidate | None
+    ) -> tuple[list[Faults], Fit | None]:
+        """By what is simplest: a fault, a schedule, a value, several faults, a value with some."""
         explainer = self.explainer
-        if explanations := explainer.explain(logits, most=1):
-            return explanations
+        if not logits.isfinite().all():
+            return [], None
+        if (found := explainer.explain(logits, most=1)) or error <= ROUNDING:
+            return found, None
         of_all = self._logits_with_all_indexers(candidate)
-        for most in (1, MOST):
-            if most > 1 and (explanations := explainer.explain(logits)):
-                return explanations
-            if of_all is not None:
-                found = explainer.explain(of_all, most, all_indexers=True)
-                if any(fault.all_indexers for faults in found for fault in faults):
-                    return found
-        return []
+        if found := self._explain_schedule(of_all, most=1):
+            return found, None
+        if fit := explainer.fit_listed(logits):
+            return [()], fit
+        if found := explainer.explain(logits) or self._explain_schedule(of_all):
+            return found, None
+        if fit := explainer.fit(logits):
+            base = replace(explainer.right, **{fit.setting: fit.value})
+            return explainer.explain(logits, base=base), fit
+        return [], None
+
+    def _explain_schedule(self, of_all: Tensor | None, most: int = MOST) -> list[Faults]:
+        if of_all is None:
+            return []
+        found = self.explainer.explain(of_all, most, all_indexers=True)
+        return [faults for faults in found if any(fault.all_indexers for fault in faults)]
 
     def _logits_with_all_indexers(self, candidate: Candidate | None) -> Tensor | None:
         """A model that runs the indexers of other layers finds no weights there, and its logits are
