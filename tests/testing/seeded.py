@@ -202,6 +202,14 @@ def tied_embeddings(model, patch):
     model.lm_head.weight = model.model.embed_tokens.weight
 
 
+def causal_mask_missing(model, patch):
+    def no_mask(inputs_embeds, **kwargs):
+        b, s, _ = inputs_embeds.shape
+        return torch.zeros(b, 1, s, s)
+
+    patch.setattr(modeling, "create_causal_mask", no_mask)
+
+
 def attention_mask(change):
     """``change`` gets a layer's additive mask [b, 1, s, t], and the queries with empty places."""
 
@@ -365,6 +373,7 @@ SEEDED = {
     "shared_experts_missing": shared_experts_missing,
     "mlp_halves_swapped": mlp_halves_swapped,
     "tied_embeddings": tied_embeddings,
+    "causal_mask_missing": causal_mask_missing,
     "padding_later_keys": attention_mask(later_keys),
     "padding_key_0": attention_mask(key_0),
     "padding_last_key": attention_mask(last_key),

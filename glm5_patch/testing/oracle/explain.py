@@ -148,11 +148,23 @@ class Explainer:
                 self.all_tokens,
             )
         ]
-        # Not every pair comes apart so: a fault of the padding can bring later tokens into the
-        # first, and a rope that only the indexer has shows in later tokens alone.
-        found = found or smallest(subsets(able, min(most, 2)), self.all_tokens)
+        # Not every set comes apart so: a fault can bring later tokens into the first, and a rope
+        # that only the indexer has shows in later tokens alone.
+        rest = (s for s in (*subsets(able, 2), *self._leaking(able)) if len(s) <= most)
+        found = found or smallest(rest, self.all_tokens)
         fewest = min(map(len, found), default=0)
         return [faults for faults in found if len(faults) == fewest]
+
+    @staticmethod
+    def _leaking(faults: list[Fault]) -> Iterator[Faults]:
+        """Sets of a fault that leaks, one of the selection and one other."""
+        return (
+            chosen
+            for chosen in subsets(faults, 3)
+            if len(chosen) == 3
+            and any(fault.leaks for fault in chosen)
+            and sum(fault.selects for fault in chosen) == 1
+        )
 
     def fit_listed(self, logits: Tensor) -> Fit | None:
         """The value of a setting with few values that gives these logits."""

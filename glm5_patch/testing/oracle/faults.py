@@ -37,6 +37,11 @@ class Fault:
         """Whether it changes only which keys are selected."""
         return all(name.startswith("index_") for name in self.changes)
 
+    @property
+    def leaks(self) -> bool:
+        """Whether the first tokens then depend on all others, and so on the selection."""
+        return "causal" in self.changes or self.changes.get("empty_places") == "last key"
+
     def applied(self, conventions: Conventions, config: SimpleNamespace) -> Conventions:
         values = {k: v(config) if callable(v) else v for k, v in self.changes.items()}
         return replace(conventions, **values)
@@ -229,6 +234,12 @@ FAULTS = (
         "The logits are products with the embedding; GLM-5 has an lm_head of its own.",
         "tie_word_embeddings, share_embeddings_and_output_weights",
         dict(output_layer="embedding"),
+    ),
+    Fault(
+        "causal_mask_missing",
+        "Queries attend to keys after them.",
+        "the mask that the attention and the indexer get; without one they must make their own",
+        dict(causal=False),
     ),
     Fault(
         "padding_later_keys",

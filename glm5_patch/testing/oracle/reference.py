@@ -64,6 +64,8 @@ class Conventions:
     mlp_gate: Literal["gate_proj", "up_proj"] = "gate_proj"
     """Which half of an MLP goes through silu."""
     output_layer: Literal["lm_head", "embedding"] = "lm_head"
+    causal: bool = True
+    """Whether a query sees only the keys up to itself, in the attention and in the selection."""
     empty_places: Literal["nothing", "later keys", "key 0", "last key"] = "nothing"
     """What the places of a top-k attend to where a query has fewer keys."""
     index_rope_pairing: Literal["interleaved", "half", "none"] = "interleaved"
@@ -144,7 +146,8 @@ class _Run:
         b, s = ids.shape
         embedding = self.w["model.embed_tokens.weight"]
         self.cos, self.sin = rope_table(conventions, model.config.qk_rope_head_dim, s, embedding)
-        self.causal = torch.ones(s, s, dtype=torch.bool).tril()  # [s, t]
+        visible = torch.ones(s, s, dtype=torch.bool)
+        self.visible = visible.tril() if conventions.causal else visible  # [s, t]
         self.intact = torch.ones(b, s, dtype=torch.bool)
         self.selected: dict[int, Tensor] = {}
         """Number of a computing layer -> bool [b, s, t]."""
@@ -193,7 +196,7 @@ class _Run:
         selected = self.selection(number, layer, source, query)  # [b, s, t]
         scores = scores.masked_fill(~selected[:, None], float("-inf"))
         if c.empty_places == "key 0" and c.index_topk is not None:
-            empty = (c.index_topk - 1 - torch.arange(s)).clamp(min=0)
+            empty = (c.index_topk - self.visible.sum(-1)).clamp(min=0)  # [s]
             scores[..., 0] += (1 + empty).to(scores).log()  # key 0 counts so many times
         out = torch.einsum("bnst,btnd->bsnd", scores.softmax(-1), value)
         return linear(out.flatten(2), w[f"{layer}o_proj.weight"])
@@ -219,7 +222,7 @@ class _Run:
     def selection(self, number: int, layer: str, x: Tensor, q_latent: Tensor) -> Tensor:
         """bool [b, s, t]: the keys that this layer attends to."""
         c = self.c
-        everything = self.causal.expand(len(x), -1, -1)
+        everything = self.visible.expand(len(x), -1, -1)
         if c.index_topk is None:
             return everything
         if number in c.index_computing:
@@ -269,25 +272,25 @@ class _Run:
         """bool [b, s, t]: the keys of the ``index_topk`` largest scores, lower positions first
         among equals."""
         k, s = self.c.index_topk, scores.shape[1]
-        scores = scores.masked_fill(~self.causal, float("-inf"))
+        scores = scores.masked_fill(~self.visible, float("-inf"))
         values, order = scores.sort(dim=-1, descending=True, stable=True)
         if k < s:
-            largest = scores.masked_fill(~self.causal, 0).abs().amax(-1)
+            largest = scores.masked_fill(~self.visible, 0).abs().amax(-1)
             near = values[..., k - 1] - values[..., k] <= NEAR_TIE * largest
-            near[:, :k] = False  # these select all that they have
-            self.touch(near)
+            self.touch(near & (self.visible.sum(-1) > k))  # the others select all that they see
         selected = torch.zeros_like(scores, dtype=torch.bool)
         selected.scatter_(-1, order[..., :k], True)
         if self.c.empty_places == "later keys":
             return selected
-        selected &= self.causal
+        selected &= self.visible
         if self.c.empty_places == "last key":
-            selected[:, : k - 1, -1] = True
+            selected[..., -1] |= self.visible.sum(-1) < k
         return selected
 
     def touch(self, near: Tensor) -> None:
-        """A token with a near tie, bool [b, s], and those after it may differ from here on."""
-        self.intact &= near.long().cumsum(-1) == 0
+        """A token with a near tie, bool [b, s], and those that see it may differ from here on."""
+        touched = near.long().cumsum(-1) if self.c.causal else near.any(-1, keepdim=True)
+        self.intact &= touched == 0
 
     def mlp(self, name: str, x: Tensor) -> Tensor:
         w = self.w
