@@ -55,6 +55,16 @@ def test_a_megatron_module_needs_no_world(function):
     assert allow.returncode == 0 and "allowed: latent_norm_eps" in allow.stdout, allow.stderr
 
 
+def test_a_file_may_have_the_name_of_what_it_imports(tmp_path):
+    """A file my_trainer.py that imports my_trainer, and a module beside it."""
+    (tmp_path / "wrapt.py").write_text(
+        "import wrapt, beside_it\ndef build(directory):\n    return wrapt.decorator and directory\n"
+    )
+    (tmp_path / "beside_it.py").write_text("")
+    with Candidate.named(f"{tmp_path / 'wrapt.py'}:build").built(tmp_path) as made:
+        assert made == tmp_path
+
+
 def test_what_a_function_sets_up_is_taken_down(oracle):
     events = []
 

@@ -21,6 +21,7 @@ SLOW = [
     ("rope_half_split", "rope_theta_default"),
     ("rope_missing", "rope_theta_default"),
     ("padding_last_key", "indexer_relu_missing"),
+    ("rope_theta_default", "yarn_megatron", "latent_norm_eps"),  # Megatron's own defaults
     ("causal_mask_missing", "rope_half_split", "indexer_rope_half_split"),  # transformers 5.8
 ]
 

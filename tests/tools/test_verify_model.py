@@ -29,6 +29,13 @@ def with_another_theta(directory):
     model.model.rotary_emb.inv_freq = 5e5 ** -(torch.arange(0, 16, 2) / 16)
     return model
 
+def with_another_theta_and_epsilon(directory):
+    model = with_another_theta(directory)
+    for layer in model.model.layers:
+        layer.self_attn.q_a_layernorm.variance_epsilon = model.config.rms_norm_eps
+        layer.self_attn.kv_a_layernorm.variance_epsilon = model.config.rms_norm_eps
+    return model
+
 def with_another_topk(directory):
     model = right(directory)
     for layer in model.model.layers:
@@ -105,6 +112,13 @@ def test_json_has_the_names_and_allow_takes_them(verify):
 def test_a_setting_with_any_other_value_is_named(verify, function, setting):
     code, data = verify(function, "--json")
     assert code == 1 and data["setting"] == setting and data["explanations"] == [[]]
+
+
+@pytest.mark.nightly
+def test_and_with_a_fault_beside_it(verify):
+    code, data = verify("with_another_theta_and_epsilon", "--json")
+    assert code == 1 and data["setting"] == {"rope_theta": 5e5}
+    assert data["explanations"] == [["latent_norm_eps"]]
 
 
 def test_logits_that_are_not_finite_are_located(verify):

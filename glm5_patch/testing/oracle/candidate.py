@@ -117,7 +117,7 @@ def _module(target: str, place: str) -> ModuleType:
     path = Path(place).resolve()
     if not path.is_file():
         raise GLM5PatchError(f"{target}: {place}: no such file")
-    sys.path.insert(0, str(path.parent))
+    sys.path.append(str(path.parent))  # last: a file beside it may have a package's name
     spec = importlib.util.spec_from_file_location(f"_glm5_verified_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look it up

@@ -28,7 +28,9 @@ MOST_DENSE = 2
 """Faults outside of the selection that are tried together."""
 MOST_SELECTING = 3
 """Faults of the selection that are tried together."""
-MOST = MOST_DENSE + MOST_SELECTING
+COMMON = "latent_norm_eps"
+"""What all trainers do and Hugging Face does not; it is tried beside the others."""
+MOST = 1 + MOST_DENSE + MOST_SELECTING
 FITTED = {
     "rope_theta": (1e2, 1e10),
     "softmax_scale": (1e-3, 1e1),
@@ -108,6 +110,7 @@ class Explainer:
     def explain(
         self,
         logits: Tensor,
+        leaks: bool,
         most: int = MOST,
         all_indexers: bool = False,
         base: Conventions | None = None,
@@ -116,6 +119,7 @@ class Explainer:
 
         Args:
             logits: [b, s, vocab].
+            leaks: whether the logits of a token depend on later tokens.
             most: faults of a set.
             all_indexers: whether the implementation was given an indexer in every layer.
             base: what is changed; GLM-5's conventions if left out.
@@ -124,87 +128,80 @@ class Explainer:
             Sets of one size; ``[()]`` if the logits are right, and ``[]`` if nothing gives them.
         """
         able = [fault for fault in self._faults if all_indexers or not fault.all_indexers]
+        if leaks:
+            return self._smallest(_leaking(able, most), logits, self.all_tokens, base)
+        able = [fault for fault in able if not fault.leaks]
         dense = [fault for fault in able if not fault.selects]
         selecting = [fault for fault in able if fault.selects]
-
-        def smallest(sets: Iterable[Faults], where: Tensor) -> list[Faults]:
-            """Of sets in the order of their sizes: those of the first size that explain."""
-            found: list[Faults] = []
-            for faults in sets:
-                if found and len(faults) > len(found[0]):
-                    break
-                if self.gives(self.changed(faults, base), logits, where):
-                    found.append(faults)
-            return found
-
-        found = [
-            explanation
-            for start in smallest(subsets(dense, min(most, MOST_DENSE)), self.within)
-            for explanation in smallest(
-                (
-                    start + more
-                    for more in subsets(selecting, min(most - len(start), MOST_SELECTING))
-                ),
-                self.all_tokens,
-            )
-        ]
-        # Not every set comes apart so: a fault can bring later tokens into the first, and a rope
-        # that only the indexer has shows in later tokens alone.
-        rest = (s for s in (*subsets(able, 2), *self._leaking(able)) if len(s) <= most)
-        found = found or smallest(rest, self.all_tokens)
+        starts = self._smallest(_dense(dense, most), logits, self.within, base)
+        found = []
+        for start in starts:
+            rest = subsets(selecting, min(most - len(start), MOST_SELECTING))
+            sets = (start + chosen for chosen in rest)
+            found += self._smallest(sets, logits, self.all_tokens, base)
+        if not found and most > 1:
+            # A rope that only the indexer has shows in later tokens alone.
+            sets = (start + (other,) for start in starts for other in dense if other not in start)
+            found = self._smallest(sets, logits, self.all_tokens, base)
         fewest = min(map(len, found), default=0)
         return [faults for faults in found if len(faults) == fewest]
 
-    @staticmethod
-    def _leaking(faults: list[Fault]) -> Iterator[Faults]:
-        """Sets of a fault that leaks, one of the selection and one other."""
-        return (
-            chosen
-            for chosen in subsets(faults, 3)
-            if len(chosen) == 3
-            and any(fault.leaks for fault in chosen)
-            and sum(fault.selects for fault in chosen) == 1
-        )
+    def _smallest(
+        self, sets: Iterable[Faults], logits: Tensor, where: Tensor, base: Conventions | None
+    ) -> list[Faults]:
+        """Of sets in the order of their sizes: those of the first size that explain ``where``."""
+        found: list[Faults] = []
+        for faults in sets:
+            if found and len(faults) > len(found[0]):
+                break
+            if self.gives(self.changed(faults, base), logits, where):
+                found.append(faults)
+        return found
+
+    @property
+    def _bases(self) -> tuple[Conventions, Conventions]:
+        """What a value is looked for beside."""
+        common = tuple(fault for fault in FAULTS if fault.id == COMMON)
+        return self.right, self.changed(common)
 
     def fit_listed(self, logits: Tensor) -> Fit | None:
         """The value of a setting with few values that gives these logits."""
         listed = {"index_topk": range(1, self.ids.shape[1]), "index_k_norm_eps": EPSILONS}
-        for setting, values in listed.items():
-            for value in values:
-                if self.gives(replace(self.right, **{setting: value}), logits, self.all_tokens):
-                    return Fit(setting, value, getattr(self.right, setting))
+        for base in self._bases:
+            for setting, values in listed.items():
+                for value in values:
+                    if self.gives(replace(base, **{setting: value}), logits, self.all_tokens):
+                        return Fit(setting, value, getattr(self.right, setting))
         return None
 
     def fit(self, logits: Tensor) -> Fit | None:
         """The value of a setting with any value that gives the logits of the first tokens."""
-        for setting, bounds in FITTED.items():
-            right = getattr(self.right, setting)
-            value = self._fitted(setting, right, bounds, logits)
-            if value is not None:
-                return Fit(setting, value, right)
-        return None
-
-    def _fitted(
-        self, setting: str, right: float, bounds: tuple[float, float], logits: Tensor
-    ) -> float | None:
-        first = self.within[:1]
-
-        def distance(value: float) -> float:
-            forward = self.forward(replace(self.right, **{setting: value}), 1)
-            errors = token_errors(forward.logits, logits[:1])[first]
-            return errors.quantile(0.75).item()  # experts may flip at some tokens
-
+        coarse = [
+            (self._distance(base, setting, 10**exponent, logits), base, setting, exponent)
+            for base in self._bases
+            for setting in FITTED
+            for exponent in _exponents(setting)
+        ]
+        _, base, setting, exponent = min(coarse, key=lambda one: one[0])
+        right = getattr(self.right, setting)
+        distance = lambda value: self._distance(base, setting, value, logits)
         if distance(right) <= BOUND:
             return None
-        low, high = map(math.log10, bounds)
-        step = (high - low) / 24
-        best = min((low + step * n for n in range(25)), key=lambda n: distance(10**n))
-        for _ in range(14):
+        low, high, *_ = _exponents(setting)
+        step = high - low
+        for _ in range(16):
             step /= 2
-            best = min((best - step, best, best + step), key=lambda n: distance(10**n))
-        rounded = (float(f"{10**best:.{digits}e}") for digits in range(5))
-        value = next((value for value in rounded if distance(value) <= BOUND), 10**best)
-        return value if distance(value) <= 50 * BOUND else None
+            near = exponent - step, exponent, exponent + step
+            exponent = min(near, key=lambda exponent: distance(10**exponent))
+        rounded = (float(f"{10**exponent:.{digits}e}") for digits in range(5))
+        value = next((value for value in rounded if distance(value) <= BOUND), 10**exponent)
+        return Fit(setting, value, right) if distance(value) <= 50 * BOUND else None
+
+    def _distance(self, base: Conventions, setting: str, value: float, logits: Tensor) -> float:
+        """Of most of the first tokens: the experts of some may change with any value."""
+        forward = self.forward(replace(base, **{setting: value}), 1)
+        errors = token_errors(forward.logits, logits[:1])
+        return errors[self.within[:1]].quantile(0.75).item()
 
     def nearest(self, logits: Tensor) -> tuple[Fault, float] | None:
         """The one fault under which most tokens agree, and their share; None if none helps."""
@@ -216,6 +213,27 @@ class Explainer:
         best = max(self._faults, key=lambda fault: share((fault,)))
         found = share((best,))
         return (best, found) if found > share(()) else None
+
+
+def _exponents(setting: str) -> list[float]:
+    low, high = map(math.log10, FITTED[setting])
+    return [low + (high - low) / 20 * step for step in range(21)]
+
+
+def _dense(faults: list[Fault], most: int) -> Iterator[Faults]:
+    """Sets of few, and larger ones with what is common."""
+    for chosen in subsets(faults, min(most, MOST_DENSE + 1)):
+        if len(chosen) <= MOST_DENSE or any(fault.id == COMMON for fault in chosen):
+            yield chosen
+
+
+def _leaking(faults: list[Fault], most: int) -> Iterator[Faults]:
+    """Sets of a fault that leaks, and of one of the selection and one other beside it."""
+    for chosen in subsets(faults, min(most, 3)):
+        if any(f.leaks for f in chosen) and (
+            len(chosen) < 3 or sum(f.selects for f in chosen) == 1
+        ):
+            yield chosen
 
 
 def subsets(faults: Iterable[Fault], most: int) -> Iterator[Faults]:

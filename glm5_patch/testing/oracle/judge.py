@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,18 @@ class Verdict:
             f"The model computes a GLM-5 with {'; or '.join(said)}.",
             *(f"{fault.id}: {fault.means} Look at: {fault.look_at}." for fault in self.faults),
         ]
+
+
+@dataclass
+class Seen:
+    """What a model did."""
+
+    logits: Tensor
+    """[b, s, vocab]."""
+    hidden: list[Tensor]
+    """The output of each layer, [b, s, h], where it can be had."""
+    leaks: bool
+    """Whether the logits of a token depend on later tokens."""
 
 
 class Oracle:
@@ -146,7 +159,7 @@ class Oracle:
         Raises:
             GLM5PatchError: the model can't be called, or returns no logits.
         """
-        return self._verdict(*self._observe(model, name, device))
+        return self._verdict(self._observe(model, name, device))
 
     def judge_built(self, candidate: Candidate) -> Verdict:
         """Build the model, and compare it. A wrong schedule is named too: that takes a second
@@ -156,54 +169,57 @@ class Oracle:
             GLM5PatchError: the model can't be built or called, or returns no logits.
         """
         with candidate.built(self.checkpoint) as model:
-            logits, hidden = self._observe(model, candidate.name, candidate.device)
-        return self._verdict(logits, hidden, candidate)
+            seen = self._observe(model, candidate.name, candidate.device)
+        return self._verdict(seen, candidate)
 
-    def _observe(self, model, name: str, device: str) -> tuple[Tensor, list[Tensor]]:
+    def _observe(self, model, name: str, device: str) -> Seen:
+        ids, vocab_size = self.ids.to(device), self.config.vocab_size
         with recorded_layers(model, self.config.num_hidden_layers, BATCH) as hidden:
-            logits = logits_of(model, self.ids.to(device), self.config.vocab_size, name)
-        return logits, hidden
+            logits = logits_of(model, ids, vocab_size, name)
+        other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
+        changed = token_errors(logits, logits_of(model, other, vocab_size, name))[:, :-1]
+        return Seen(logits, hidden, leaks=bool(((changed > BOUND) & changed.isfinite()).any()))
 
-    def _verdict(
-        self, logits: Tensor, hidden: list[Tensor], candidate: Candidate | None = None
-    ) -> Verdict:
+    def _verdict(self, seen: Seen, candidate: Candidate | None = None) -> Verdict:
         explainer = self.explainer
-        errors = token_errors(explainer.forward(explainer.right).logits, logits)
-        explanations, fit = self._explain(logits, errors.max().item(), candidate)
+        errors = token_errors(explainer.forward(explainer.right).logits, seen.logits)
+        explanations, fit = self._explain(seen, errors.max().item(), candidate)
         within, beyond = errors[explainer.within], errors[~explainer.within]
         verdict = Verdict(within.max().item(), beyond.max().item(), explanations, fit)
         if not explanations:
-            verdict.remarks = list(self._remarks(logits, hidden, verdict))
+            verdict.remarks = list(self._remarks(seen, verdict))
         return verdict
 
     def _explain(
-        self, logits: Tensor, error: float, candidate: Candidate | None
+        self, seen: Seen, error: float, candidate: Candidate | None
     ) -> tuple[list[Faults], Fit | None]:
         """By what is simplest: a fault, a schedule, a value, several faults, a value with some."""
-        explainer = self.explainer
-        if not logits.isfinite().all():
+        explain = partial(self.explainer.explain, seen.logits, seen.leaks)
+        if not seen.logits.isfinite().all():
             return [], None
-        if (found := explainer.explain(logits, most=1)) or error <= ROUNDING:
+        if (found := explain(most=1)) or error <= ROUNDING:
             return found, None
-        of_all = self._logits_with_all_indexers(candidate)
+        of_all = self._seen_with_all_indexers(candidate)
         if found := self._explain_schedule(of_all, most=1):
             return found, None
-        if fit := explainer.fit_listed(logits):
-            return [()], fit
-        if found := explainer.explain(logits) or self._explain_schedule(of_all):
+        if fit := self.explainer.fit_listed(seen.logits):
+            return explain(most=1, base=self._with(fit)), fit
+        if found := explain() or self._explain_schedule(of_all):
             return found, None
-        if fit := explainer.fit(logits):
-            base = replace(explainer.right, **{fit.setting: fit.value})
-            return explainer.explain(logits, base=base), fit
+        if fit := self.explainer.fit(seen.logits):
+            return explain(base=self._with(fit)), fit
         return [], None
 
-    def _explain_schedule(self, of_all: Tensor | None, most: int = MOST) -> list[Faults]:
+    def _with(self, fit: Fit) -> Conventions:
+        return replace(self.explainer.right, **{fit.setting: fit.value})
+
+    def _explain_schedule(self, of_all: Seen | None, most: int = MOST) -> list[Faults]:
         if of_all is None:
             return []
-        found = self.explainer.explain(of_all, most, all_indexers=True)
+        found = self.explainer.explain(of_all.logits, of_all.leaks, most, all_indexers=True)
         return [faults for faults in found if any(fault.all_indexers for fault in faults)]
 
-    def _logits_with_all_indexers(self, candidate: Candidate | None) -> Tensor | None:
+    def _seen_with_all_indexers(self, candidate: Candidate | None) -> Seen | None:
         """A model that runs the indexers of other layers finds no weights there, and its logits are
         anybody's guess. So it gets some. None if its loader refuses weights that no GLM-5 has."""
         if candidate is None or "shared" not in self.config.indexer_types:
@@ -211,12 +227,12 @@ class Oracle:
         directory = self._saved("glm5-with-all-indexers", all_indexers=True)
         try:
             with candidate.built(directory) as model:
-                return self._observe(model, candidate.name, candidate.device)[0]
+                return self._observe(model, candidate.name, candidate.device)
         except GLM5PatchError:
             return None
 
-    def _remarks(self, logits: Tensor, hidden: list[Tensor], verdict: Verdict):
-        topk = self.config.index_topk
+    def _remarks(self, seen: Seen, verdict: Verdict) -> Iterator[str]:
+        topk, logits = self.config.index_topk, seen.logits
         if not logits.isfinite().all():
             b, token = (~logits.isfinite()).any(-1).nonzero()[0].tolist()
             yield f"Logits are not finite, first at token {token} of sequence {b}."
@@ -232,8 +248,9 @@ class Oracle:
             )
         if max(verdict.within, verdict.beyond) <= ROUNDING:
             yield "All differences are small: look at the precision, such as TF32 or bf16."
-        where = self._first_layer(hidden)
-        if where:
+        if seen.leaks:
+            yield "The logits of a token depend on later tokens: look at the causal mask."
+        if where := self._first_layer(seen.hidden):
             yield where
         if verdict.fit is not None:
             yield f"The first {topk} tokens are about those of {verdict.fit}."
