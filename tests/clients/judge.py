@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from datetime import date
@@ -41,7 +42,7 @@ def main() -> int:
         env=env,
     )
     found = json.loads(result.stdout)
-    said = found.get("error") or said_of(found)
+    said = without_place(found["error"]) if "error" in found else said_of(found)
     print(said)
     record = tables.read()
     row = {
@@ -57,6 +58,11 @@ def main() -> int:
     record["judged"] = sorted([*others, row], key=key)
     tables.write(record)
     return 0
+
+
+def without_place(error: str) -> str:
+    """An error without the files that it came from."""
+    return re.sub(r" \([^()]*:\d+\)$", "", error)
 
 
 def said_of(found: dict) -> str:

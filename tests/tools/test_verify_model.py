@@ -15,11 +15,16 @@ from transformers import GlmMoeDsaForCausalLM
 def right(directory):
     return GlmMoeDsaForCausalLM.from_pretrained(directory)
 
-def without_bias_and_norm(directory):
+def without_bias(directory):
     model = right(directory)
     for layer in model.model.layers:
         if hasattr(layer.mlp, "gate"):
             layer.mlp.gate.e_score_correction_bias.zero_()
+    return model
+
+def without_bias_and_norm(directory):
+    model = without_bias(directory)
+    for layer in model.model.layers:
         if layer.self_attn.indexer is not None:
             layer.self_attn.indexer.k_norm = torch.nn.Identity()
     return model
@@ -95,13 +100,16 @@ def test_mistakes_are_named_with_where_to_look(verify):
         assert f"{fault}: {row.means} Look at: {row.look_at}." in said
 
 
-def test_json_has_the_names_and_allow_takes_them(verify):
-    code, data = verify("without_bias_and_norm", "--json", "--seed", "1")
+def test_json_has_the_names(verify):
+    code, data = verify("without_bias", "--json", "--seed", "1", "--flavour", "5.1")
     assert code == 1 and not data["passed"]
-    assert data["explanations"] == [["router_bias_unused", "indexer_k_norm_missing"]]
-    options = ["--allow", "router_bias_unused", "--allow", "indexer_k_norm_missing", "--seed", "1"]
-    code, out = verify("without_bias_and_norm", *options)
-    assert code == 0 and "allowed: router_bias_unused, indexer_k_norm_missing" in out
+    assert data["explanations"] == [["router_bias_unused"]]
+
+
+def test_what_is_allowed_passes_and_is_shown(verify):
+    options = ["--allow", "router_bias_unused", "--allow", "latent_norm_eps"]
+    code, out = verify("without_bias", *options)
+    assert code == 0 and "allowed: router_bias_unused, latent_norm_eps" in out
 
 
 @pytest.mark.parametrize(
@@ -121,6 +129,7 @@ def test_and_with_a_fault_beside_it(verify):
     assert data["explanations"] == [["latent_norm_eps"]]
 
 
+@pytest.mark.nightly
 def test_logits_that_are_not_finite_are_located(verify):
     code, out = verify("overflowing")
     assert code == 1 and "not finite, first at token 5 of sequence 1" in out
