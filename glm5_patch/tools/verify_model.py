@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import time
 import warnings
@@ -31,8 +32,10 @@ class ModelReport:
     oracle: str
     """What the reference was compared with."""
     tokens: str
-    within: float
-    beyond: float
+    within: float | None
+    """The largest relative difference while all keys are selected; None if it is not finite."""
+    beyond: float | None
+    """That beyond index_topk."""
     passed: bool
     allowed: list[str]
     explanations: list[list[str]]
@@ -49,16 +52,10 @@ class ModelReport:
         print_text(f"glm5-patch {self.version}: {self.model}")
         print_text(f"oracle: {self.oracle}")
         print_text(f"tokens: {self.tokens}")
-        wanted = f"<= {BOUND:.0e}"
+        rows = {"while all keys are selected": self.within, "beyond index_topk": self.beyond}
         print_table(
             ("logits", "largest difference", "wanted", ""),
-            [
-                (what, f"{error:.1e} relative", wanted, "ok" if error <= BOUND else "FAILED")
-                for what, error in (
-                    ("while all keys are selected", self.within),
-                    ("beyond index_topk", self.beyond),
-                )
-            ],
+            [(what, *_cells(error)) for what, error in rows.items()],
         )
         for line in self.says:
             print_text(line)
@@ -96,8 +93,8 @@ def run(options: argparse.Namespace) -> Result:
         oracle=compared,
         tokens=f"{batch} sequences of {length}, index_topk {oracle.config.index_topk}, "
         f"{oracle.config.num_hidden_layers} layers, {'some' if sharing else 'none'} of which share",
-        within=verdict.within,
-        beyond=verdict.beyond,
+        within=_finite(verdict.within),
+        beyond=_finite(verdict.beyond),
         passed=verdict.passed(allowed),
         allowed=list(allowed),
         explanations=[[fault.id for fault in one] for one in verdict.explanations],
@@ -106,6 +103,17 @@ def run(options: argparse.Namespace) -> Result:
         seconds=round(time.perf_counter() - started, 1),
     )
     return report.result()
+
+
+def _finite(error: float) -> float | None:
+    """JSON has no infinity."""
+    return error if math.isfinite(error) else None
+
+
+def _cells(error: float | None) -> tuple[str, str, str]:
+    passed = error is not None and error <= BOUND
+    measured = "not finite" if error is None else f"{error:.1e} relative"
+    return measured, f"<= {BOUND:.0e}", "ok" if passed else "FAILED"
 
 
 def _compare_hugging_face(oracle: Oracle) -> str:

@@ -131,8 +131,9 @@ def test_and_with_a_fault_beside_it(verify):
 
 @pytest.mark.nightly
 def test_logits_that_are_not_finite_are_located(verify):
-    code, out = verify("overflowing")
-    assert code == 1 and "not finite, first at token 5 of sequence 1" in out
+    code, data = verify("overflowing", "--json")
+    assert code == 1 and data["within"] is None and data["beyond"] < 2e-5
+    assert "not finite, first at token 5 of sequence 1" in " ".join(data["says"])
 
 
 @pytest.mark.nightly

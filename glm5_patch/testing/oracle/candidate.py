@@ -102,7 +102,7 @@ class Candidate:
     def _call(self, directory: Path):
         if hasattr(self._function, "from_pretrained"):
             options = dict(dtype=torch.float32, attn_implementation="eager")
-            return self._function.from_pretrained(directory, **options)
+            return self._function.from_pretrained(directory, **options).to(self.device)
         return self._function(directory)
 
 

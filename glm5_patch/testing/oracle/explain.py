@@ -141,7 +141,8 @@ class Explainer:
             found += self._smallest(sets, logits, self.all_tokens, base)
         if not found and most > 1:
             # A rope that only the indexer has shows in later tokens alone.
-            sets = (start + (other,) for start in starts for other in dense if other not in start)
+            sets = (start + (other,) for start in starts for other in dense)
+            sets = (faults for faults in sets if _apart(faults))
             found = self._smallest(sets, logits, self.all_tokens, base)
         fewest = min(map(len, found), default=0)
         return [faults for faults in found if len(faults) == fewest]
@@ -240,10 +241,13 @@ def subsets(faults: Iterable[Fault], most: int) -> Iterator[Faults]:
     """Sets of at most so many faults, smaller ones first, no two of one setting."""
     faults = tuple(faults)
     for size in range(most + 1):
-        for chosen in combinations(faults, size):
-            settings = [name for fault in chosen for name in fault.changes]
-            if len(set(settings)) == len(settings):
-                yield chosen
+        yield from filter(_apart, combinations(faults, size))
+
+
+def _apart(faults: Faults) -> bool:
+    """Whether no two of them change one setting."""
+    settings = [name for fault in faults for name in fault.changes]
+    return len(set(settings)) == len(settings)
 
 
 def token_errors(ours: Tensor, theirs: Tensor) -> Tensor:

@@ -90,7 +90,8 @@ class Oracle:
         length: of a sequence, in tokens.
 
     Raises:
-        GLM5PatchError: the length does not exceed ``index_topk``, or is too large.
+        GLM5PatchError: the length does not exceed ``index_topk``, or is too large; or the weights
+            of this seed leave choices to rounding.
     """
 
     def __init__(
@@ -125,9 +126,14 @@ class Oracle:
 
     def _tokens(self, reference: Reference, length: int) -> Tensor:
         """Sequences in which no near tie leaves a choice to rounding."""
-        ids = checkpoint.make_tokens(self.config, self._seed, 8 * BATCH, length)
-        clear = reference(ids, Conventions.of(self.config)).intact.all(-1)
-        return ids[clear][:BATCH]
+        found = torch.empty(0, length, dtype=torch.long)
+        for seed in range(self._seed, self._seed + 100):
+            ids = checkpoint.make_tokens(self.config, seed, 2 * BATCH, length)
+            clear = reference(ids, Conventions.of(self.config)).intact.all(-1)
+            found = torch.cat([found, ids[clear]])[:BATCH]
+            if len(found) == BATCH:
+                return found
+        raise GLM5PatchError(f"seed {self._seed}: every sequence has a near tie; use another seed")
 
     def compare_hugging_face(self) -> float:
         """The largest relative difference of this transformers' ``GlmMoeDsaForCausalLM``.
