@@ -41,6 +41,7 @@ def _run(argv: list[str]) -> int:
     as_json = "--json" in argv
     try:
         options = _parser().parse_args(argv)
+        options.arguments = argv
         # A host that prints must not mix with what is printed here.
         with redirect_stdout(sys.stderr):
             result: Result = options.run(options)
@@ -130,6 +131,9 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="FAULT",
         help="a known fault that is not to count, such as latent_norm_eps; may be repeated",
+    )
+    verify.add_argument(
+        "--card", metavar="FILE", help="write what was found, and where, to this YAML file"
     )
     verify.set_defaults(run=_verify)
 
@@ -286,6 +290,15 @@ def _doctor(options: argparse.Namespace) -> Result:
 
 
 def _verify(options: argparse.Namespace) -> Result:
+    from pathlib import Path
+
+    from .status import write_card
+
+    card = Path(options.card) if options.card else None
+    if card is not None and not card.parent.is_dir():
+        raise _UsageError(f"--card {card}: {card.parent} is no directory")
+    if card is not None and card.is_dir():
+        raise _UsageError(f"--card {card}: a directory; it must be a file")
     _before_torch(options)
     if options.model not in OWN_MODELS:
         from .verify_model import run
@@ -294,7 +307,10 @@ def _verify(options: argparse.Namespace) -> Result:
     else:
         from .verify import run
 
-    return run(options)
+    result = run(options)
+    if card is not None:
+        write_card(card, options.arguments, result)
+    return result
 
 
 def _demo(options: argparse.Namespace) -> Result:

@@ -76,6 +76,8 @@ UNUSABLE = {
     "verify --model torch:load --checkpoint GOOD": "leave --checkpoint out",
     "verify --model torch:load --allow rope_thta": "no fault is called 'rope_thta'",
     "verify --model torch:load --seq-length 9": "a sequence of 9 tokens: it must have 10 to 96",
+    "verify --card NEW/card.yaml": "is no directory",
+    "verify --card GOOD": "a directory; it must be a file",
     "verify --model torch:load": "torch:load raised: IsADirectoryError",
 }
 
