@@ -216,6 +216,9 @@ def write_card(path: Path, arguments: Sequence[str], result: Result) -> None:
     devices = range(torch.cuda.device_count())
     found = environment().data
     versions_of = dict(found["versions"])
+    core = sys.modules.get("megatron.core")
+    if core is not None and installed_version("megatron-core") is None:
+        versions_of["megatron-core"] = f"{core.__version__}, a source tree"
     card = {
         "command": shlex.join(["glm5-patch", *arguments]),
         "date": date.today().isoformat(),

@@ -7,6 +7,8 @@ import json
 import re
 from pathlib import Path
 
+import yaml
+
 from glm5_patch.patches.table import PATCHES
 from glm5_patch.testing.oracle.faults import FAULTS
 from tests.config import balance
@@ -99,6 +101,19 @@ def judged(record: dict) -> str:
     return "\n".join(lines)
 
 
+def cards() -> str:
+    """Each card of docs/cards, and the checks that it has."""
+    lines = ["| card | host | torch | verdict | date | measured |", "|---" * 6 + "|"]
+    for path in sorted((ROOT / "docs" / "cards").glob("*.yaml")):
+        card = yaml.safe_load(path.read_text())
+        versions, checks = card["versions"], card["figures"]["checks"]
+        host = f"megatron-core {versions['megatron-core']}"
+        measured = "; ".join(f"{one['name']}: {one['measured']}" for one in checks)
+        cells = (f"[{path.name}](cards/{path.name})", host, versions["torch"], card["verdict"])
+        lines.append("| " + " | ".join((*cells, card["date"], measured)) + " |")
+    return "\n".join(lines)
+
+
 def faults() -> str:
     lines = ["| fault | what the implementation does | look at |", "|---|---|---|"]
     return "\n".join([*lines, *(f"| `{f.id}` | {f.means} | {f.look_at} |" for f in FAULTS)])
@@ -118,6 +133,7 @@ def blocks(record: dict) -> dict[tuple[Path, str], str]:
         (ROOT / "README.md", "launchers"): support(record, "megatron-lm"),
         (ROOT / "docs" / "clients.md", "clients"): clients(record),
         (ROOT / "docs" / "hosts.md", "figures"): figures(record),
+        (ROOT / "docs" / "verify.md", "cards"): cards(),
         (ROOT / "docs" / "verify.md", "faults"): faults(),
         (ROOT / "docs" / "verify.md", "judged"): judged(record),
         (ROOT / "docs" / "parallel.md", "splits"): parallel(record),

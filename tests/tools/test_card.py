@@ -1,6 +1,7 @@
 """The card of a verification: what its file holds, and that it appears whole."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -43,6 +44,16 @@ def read(path):
     card = yaml.safe_load(path.read_text())
     check(card, SCHEMA)
     return card
+
+
+CARDS = sorted((Path(__file__).parents[2] / "docs" / "cards").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
+def test_the_cards_of_the_documents_have_the_schema_and_passed(path):
+    card = read(path)
+    assert card["verdict"] == "passed" and card["figures"]["passed"]
+    assert path.stem.startswith(f"megatron-core-{card['versions']['megatron-core'].split(',')[0]}")
 
 
 def test_a_card_says_what_ran_where_and_what_was_found(tmp_path, capsys):
