@@ -40,7 +40,7 @@ class ModelReport:
     allowed: list[str]
     explanations: list[list[str]]
     """Sets of known faults, each of which gives the model's logits; [[]] if they are right."""
-    setting: dict[str, float]
+    setting: dict[str, float | tuple[int, ...]]
     """A setting with another value than in any known fault, which comes with each explanation."""
     says: list[str] = field(default_factory=list)
     seconds: float = 0.0

@@ -67,7 +67,7 @@ def without_place(error: str) -> str:
 
 def said_of(found: dict) -> str:
     """The names of the faults, in one line."""
-    settings = [f"{name} = {value:g}" for name, value in found["setting"].items()]
+    settings = [f"`{name}` = {value}" for name, value in found["setting"].items()]
     sets = [" and ".join([*settings, *(f"`{id}`" for id in one)]) for one in found["explanations"]]
     return "; or ".join(sets) or ("right" if found["passed"] else " ".join(found["says"]))
 

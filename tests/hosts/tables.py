@@ -116,7 +116,9 @@ def cards() -> str:
 
 def faults() -> str:
     lines = ["| fault | what the implementation does | look at |", "|---|---|---|"]
-    return "\n".join([*lines, *(f"| `{f.id}` | {f.means} | {f.look_at} |" for f in FAULTS)])
+    bar = lambda text: text.replace("|", "\\|")
+    rows = (f"| `{f.id}` | {bar(f.means)} | {bar(f.look_at)} |" for f in FAULTS)
+    return "\n".join([*lines, *rows])
 
 
 def _cells(row: dict[str, float]) -> list[str]:

@@ -403,12 +403,12 @@ SCHEDULES = {
 """Fault -> the schedule of the class; it runs indexers that no GLM-5 has."""
 
 
-def with_schedule(fault):
+def with_schedule(**schedule):
     """A function that builds the model from a directory."""
 
     def build(directory):
         config = GlmMoeDsaConfig.from_pretrained(directory)
-        wrong = GlmMoeDsaConfig(**SIZES, **SCHEDULES[fault])
+        wrong = GlmMoeDsaConfig(**SIZES, **schedule)
         config.indexer_types = wrong.indexer_types
         return GlmMoeDsaForCausalLM.from_pretrained(directory, config=config)
 

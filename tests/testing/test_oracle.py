@@ -87,7 +87,12 @@ def test_a_fault_is_named(oracle, right, fault):
 @pytest.mark.parametrize("fault", some(SCHEDULES, {"schedule_offset_2"}))
 def test_a_schedule_that_runs_other_layers_is_named(oracle, fault):
     with pytest.raises(AssertionError, match=fault):
-        oracle.assert_builds(with_schedule(fault))
+        oracle.assert_builds(with_schedule(**SCHEDULES[fault]))
+
+
+def test_any_other_schedule_is_named(oracle):
+    with pytest.raises(AssertionError, match="index_computing_layers = 1, 4 and not 1, 2, 3, 5"):
+        oracle.assert_builds(with_schedule(index_topk_freq=3, index_skip_topk_offset=1))
 
 
 @pytest.mark.parametrize("faults", some(SEVERAL, SEVERAL[:1]), ids="+".join)

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from .checkpoint import computing_layers
 from .faults import FAULTS, Fault
 from .reference import Conventions, Forward, Reference
 
@@ -50,11 +51,15 @@ class Fit:
     """A setting that has another value than in any known fault."""
 
     setting: str
-    value: float
-    right: float
+    value: float | tuple[int, ...]
+    right: float | tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"{self.setting} = {self.value:.6g} and not {self.right:.6g}"
+        value, right = (
+            ", ".join(map(str, one)) if isinstance(one, tuple) else f"{one:.6g}"
+            for one in (self.value, self.right)
+        )
+        return f"{self.setting} = {value} and not {right}"
 
 
 class Explainer:
@@ -164,6 +169,27 @@ class Explainer:
         """What a value is looked for beside."""
         common = tuple(fault for fault in FAULTS if fault.id == COMMON)
         return self.right, self.changed(common)
+
+    def fit_schedule(self, logits: Tensor) -> Fit | None:
+        """The computing layers of another frequency and offset.
+
+        Args:
+            logits: of an implementation that was given an indexer in every layer.
+        """
+        layers = range(1, self.config.num_hidden_layers + 1)
+        schedules = {
+            computing_layers(len(layers), freq, offset): None
+            for freq in layers
+            for offset in layers
+        }
+        for base in self._bases:
+            for computing in schedules:
+                conventions = replace(base, index_computing_layers=computing)
+                if self.gives(conventions, logits, self.all_tokens):
+                    return Fit(
+                        "index_computing_layers", computing, self.right.index_computing_layers
+                    )
+        return None
 
     def fit_listed(self, logits: Tensor) -> Fit | None:
         """The value of a setting with few values that gives these logits."""

@@ -360,27 +360,27 @@ FAULTS = (
         "The schedule's offset is 1 (Megatron's default 0 is used as 1); layers that have an "
         "indexer reuse a top-k.",
         "index_skip_topk_offset, dsa_indexer_skip_topk_offset",
-        dict(index_computing=_computing(offset=1)),
+        dict(index_computing_layers=_computing(offset=1)),
     ),
     Fault(
         "schedule_offset_2",
         "The schedule's offset is 2, Hugging Face's default; layers without an indexer run one.",
         "index_skip_topk_offset, dsa_indexer_skip_topk_offset",
-        dict(index_computing=_computing(offset=2)),
+        dict(index_computing_layers=_computing(offset=2)),
         all_indexers=True,
     ),
     Fault(
         "schedule_from_zero",
         "The schedule counts layers from 0; its rule is for numbers from 1.",
         "max(n - offset, 0) % freq == 0: n is the layer's number from 1",
-        dict(index_computing=lambda c: _computing(offset=c.index_skip_topk_offset + 1)(c)),
+        dict(index_computing_layers=lambda c: _computing(offset=c.index_skip_topk_offset + 1)(c)),
         all_indexers=True,
     ),
     Fault(
         "schedule_freq_lost",
         "Every layer runs an indexer; index_topk_freq is not applied.",
         "index_topk_freq, dsa_indexer_topk_freq, indexer_types",
-        dict(index_computing=_computing(freq=1)),
+        dict(index_computing_layers=_computing(freq=1)),
         all_indexers=True,
     ),
 )

@@ -210,6 +210,9 @@ class Oracle:
             return found, None
         if fit := self.explainer.fit_listed(seen.logits):
             return explain(most=1, base=self._with(fit)), fit
+        if of_all is not None and (fit := self.explainer.fit_schedule(of_all.logits)):
+            base = self._with(fit)
+            return self.explainer.explain(of_all.logits, of_all.leaks, most=1, base=base), fit
         if found := explain() or self._explain_schedule(of_all):
             return found, None
         if fit := self.explainer.fit(seen.logits):

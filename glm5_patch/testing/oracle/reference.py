@@ -49,7 +49,7 @@ class Conventions:
     routed_scaling_factor: float
     index_topk: int | None
     """None: every query attends to all keys."""
-    index_computing: tuple[int, ...]
+    index_computing_layers: tuple[int, ...]
     """Numbers of the layers that run their indexer, from 1."""
     rope_pairing: Literal["interleaved", "half", "none"] = "interleaved"
     rope_place: Literal["first", "last"] = "last"
@@ -96,7 +96,7 @@ class Conventions:
             rms_norm_eps=config.rms_norm_eps,
             routed_scaling_factor=config.routed_scaling_factor,
             index_topk=config.index_topk,
-            index_computing=tuple(n for n, kind in types if kind == "full"),
+            index_computing_layers=tuple(n for n, kind in types if kind == "full"),
         )
 
 
@@ -225,7 +225,7 @@ class _Run:
         everything = self.visible.expand(len(x), -1, -1)
         if c.index_topk is None:
             return everything
-        if number in c.index_computing:
+        if number in c.index_computing_layers:
             self.selected[number] = self.top(self.index_scores(layer, x, q_latent))
             return self.selected[number]
         if c.index_skip_layers == "all keys":
