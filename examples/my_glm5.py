@@ -30,13 +30,22 @@ def megatron(directory):
         checkpoint.config,
         transformer_impl="local",
         params_dtype=torch.float32,
-        use_cpu_initialization=True,
+        use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
-        moe_token_dispatcher_type="allgather",
+        moe_token_dispatcher_type="alltoall" if torch.cuda.is_available() else "allgather",
     )
     model = gpt_model(checkpoint.config, config)
     checkpoint.load_into(model)
     return model
+
+
+def layers(config, vp_stage=None):
+    """A function of ``config`` (and ``args``, ``vp_stage``) gives the layers' spec, as slime's and
+    miles' ``--spec`` does. ``verify`` makes a GPTModel of it."""
+    from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
+
+    build = specs.get_transformer_block_with_experimental_attention_variant_spec
+    return build(config, vp_stage=vp_stage)
 
 
 @contextmanager
@@ -44,5 +53,5 @@ def megatron_in_a_world_of_its_own(directory):
     """A context manager can take down what it set up."""
     from glm5_patch import single_process
 
-    with single_process("cpu"):
+    with single_process("cuda" if torch.cuda.is_available() else "cpu"):
         yield megatron(directory)

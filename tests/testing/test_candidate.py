@@ -34,15 +34,20 @@ def test_a_class_of_transformers_is_built_by_from_pretrained(oracle):
     assert oracle.judge_built(Candidate.named("transformers:GlmMoeDsaForCausalLM")).right
 
 
-def test_a_megatron_module_is_called_with_positions_and_no_mask(world, oracle):
+@pytest.mark.parametrize(
+    "target",
+    [f"{EXAMPLE}:megatron", f"{EXAMPLE}:layers", "glm5_patch.attention.spec:get_glm5_spec"],
+    ids=["module", "spec", "spec of args"],
+)
+def test_a_megatron_module_is_called_with_positions_and_no_mask(world, oracle, target):
     """Its latent norms have the epsilon of the other norms."""
-    verdict = oracle.judge_built(Candidate.named(f"{EXAMPLE}:megatron"))
+    verdict = oracle.judge_built(Candidate.named(target))
     assert [[fault.id for fault in one] for one in verdict.explanations] == [["latent_norm_eps"]]
     assert verdict.passed(["latent_norm_eps"]) and not verdict.passed()
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("function", ["megatron", "megatron_in_a_world_of_its_own"])
+@pytest.mark.parametrize("function", ["megatron", "layers", "megatron_in_a_world_of_its_own"])
 def test_a_megatron_module_needs_no_world(function):
     command = [sys.executable, "-m", "glm5_patch", "verify", "--model", f"{EXAMPLE}:{function}"]
     allow = subprocess.run(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...errors import GLM5PatchError
 from ..parity import LowerTies
+from .spec import describes_layers, model_of
 
 VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 FLOATS = (torch.float32, torch.float64)
@@ -29,7 +30,7 @@ class Candidate:
 
     Args:
         function: a checkpoint's directory -> the model, or a context manager that yields it; or a
-            class of transformers.
+            class of transformers; or a spec function of Megatron (``spec.model_of``).
         name: of the function, in messages.
         device: of the model, "cpu" or "cuda".
     """
@@ -103,6 +104,8 @@ class Candidate:
         if hasattr(self._function, "from_pretrained"):
             options = dict(dtype=torch.float32, attn_implementation="eager")
             return self._function.from_pretrained(directory, **options).to(self.device)
+        if describes_layers(self._function):
+            return model_of(self._function, directory)
         return self._function(directory)
 
 
@@ -156,7 +159,7 @@ def logits_of(model, ids: Tensor, vocab_size: int, name: str = "the model") -> T
     Args:
         model: an ``nn.Module`` or a callable. It is called with ids alone, or with ids, position
             ids and no mask if its signature asks for these, as Megatron's ``GPTModel``.
-        ids: int64 [b, s], on the device of the model.
+        ids: int64 [b, s]. An ``nn.Module`` gets them on its own device.
         vocab_size: of the checkpoint. A padded vocabulary is cut.
         name: of the model, in messages.
 
@@ -171,6 +174,7 @@ def logits_of(model, ids: Tensor, vocab_size: int, name: str = "the model") -> T
     if isinstance(model, torch.nn.Module):
         _check_dtype(model, name)
         model.eval()
+        ids = ids.to(next((value.device for value in model.parameters()), ids.device))
     arguments = _arguments(model, ids, name)
     try:
         with torch.no_grad(), LowerTies():
