@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,9 @@ from tests.testing.seeded import load
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "my_glm5.py"
 B, S, VOCAB = 2, 5, 7
+needs_core = pytest.mark.skipif(
+    find_spec("megatron") is None, reason="megatron-core is not installed"
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +38,7 @@ def test_a_class_of_transformers_is_built_by_from_pretrained(oracle):
     assert oracle.judge_built(Candidate.named("transformers:GlmMoeDsaForCausalLM")).right
 
 
+@needs_core
 @pytest.mark.parametrize(
     "target",
     [f"{EXAMPLE}:megatron", f"{EXAMPLE}:layers", "glm5_patch.attention.spec:get_glm5_spec"],
@@ -46,6 +51,7 @@ def test_a_megatron_module_is_called_with_positions_and_no_mask(world, oracle, t
     assert verdict.passed(["latent_norm_eps"]) and not verdict.passed()
 
 
+@needs_core
 @pytest.mark.nightly
 @pytest.mark.parametrize("function", ["megatron", "layers", "megatron_in_a_world_of_its_own"])
 def test_a_megatron_module_needs_no_world(function):
