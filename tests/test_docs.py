@@ -24,7 +24,12 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 INSTALLS = ("python3 -m venv", "pip ")
 """What .ci/run and the tests of packaging run."""
-LONG = ("python benchmarks/", "python -m tests.")
+LONG = (
+    "python benchmarks/",
+    "python -m tests.",
+    "glm5-patch verify --model",
+    "glm5-patch verify --card",
+)
 """Minutes, and some a GPU: asked for their help here."""
 
 

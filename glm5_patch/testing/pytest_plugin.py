@@ -1,20 +1,24 @@
 """pytest for programs that run GLM-5 on a patched megatron-core. PYTEST_DONT_REWRITE
 
 ``--glm5-patch=auto|off|strict`` (ini: ``glm5_patch``), the fixtures ``glm5_patched``,
-``glm5_unpatched`` and ``glm5_status``, and the marker ``glm5_patches(*ids)``. Nothing here imports
-torch or a host before a test asks for one.
+``glm5_unpatched``, ``glm5_status`` and ``glm5_oracle``, and the marker ``glm5_patches(*ids)``.
+Nothing here imports torch or a host before a test asks for one.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 import glm5_patch
 
 from ..env import ENABLED, STRICT
+
+if TYPE_CHECKING:
+    from .oracle import Oracle
 
 MODES = ("auto", "off", "strict")
 
@@ -80,6 +84,18 @@ def glm5_unpatched() -> Iterator[None]:
     finally:
         if was_on:
             glm5_patch.enable()
+
+
+@pytest.fixture(scope="session")
+def glm5_oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    """A small random GLM-5.2 on disk, and a judge of models that were loaded from it.
+
+    ``checkpoint`` is the directory. ``assert_matches(model)`` raises AssertionError with the names
+    of the model's mistakes, and ``assert_builds(function)`` does for the function that builds it.
+    """
+    from .oracle import Oracle
+
+    return Oracle(tmp_path_factory.mktemp("glm5"))
 
 
 def _is_on() -> bool:

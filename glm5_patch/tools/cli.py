@@ -20,6 +20,7 @@ from .. import __version__
 from ..errors import GLM5PatchError
 from .report import Result
 
+OWN_MODELS = ("gpt", "hybrid")
 UNUSABLE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 
@@ -40,6 +41,7 @@ def _run(argv: list[str]) -> int:
     as_json = "--json" in argv
     try:
         options = _parser().parse_args(argv)
+        options.arguments = argv
         # A host that prints must not mix with what is printed here.
         with redirect_stdout(sys.stderr):
             result: Result = options.run(options)
@@ -115,12 +117,31 @@ def _parser() -> argparse.ArgumentParser:
         "verify", help="compare a small model with Hugging Face on this installation"
     )
     _add_model_options(verify)
+    verify.add_argument(
+        "--model",
+        type=_model,
+        default="gpt",
+        help="gpt or hybrid: this package's GPTModel or HybridModel; or MODULE:FUNCTION or "
+        "PATH.py:FUNCTION: any GLM-5, by a function that gets the directory of a small checkpoint "
+        "and returns a model from ids to logits",
+    )
+    verify.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="FAULT",
+        help="a known fault that is not to count, such as latent_norm_eps; may be repeated",
+    )
+    verify.add_argument(
+        "--card", metavar="FILE", help="write what was found, and where, to this YAML file"
+    )
     verify.set_defaults(run=_verify)
 
     demo = commands.add_parser(
         "demo", help="verify, then train a small model, save it and read it back"
     )
     _add_model_options(demo)
+    demo.add_argument("--model", choices=OWN_MODELS, default="gpt", help="GPTModel or HybridModel")
     demo.add_argument("--steps", type=_positive, default=20, help="training steps (default: 20)")
     demo.add_argument("--output", metavar="DIR", help="keep the trained checkpoint here")
     demo.set_defaults(run=_demo)
@@ -213,9 +234,6 @@ def _add_checkpoint(commands) -> None:
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flavour", choices=("5.2", "5.1"), default="5.2")
-    parser.add_argument(
-        "--model", choices=("gpt", "hybrid"), default="gpt", help="GPTModel or HybridModel"
-    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--impl", choices=("local", "transformer_engine"), default="local", help="module backend"
@@ -224,6 +242,14 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="DIR", help="a small checkpoint of your own")
     parser.add_argument("--seq-length", type=_positive, help="tokens (default: from index_topk)")
     parser.add_argument("--seed", type=int, default=0)
+
+
+def _model(text: str) -> str:
+    if text not in OWN_MODELS and ":" not in text:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be one of {', '.join(OWN_MODELS)}, MODULE:FUNCTION or PATH.py:FUNCTION"
+        )
+    return text
 
 
 def _positive(text: str) -> int:
@@ -264,10 +290,27 @@ def _doctor(options: argparse.Namespace) -> Result:
 
 
 def _verify(options: argparse.Namespace) -> Result:
-    _before_torch(options)
-    from .verify import run
+    from pathlib import Path
 
-    return run(options)
+    from .status import write_card
+
+    card = Path(options.card) if options.card else None
+    if card is not None and not card.parent.is_dir():
+        raise _UsageError(f"--card {card}: {card.parent} is no directory")
+    if card is not None and card.is_dir():
+        raise _UsageError(f"--card {card}: a directory; it must be a file")
+    _before_torch(options)
+    if options.model not in OWN_MODELS:
+        from .verify_model import run
+    elif options.allow:
+        raise _UsageError(f"--allow {options.allow[0]}: it goes with --model MODULE:FUNCTION")
+    else:
+        from .verify import run
+
+    result = run(options)
+    if card is not None:
+        write_card(card, options.arguments, result)
+    return result
 
 
 def _demo(options: argparse.Namespace) -> Result:

@@ -7,14 +7,18 @@ import json
 import re
 from pathlib import Path
 
+import yaml
+
 from glm5_patch.patches.table import PATCHES
+from glm5_patch.testing.oracle.faults import FAULTS
 from tests.config import balance
 from tests.distributed.cases import SOME
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "docs" / "hosts.json"
 CLIENTS = ROOT / "docs" / "clients.json"
-"""What ``tests.clients.record`` saw: the patches of Megatron-LM, and a row for each client."""
+"""What ``tests.clients.record`` saw, the patches of Megatron-LM and a row for each client; and what
+``tests.clients.judge`` was told of each."""
 PACKAGED = ROOT / "glm5_patch" / "tools" / "hosts.json"
 """What ``glm5-patch explain`` says of hosts: patch -> release -> patched or native."""
 WORDS = {"applied": "patched", "not_needed": "native", "armed": "native"}
@@ -88,6 +92,35 @@ def clients(record: dict) -> str:
     return "\n".join(lines)
 
 
+def judged(record: dict) -> str:
+    """What ``verify --model`` said of each program's GLM-5."""
+    lines = ["| program | hosts | GLM | `--model` | said | date |", "|---" * 6 + "|"]
+    for row in record["judged"]:
+        cells = (row["program"], row["hosts"], row["flavour"], f"`{row['target']}`")
+        lines.append("| " + " | ".join((*cells, row["said"], row["date"])) + " |")
+    return "\n".join(lines)
+
+
+def cards() -> str:
+    """Each card of docs/cards, and the checks that it has."""
+    lines = ["| card | host | torch | verdict | date | measured |", "|---" * 6 + "|"]
+    for path in sorted((ROOT / "docs" / "cards").glob("*.yaml")):
+        card = yaml.safe_load(path.read_text())
+        versions, checks = card["versions"], card["figures"]["checks"]
+        host = f"megatron-core {versions['megatron-core']}"
+        measured = "; ".join(f"{one['name']}: {one['measured']}" for one in checks)
+        cells = (f"[{path.name}](cards/{path.name})", host, versions["torch"], card["verdict"])
+        lines.append("| " + " | ".join((*cells, card["date"], measured)) + " |")
+    return "\n".join(lines)
+
+
+def faults() -> str:
+    lines = ["| fault | what the implementation does | look at |", "|---|---|---|"]
+    bar = lambda text: text.replace("|", "\\|")
+    rows = (f"| `{f.id}` | {bar(f.means)} | {bar(f.look_at)} |" for f in FAULTS)
+    return "\n".join([*lines, *rows])
+
+
 def _cells(row: dict[str, float]) -> list[str]:
     shares = [f"{100 * row[name]:.4g} %" for name in ("same_input", "end_to_end")]
     return shares + [f"{row[name]:.1e}" for name in ("logits", "gradients", "recompute")]
@@ -102,6 +135,9 @@ def blocks(record: dict) -> dict[tuple[Path, str], str]:
         (ROOT / "README.md", "launchers"): support(record, "megatron-lm"),
         (ROOT / "docs" / "clients.md", "clients"): clients(record),
         (ROOT / "docs" / "hosts.md", "figures"): figures(record),
+        (ROOT / "docs" / "verify.md", "cards"): cards(),
+        (ROOT / "docs" / "verify.md", "faults"): faults(),
+        (ROOT / "docs" / "verify.md", "judged"): judged(record),
         (ROOT / "docs" / "parallel.md", "splits"): parallel(record),
         (ROOT / "docs" / "pipeline.md", "balance"): balance.table(),
     }

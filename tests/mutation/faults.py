@@ -27,8 +27,30 @@ class Fault:
 
 
 REPLAY = "tests/topk/test_replay.py"
+ORACLE = "tests/testing/test_oracle.py"
 
 FAULTS = (
+    Fault(
+        "a fault under which some tokens agree explains a model",
+        "testing/oracle/explain.py",
+        "return bool((errors <= BOUND).all())",
+        "return bool((errors <= BOUND).any())",
+        f"{ORACLE}::test_a_fault_is_named[indexer_k_norm_eps]",
+    ),
+    Fault(
+        "a model passes if one of its two faults is allowed",
+        "testing/oracle/judge.py",
+        "any({f.id for f in one} <= set(allow)",
+        "any({f.id for f in one} & set(allow) == set(allow)",
+        f"{ORACLE}::test_several_faults_are_named[yarn_megatron+indexer_rope_half_split]",
+    ),
+    Fault(
+        "an oracle selects keys after the query",
+        "testing/oracle/reference.py",
+        "selected &= self.visible",
+        "pass",
+        f"{ORACLE}::test_a_right_model_is_right[0-5.2]",
+    ),
     Fault(
         "all sequences of a batch replay into the first",
         "topk/replay.py",

@@ -136,6 +136,42 @@ def test_it_goes_with_xdist_and_with_warnings_as_errors(run):
     run(tests, "-n", "1", "-W", "error::pytest.PytestWarning").assert_outcomes(passed=1)
 
 
+def test_the_oracle_names_the_mistakes_of_a_model(pytester):
+    pytester.makepyfile("""
+        from transformers import GlmMoeDsaForCausalLM
+
+        def build(directory):
+            return GlmMoeDsaForCausalLM.from_pretrained(directory)
+
+        def with_another_scale(directory):
+            model = build(directory)
+            for layer in model.model.layers:
+                layer.self_attn.scaling = model.config.v_head_dim**-0.5
+            return model
+
+        def test_right(glm5_oracle):
+            glm5_oracle.assert_builds(build)
+
+        def test_right_without_a_function(glm5_oracle):
+            glm5_oracle.assert_matches(build(glm5_oracle.checkpoint))
+
+        def test_wrong(glm5_oracle):
+            glm5_oracle.assert_builds(with_another_scale)
+
+        def test_wrong_but_allowed(glm5_oracle):
+            glm5_oracle.assert_builds(with_another_scale, allow=["softmax_scale_value"])
+
+        def test_a_typing_error(glm5_oracle):
+            glm5_oracle.assert_builds(build, allow=["softmax_scale"])
+        """)
+    plugin = () if _is_installed() else ("-p", "glm5_patch.testing.pytest_plugin")
+    result = pytester.runpytest_inprocess("-W", "ignore", *plugin)
+    result.assert_outcomes(passed=3, failed=2)
+    result.stdout.fnmatch_lines(
+        ["E*AssertionError: *softmax_scale_value*", "E*no fault is called 'softmax_scale'*"]
+    )
+
+
 def test_loading_it_imports_neither_torch_nor_wrapt():
     code = (
         "import sys; import glm5_patch.testing.pytest_plugin; "

@@ -65,6 +65,20 @@ UNUSABLE = {
     "verify --checkpoint missing": "missing: no such directory",
     "verify --impl transformer_engine": "transformer_engine needs --device cuda",
     "verify --dtype fp64": "invalid choice: 'fp64'",
+    "verify --model mamba": "must be one of gpt, hybrid, MODULE:FUNCTION or PATH.py:FUNC",
+    "demo --model my:glm5": "invalid choice: 'my:glm5'",
+    "verify --allow latent_norm_eps": "it goes with --model MODULE:FUNCTION",
+    "verify --model no_such:f": "no_such can't be imported",
+    "verify --model torch:nothing": "torch has no 'nothing'",
+    "verify --model torch:float32": "float32 is of type dtype, which can't be called",
+    "verify --model torch:load --dtype bf16": "is compared in fp32",
+    "verify --model torch:load --impl transformer_engine": "chooses the modules",
+    "verify --model torch:load --checkpoint GOOD": "leave --checkpoint out",
+    "verify --model torch:load --allow rope_thta": "no fault is called 'rope_thta'",
+    "verify --model torch:load --seq-length 9": "a sequence of 9 tokens: it must have 10 to 96",
+    "verify --card NEW/card.yaml": "is no directory",
+    "verify --card GOOD": "a directory; it must be a file",
+    "verify --model torch:load": "torch:load raised: IsADirectoryError",
 }
 
 
