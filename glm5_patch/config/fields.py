@@ -24,6 +24,12 @@ REPLAY = "dsa_topk_replay"
 """The name of the switch that refuses forwards without recordings."""
 
 
+LOSS_LAYERS = "dsa_indexer_loss_layers"
+SOURCE, SERVED = LOSS_LAYERS_OF = ("source", "served")
+"""Whose attention an indexer learns from: its own layer's, or that of every layer that uses its
+top-k."""
+
+
 FP8 = "fp8"
 INDEXER_PRECISIONS = ("model", FP8)
 """Precision of the index scores: the model's own dtype, or as servers compute them."""
@@ -107,6 +113,11 @@ class GLM5Fields:
         "model",
         "Precision of the index scores: the model's dtype, or fp8 as sglang and vLLM serve GLM-5.",
     )
+    dsa_indexer_loss_layers: Literal["source", "served"] = _setting(
+        SOURCE,
+        "The attention that an indexer learns from: its own layer's (source), or the mean of all "
+        "layers that use its top-k (served).",
+    )
     dsa_topk_replay: bool = _setting(
         False,
         "Every forward must replay recorded keys (replay_topk); one without recordings is an "
@@ -147,6 +158,7 @@ _OF_OTHER_MODELS = {
     ACROSS_STAGES: (None, False),
     REPLAY: (None, False),
     "dsa_indexer_precision": (None, "model"),
+    LOSS_LAYERS: (None, SOURCE),
 }
 
 
@@ -165,7 +177,8 @@ def is_glm5(config: Any) -> bool:
       (``dsa_indexer_types``, or a ``dsa_indexer_topk_freq`` above 1, or an offset),
       ``dsa_indexer_rope_interleaved=True``, ``dsa_indexer_rotate_activation=False``,
       ``dsa_context_parallel_order="contiguous"``, ``dsa_topk_across_stages=True``,
-      ``dsa_topk_replay=True``, or ``dsa_indexer_precision="fp8"``.
+      ``dsa_topk_replay=True``, ``dsa_indexer_precision="fp8"``, or
+      ``dsa_indexer_loss_layers="served"``.
 
     Where the host refuses every DSA model (megatron-core 0.16 and 0.17), the ``config_fields``
     patch sets ``dsa_is_glm5`` if it is None, because no other DSA model can be built there.
@@ -188,6 +201,12 @@ def set_conventions(config: Any) -> None:
     for name, value in CONVENTIONS.items():
         if isinstance(value, bool) and getattr(config, name, value) is None:
             setattr(config, name, value)
+
+
+def learns_across_layers(config: Any) -> bool:
+    """Whether indexers are trained, and by the attention of other layers than their own."""
+    asked = getattr(config, LOSS_LAYERS, SOURCE) == SERVED
+    return asked and bool(getattr(config, "dsa_indexer_loss_coeff", None))
 
 
 def unlike_glm5(config: Any) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from torch import Tensor
 from ..config.fields import REPLAY
 from ..config.schedule import IndexSchedule
 from ..errors import GLM5PatchError
+from ..ops.index_loss.served import OverAllKeys, OverSelectedKeys, ServedLoss
 from ..ops.index_topk.reference import IndexerInputs
 from ..ops.query_positions import QueryPositions
 from .carrier import OUTSIDE, TopkCarrier, current_carrier, require_carrier
 from .context import current_recorder, replay_is_asked_for
-from .mtp import mtp_depth
+from .mtp import mtp_depth, shares_iterations
 from .tokens import Layout
 
 if TYPE_CHECKING:
@@ -63,6 +64,10 @@ class TopkSource:
         """The depth of multi-token prediction, from 1; None of a decoder layer."""
         self.source = layer_number if self.is_mtp else self.schedule.source(layer_number)
         """The number of the layer that computes the top-k."""
+        self.users = 1 + len(self.schedule.consumers(self.source)) if not self.is_mtp else 1
+        """How many layers, or iterations of this one, attend to the top-k of ``source``."""
+        if self.is_mtp and shares_iterations(config):
+            self.users = config.mtp_num_layers
         self.decoder_layer = None if self.is_mtp else self.schedule.attention_number(layer_number)
         """The number that recordings know it by: as ``layer_number``, but of a HybridModel, which
         counts MLPs as layers, the number in the same GPTModel."""
@@ -77,6 +82,25 @@ class TopkSource:
     def computes(self) -> bool:
         """Whether the layer has an indexer."""
         return self.source == self.layer_number
+
+    def carrier(self) -> TopkCarrier:
+        """The carrier of the forward that is running. Raises MissingTopkError where there is
+        none."""
+        return require_carrier(self.layer_number, self.source)
+
+    def served_loss(self, sparse: bool) -> tuple[ServedLoss, int]:
+        """What the users of this layer's top-k add to its indexer's loss in the forward that is
+        running, and which of them runs.
+
+        Args:
+            sparse: whether the loss is over the selected keys alone.
+        """
+        carrier = self.carrier()
+        user = carrier.iteration if self.is_mtp else self.layer_number
+        losses = (carrier.first_iteration or carrier).served_losses
+        if self.source not in losses:
+            losses[self.source] = (OverSelectedKeys if sparse else OverAllKeys)(self.users)
+        return losses[self.source], user
 
     def selection(
         self,
@@ -173,7 +197,7 @@ class TopkSource:
 
     def _carried(self, every_key_fits: bool) -> Tensor | None:
         # Required of short sequences too, so that a stack without a carrier fails at once.
-        carrier = require_carrier(self.layer_number, self.source)
+        carrier = self.carrier()
         if every_key_fits:
             return None
         if carrier.arrived is not None and carrier.published(self.source) is None:

@@ -81,6 +81,19 @@ def token_group(config, pg_collection) -> ProcessGroup | None:
     return groups.tp
 
 
+def head_group(config, pg_collection) -> ProcessGroup | None:
+    """The tensor-parallel ranks that share the heads out; None where one rank has all of its
+    tokens'.
+
+    Raises:
+        GLM5PatchError: as of ``shared_out``.
+    """
+    if config.tensor_model_parallel_size == 1 or shared_out(config).tokens:
+        return None
+    groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp"])
+    return groups.tp
+
+
 class Layout(NamedTuple):
     """The tokens of this rank among those of the batch.
 

@@ -27,6 +27,8 @@ ALL_OF_THEM = f"{CARRIERS},gate,pipeline_split_check,dsa_spec"  # the last three
 def repeats_every_operation(case):
     """Whether stages alone are split: then each does what one process does, in its order."""
     adds_up_anew = case.settings.items() >= RECOMPUTE["layernorm"].items()
+    # A recompute runs the later layers first, so that they add to an indexer's loss first.
+    adds_up_anew |= "dsa_indexer_loss_layers" in case.loss
     return case.world == case.pp > 1 and not adds_up_anew and "mtp_num_layers" not in case.settings
 
 

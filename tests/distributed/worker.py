@@ -142,6 +142,7 @@ def configuration(case: Case):
         expert_model_parallel_size=case.ep,
         context_parallel_size=case.cp,
         dsa_indexer_loss_coeff=case.indexer_loss,
+        **case.loss,
         **settings,
     )
     config.finalize_model_grads_func = finalize_model_grads

@@ -10,6 +10,8 @@ from ....config.fields import (
     CONVENTIONS,
     FP8,
     INDEXER_PRECISIONS,
+    LOSS_LAYERS,
+    LOSS_LAYERS_OF,
     ZIGZAG,
     GLM5Fields,
     has_glm5_settings,
@@ -144,6 +146,7 @@ def _validate(config) -> None:
     _refuse_scaled_rope(config)
     _refuse_layers_run_singly(config)
     _check_precision(config)
+    _check_loss_layers(config)
     order = config.dsa_context_parallel_order
     if order not in CONTEXT_PARALLEL_ORDERS:
         raise GLM5PatchError(
@@ -170,6 +173,14 @@ def _check_precision(config) -> None:
         raise GLM5PatchError(
             f"dsa_indexer_precision={FP8!r} with dsa_indexer_head_dim={dim}: its Hadamard rotation "
             "needs a power of two; set dsa_indexer_precision='model'"
+        )
+
+
+def _check_loss_layers(config) -> None:
+    if config.dsa_indexer_loss_layers not in LOSS_LAYERS_OF:
+        raise GLM5PatchError(
+            f"{LOSS_LAYERS}={config.dsa_indexer_loss_layers!r} must be one of "
+            f"{', '.join(LOSS_LAYERS_OF)}"
         )
 
 
