@@ -41,6 +41,9 @@ class CrossLayerDSAttention(MegatronModule):
     """Called with the layer number and the top-k that each forward attends to, of this rank's
     queries; for metrics."""
 
+    attention_observer: Callable[[AttentionInputs], None] | None = None
+    """Called with what each forward attends to, without padding; for metrics."""
+
     def __init__(
         self,
         config,
@@ -180,6 +183,8 @@ class CrossLayerDSAttention(MegatronModule):
             self.dims,
             self.softmax_scale,
         )
+        if self.attention_observer is not None:
+            self.attention_observer(_of_real(layout, attention.detach(), None)[0])
         output = sparse_attention(attention)  # [s, b, n * value]
         if serves:
             output = self._attach_served_loss(output, indexer_inputs, attention, layout)
@@ -214,7 +219,7 @@ class CrossLayerDSAttention(MegatronModule):
             )
         else:
             loss = _nothing(indexer_inputs)
-        self._log_loss(loss)
+        self._log_loss(loss, layout, attention.query.shape[1])
         return DSAIndexerLossAutoScaler.apply(output, loss)
 
     def _attach_served_loss(
@@ -232,12 +237,12 @@ class CrossLayerDSAttention(MegatronModule):
             if indexer_inputs is None or not torch.is_grad_enabled():
                 return output
             loss = _nothing(indexer_inputs)
-            self._log_loss(loss)
+            self._log_loss(loss, layout, attention.query.shape[1])
             return DSAIndexerLossAutoScaler.apply(output, loss)
         served, user = self.topk_source.served_loss(sparse)
-        settings = None
+        settings, b = None, attention.query.shape[1]
         if indexer_inputs is not None:
-            per_token, b = self.config.calculate_per_token_loss, attention.query.shape[1]
+            per_token = self.config.calculate_per_token_loss
             scale = scale_of(self._loss_coefficient, per_token, layout.num_real, b)
             settings = LossSettings(self.indexer.softmax_scale, scale, sparse)
             served.begin(indexer_inputs, settings)
@@ -249,13 +254,13 @@ class CrossLayerDSAttention(MegatronModule):
 
         def take(inputs: IndexerInputs) -> LossAndGradients:
             found = served.take(inputs, settings)
-            self._log_loss(found.loss)
+            self._log_loss(found.loss, layout, b)
             return found
 
         loss = loss_in_backward(indexer_inputs, take, always=output.requires_grad)
         return DSAIndexerLossAutoScaler.apply(output, loss)
 
-    def _log_loss(self, loss: Tensor) -> None:
+    def _log_loss(self, loss: Tensor, layout: Layout, b: int) -> None:
         log_loss(
             self.config,
             loss,
@@ -263,6 +268,7 @@ class CrossLayerDSAttention(MegatronModule):
             self.topk_source.mtp_depth,
             self.token_group,
             self.cp_group,
+            layout.num_real * b,
         )
 
 

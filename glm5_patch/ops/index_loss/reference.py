@@ -85,6 +85,37 @@ def attention_target(attention: AttentionInputs, tp_group: ProcessGroup | None) 
     return found
 
 
+@torch.no_grad()
+def attention_mass(
+    attention: AttentionInputs, tp_group: ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """The share of each query's attention over all visible keys, averaged over all heads, that its
+    selected keys have; and the most that so many keys could have. Both fp32 [b, s].
+
+    Args:
+        attention: of one layer.
+        tp_group: of the ranks that share the heads out; None: one rank has all.
+    """
+    query, topk_indices = attention.query, attention.topk_indices
+    s, b = query.shape[:2]
+    kept = torch.ones((b, s), dtype=torch.float32, device=query.device)
+    best = kept.clone()
+    if topk_indices is None:
+        return kept, best
+    key, _ = keys_and_values(attention)
+    for window in windows(attention.queries, query.shape[2] * 4):
+        for batch in sequences(b, query.device):
+            q, k = window.of_queries(query[:, batch]), window.of_keys(key[:, batch])
+            visible = window.visible.expand(q.shape[1], -1, -1)
+            probs = _target(q, k, visible, attention.softmax_scale, tp_group)  # [b, size, width]
+            count = min(topk_indices.shape[-1], window.width)
+            most = probs.topk(count, sorted=False)[0].sum(-1)
+            probs = probs.masked_fill_(~window.selected(topk_indices[batch]), 0.0).sum(-1)
+            kept[batch, window.rows] = probs[:, window.slots]
+            best[batch, window.rows] = most[:, window.slots]
+    return kept, best
+
+
 @backend("index_loss.of_target", name="torch")
 def loss_of_target(
     inputs: IndexerInputs, keys: SelectedKeys, target: Tensor, settings: LossSettings

@@ -1,6 +1,8 @@
-"""``forward_step_calc_loss``: the indexer loss weighs what the main loss weighs."""
+"""The indexer loss in the host's training loop: its weight, and its figures."""
 
 from __future__ import annotations
+
+import sys
 
 from ....config.fields import is_glm5
 from ....patching.patch import Finding, Patch, argument
@@ -50,3 +52,33 @@ def _set_scale(config, num_microbatches: int, device) -> None:
     if not config.calculate_per_token_loss:
         scale = scale / num_microbatches
     DSAIndexerLossAutoScaler.set_loss_scale(scale.reshape(()))
+
+
+class IndexerLossFigures(Patch):
+    id = "indexer_loss_figures"
+    module = "megatron.core.transformer.experimental_attention_variant.dsa"
+    attribute = "DSAIndexerLossLoggingHelper.track_indexer_metrics"
+    why = "The loggers get one mean over all layers, of which most have no indexer."
+    upstream = "none: the host takes per_layer_logging and ignores it"
+    remove_when = "the host logs the loss of each layer"
+
+    def needed(self, module) -> Finding:
+        return Finding(True, "the host logs no layer's own loss")
+
+    def apply(self, module, seams) -> None:
+        helper = module.DSAIndexerLossLoggingHelper
+        reads = ("iteration", "writer", "wandb_writer")
+        seams.wrap(helper, "track_indexer_metrics", _track, reads=reads)
+
+    def guards(self, config) -> bool:
+        return False  # without it figures are missing, and nothing is computed wrongly
+
+
+def _track(wrapped, instance, args, kwargs):
+    result = wrapped(*args, **kwargs)
+    if "glm5_patch.attention.loss_log" in sys.modules:  # else no model of ours has trained
+        from ....training.figures import write_indexer_losses
+
+        names = ("iteration", "writer", "wandb_writer")
+        write_indexer_losses(*(argument(wrapped, args, kwargs, name) for name in names))
+    return result
