@@ -47,6 +47,8 @@ def shortcomings(case, found):
         problems.append(f"loss off by {found['loss']}")
     if not found.get("logged", 0.0) <= LOSS:
         problems.append(f"the logged loss of an indexer is off by {found['logged']}")
+    if not found.get("figures", 0.0) <= LOSS:
+        problems.append(f"the figure of an indexer's loss is off by {found['figures']}")
     if not found["topk_equal"]:
         problems.append("ranks of a tensor-parallel group select other keys")
     if not case.forward_only:
