@@ -11,7 +11,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
-from ..config.fields import LOSS_LAYERS, SERVED
+from ..config.fields import LOSS_LAYERS, SERVED, attends_to_every_key
 from ..errors import GLM5PatchError
 from ..ops.index_loss.operation import index_loss, scale_of
 from ..ops.index_loss.reference import LossSettings
@@ -163,7 +163,7 @@ class CrossLayerDSAttention(MegatronModule):
         trains = self._loss_coefficient > 0 and self.training
         wants_loss = trains and torch.is_grad_enabled() and self.indexer is not None
         serves = trains and self.serves and self.topk_source.carrier().records_gradients
-        wants_inputs = wants_loss or (serves and not self.config.dsa_indexer_use_sparse_loss)
+        wants_inputs = wants_loss or (serves and not self._loss_is_sparse)
         with torch.set_grad_enabled(wants_loss):
             topk_indices, indexer_inputs = self.topk_source.selection(
                 self.indexer, hidden_states, q_latent, layout, wants_inputs
@@ -196,6 +196,12 @@ class CrossLayerDSAttention(MegatronModule):
     def _loss_coefficient(self) -> float:
         return self.config.dsa_indexer_loss_coeff or 0.0
 
+    @property
+    def _loss_is_sparse(self) -> bool:
+        """Whether the indexer's loss is over the selected keys alone."""
+        dense = attends_to_every_key(self.config)
+        return self.config.dsa_indexer_use_sparse_loss and not dense
+
     def _attach_loss(
         self,
         output: Tensor,
@@ -212,7 +218,7 @@ class CrossLayerDSAttention(MegatronModule):
                 attention,
                 index_scale=self.indexer.softmax_scale,
                 coefficient=self._loss_coefficient,
-                sparse=self.config.dsa_indexer_use_sparse_loss,
+                sparse=self._loss_is_sparse,
                 per_token=self.config.calculate_per_token_loss,
                 mean_over=layout.num_real,
                 tp_group=self.head_group,
@@ -232,7 +238,7 @@ class CrossLayerDSAttention(MegatronModule):
         """Add this layer's part to the loss of the indexer that selected. If that is this layer's,
         add the loss to what the output carries: the backward gets it when all parts are there."""
         attention, indexer_inputs = _of_real(layout, attention, indexer_inputs)
-        sparse = self.config.dsa_indexer_use_sparse_loss
+        sparse = self._loss_is_sparse
         if not len(attention.query):
             if indexer_inputs is None or not torch.is_grad_enabled():
                 return output

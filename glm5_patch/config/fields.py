@@ -30,6 +30,18 @@ SOURCE, SERVED = LOSS_LAYERS_OF = ("source", "served")
 top-k."""
 
 
+PHASE = "dsa_training_phase"
+DENSE_WARMUP, INDEXER_WARMUP, JOINT, FROZEN_INDEXER = PHASES = (
+    "dense_warmup",
+    "indexer_warmup",
+    "joint",
+    "frozen_indexer",
+)
+"""What trains, in the order of a training from dense attention; see ``set_phase``."""
+NO_PHASE = "none"
+"""Whatever requires a gradient trains."""
+
+
 FP8 = "fp8"
 INDEXER_PRECISIONS = ("model", FP8)
 """Precision of the index scores: the model's own dtype, or as servers compute them."""
@@ -118,6 +130,12 @@ class GLM5Fields:
         "The attention that an indexer learns from: its own layer's (source), or the mean of all "
         "layers that use its top-k (served).",
     )
+    dsa_training_phase: Literal[
+        "none", "dense_warmup", "indexer_warmup", "joint", "frozen_indexer"
+    ] = _setting(
+        NO_PHASE,
+        "What trains, set when the model is wrapped for data parallelism; see set_phase.",
+    )
     dsa_topk_replay: bool = _setting(
         False,
         "Every forward must replay recorded keys (replay_topk); one without recordings is an "
@@ -159,6 +177,7 @@ _OF_OTHER_MODELS = {
     REPLAY: (None, False),
     "dsa_indexer_precision": (None, "model"),
     LOSS_LAYERS: (None, SOURCE),
+    PHASE: (None, NO_PHASE),
 }
 
 
@@ -177,8 +196,8 @@ def is_glm5(config: Any) -> bool:
       (``dsa_indexer_types``, or a ``dsa_indexer_topk_freq`` above 1, or an offset),
       ``dsa_indexer_rope_interleaved=True``, ``dsa_indexer_rotate_activation=False``,
       ``dsa_context_parallel_order="contiguous"``, ``dsa_topk_across_stages=True``,
-      ``dsa_topk_replay=True``, ``dsa_indexer_precision="fp8"``, or
-      ``dsa_indexer_loss_layers="served"``.
+      ``dsa_topk_replay=True``, ``dsa_indexer_precision="fp8"``,
+      ``dsa_indexer_loss_layers="served"``, or a ``dsa_training_phase``.
 
     Where the host refuses every DSA model (megatron-core 0.16 and 0.17), the ``config_fields``
     patch sets ``dsa_is_glm5`` if it is None, because no other DSA model can be built there.
@@ -207,6 +226,29 @@ def learns_across_layers(config: Any) -> bool:
     """Whether indexers are trained, and by the attention of other layers than their own."""
     asked = getattr(config, LOSS_LAYERS, SOURCE) == SERVED
     return asked and bool(getattr(config, "dsa_indexer_loss_coeff", None))
+
+
+def attends_to_every_key(config: Any) -> bool:
+    """Whether no layer selects: a dense warm-up, whose indexers learn from all visible keys."""
+    return getattr(config, PHASE, NO_PHASE) == DENSE_WARMUP
+
+
+def why_not_phase(phase: str, loss_coefficient: float | None) -> str | None:
+    """Why a model can't train in a phase; None if it can.
+
+    Args:
+        phase: of ``PHASES``.
+        loss_coefficient: ``dsa_indexer_loss_coeff``.
+    """
+    if phase not in PHASES:
+        return f"{phase!r} must be one of {', '.join(PHASES)}"
+    if phase == FROZEN_INDEXER or loss_coefficient:
+        return None
+    return (
+        f"{phase!r} trains the indexers, which get a gradient only from their loss, but "
+        f"dsa_indexer_loss_coeff is {loss_coefficient}; set it (to 0.001, for example), or use "
+        f"{FROZEN_INDEXER!r}"
+    )
 
 
 def unlike_glm5(config: Any) -> dict[str, Any]:

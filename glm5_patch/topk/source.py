@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..config.fields import REPLAY
+from ..config.fields import DENSE_WARMUP, PHASE, REPLAY, attends_to_every_key
 from ..config.schedule import IndexSchedule
 from ..errors import GLM5PatchError
 from ..ops.index_loss.served import OverAllKeys, OverSelectedKeys, ServedLoss
@@ -57,6 +57,7 @@ class TopkSource:
         Raises:
             ScheduleError: the decoder's schedule is wrong.
         """
+        self.config = config
         self.layer_number = layer_number
         self.index_topk = config.dsa_indexer_topk
         self.schedule = IndexSchedule.from_megatron(config)
@@ -125,8 +126,10 @@ class TopkSource:
             GLM5PatchError: recordings do not fit the batch or the model, or there are none and
                 ``dsa_topk_replay=True``.
         """
-        every_key_fits = layout.queries.all_fit(self.index_topk)
+        every_key_fits = layout.every_key_is_selected(self.config)
         carrier, b = current_carrier(), hidden_states.shape[1]
+        if attends_to_every_key(self.config):
+            self._refuse_recordings(carrier)
         recorder = None if carrier is None or self.is_mtp else carrier.recorder
         if not self.computes:
             if recorder is not None:
@@ -160,6 +163,14 @@ class TopkSource:
             carrier.recorded.add(self.layer_number)
             recorder.add(self.decoder_layer, topk_indices, layout, self.index_topk, b)
         return Selection(topk_indices, inputs)
+
+    def _refuse_recordings(self, carrier: TopkCarrier | None) -> None:
+        asked = carrier is not None and (carrier.recorder or carrier.replay)
+        if asked or replay_is_asked_for() or current_recorder() is not None:
+            raise GLM5PatchError(
+                f"layer {self.layer_number}: {PHASE}={DENSE_WARMUP!r} selects no keys to record or "
+                "to replay; train in another phase"
+            )
 
     def _replay(self, carrier: TopkCarrier | None, layout: Layout, b: int) -> ForwardReplay | None:
         """The recordings that this forward replays, if any, compared with its batch."""

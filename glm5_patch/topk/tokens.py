@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import env
-from ..config.fields import CONTIGUOUS, ZIGZAG
+from ..config.fields import CONTIGUOUS, ZIGZAG, attends_to_every_key
 from ..errors import GLM5PatchError
 from ..ops.query_positions import (
     QueryPositions,
@@ -177,6 +177,10 @@ class Layout(NamedTuple):
         if carrier is not None:
             carrier.layout = layout
         return layout
+
+    def every_key_is_selected(self, config) -> bool:
+        """Whether no layer needs to select: every key fits, or the attention is dense."""
+        return attends_to_every_key(config) or self.queries.all_fit(config.dsa_indexer_topk)
 
     def gather(self, tensor: Tensor) -> Gathering:
         """Start to gather [own, ...] of every rank; what comes is the whole sequence in natural

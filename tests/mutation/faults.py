@@ -340,7 +340,7 @@ FAULTS = (
     ),
     Fault(
         "the indexer loss of every microbatch counts whole",
-        "patches/megatron_core/running/indexer_loss.py",
+        "patches/megatron_core/running/indexer_training.py",
         "scale = scale / num_microbatches",
         "scale = scale / 1",
         "tests/patches/test_indexer_loss_scale.py",

@@ -8,7 +8,9 @@ from .... import env
 from ....config.fields import (
     INDEXER_PRECISIONS,
     LOSS_LAYERS,
+    PHASE,
     ZIGZAG,
+    attends_to_every_key,
     is_dsa,
     is_glm5,
     learns_across_layers,
@@ -91,6 +93,11 @@ def attention_stack(config, wrong: str | None) -> Stack:
         raise GLM5PatchError(
             f"dsa_topk_replay=True with {reason}: megatron-core's own sparse attention replays no "
             f"recorded keys; {unset}"
+        )
+    if attends_to_every_key(config):
+        raise GLM5PatchError(
+            f"{PHASE}={config.dsa_training_phase!r} with {reason}: megatron-core's own sparse "
+            f"attention is never dense; {unset}"
         )
     if learns_across_layers(config):
         raise GLM5PatchError(

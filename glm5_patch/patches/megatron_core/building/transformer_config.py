@@ -12,14 +12,19 @@ from ....config.fields import (
     INDEXER_PRECISIONS,
     LOSS_LAYERS,
     LOSS_LAYERS_OF,
+    NO_PHASE,
+    PHASE,
+    REPLAY,
     ZIGZAG,
     GLM5Fields,
+    attends_to_every_key,
     has_glm5_settings,
     is_dsa,
     is_glm5,
     on_off_flags,
     set_conventions,
     unlike_glm5,
+    why_not_phase,
 )
 from ....errors import GLM5PatchError, ScheduleError
 from ....patching.patch import Finding, Patch
@@ -147,6 +152,7 @@ def _validate(config) -> None:
     _refuse_layers_run_singly(config)
     _check_precision(config)
     _check_loss_layers(config)
+    _check_phase(config)
     order = config.dsa_context_parallel_order
     if order not in CONTEXT_PARALLEL_ORDERS:
         raise GLM5PatchError(
@@ -181,6 +187,19 @@ def _check_loss_layers(config) -> None:
         raise GLM5PatchError(
             f"{LOSS_LAYERS}={config.dsa_indexer_loss_layers!r} must be one of "
             f"{', '.join(LOSS_LAYERS_OF)}"
+        )
+
+
+def _check_phase(config) -> None:
+    if config.dsa_training_phase == NO_PHASE:
+        return
+    reason = why_not_phase(config.dsa_training_phase, config.dsa_indexer_loss_coeff)
+    if reason:
+        raise GLM5PatchError(f"{PHASE}={reason}")
+    if attends_to_every_key(config) and config.dsa_topk_replay:
+        raise GLM5PatchError(
+            f"{REPLAY}=True with {PHASE}={config.dsa_training_phase!r}: a dense warm-up selects no "
+            f"keys; set {REPLAY}=False"
         )
 
 

@@ -1,10 +1,10 @@
-"""The indexer loss in the host's training loop: its weight, and its figures."""
+"""Training of the indexers in the host's loop: the phase, and the loss's weight and figures."""
 
 from __future__ import annotations
 
 import sys
 
-from ....config.fields import is_glm5
+from ....config.fields import NO_PHASE, PHASE, is_glm5
 from ....patching.patch import Finding, Patch, argument
 from ...probes.megatron_core import scales_indexer_loss
 
@@ -82,3 +82,32 @@ def _track(wrapped, instance, args, kwargs):
         names = ("iteration", "writer", "wandb_writer")
         write_indexer_losses(*(argument(wrapped, args, kwargs, name) for name in names))
     return result
+
+
+class TrainingPhase(Patch):
+    id = "training_phase"
+    module = "megatron.core.distributed.data_parallel_base"
+    attribute = "_BaseDataParallel.__init__"
+    why = "No flag freezes the trunk or the indexers before the gradient buffers are made."
+    upstream = "none"
+    remove_when = "never: it applies this package's dsa_training_phase"
+
+    def needed(self, module) -> Finding:
+        return Finding(True, "the host has no phases of sparse-attention training")
+
+    def apply(self, module, seams) -> None:
+        wrapper = module._BaseDataParallel
+        seams.wrap(wrapper, "__init__", _with_phase, reads=("config", "module"))
+
+    def guards(self, config) -> bool:
+        return getattr(config, PHASE, NO_PHASE) != NO_PHASE
+
+
+def _with_phase(wrapped, instance, args, kwargs):
+    config = argument(wrapped, args, kwargs, "config")
+    phase = getattr(config, PHASE, NO_PHASE)
+    if is_glm5(config) and phase != NO_PHASE:
+        from ....training.phases import set_phase
+
+        set_phase(argument(wrapped, args, kwargs, "module"), phase)
+    return wrapped(*args, **kwargs)
