@@ -13,6 +13,10 @@ from ..errors import GLM5PatchError
 KINDS = ("indexer", "latent", "experts", "adapters", "rest")
 
 
+_BIAS_RATE = "_glm5_patch_moe_router_bias_update_rate"
+"""Where a configuration keeps the rate that was asked for, while the trunk is frozen."""
+
+
 class Share(NamedTuple):
     """The parameters of one kind on this rank."""
 
@@ -58,7 +62,8 @@ def set_phase(model: torch.nn.Module | Sequence[torch.nn.Module], phase: str) ->
 
     - ``dense_warmup``: only the indexers train, by their loss over all visible keys. Every layer
       attends to all visible keys, and none selects.
-    - ``indexer_warmup``: only the indexers train, and the attention is sparse.
+    - ``indexer_warmup``: only the indexers train, and the attention is sparse. In both warm-ups the
+      routers' biases stay as they are too.
     - ``joint``: everything trains, and the attention is sparse.
     - ``frozen_indexer``: everything except the indexers trains.
 
@@ -91,13 +96,21 @@ def set_phase(model: torch.nn.Module | Sequence[torch.nn.Module], phase: str) ->
         parameter.requires_grad_(trains)
     for config in configs:
         setattr(config, PHASE, phase)
+        _balance_experts(config, phase not in (DENSE_WARMUP, INDEXER_WARMUP))
     return audit(model)
+
+
+def _balance_experts(config: Any, balances: bool) -> None:
+    """Let the host move the routers' biases, which no gradient does, or keep them as they are."""
+    rate = getattr(config, "moe_router_bias_update_rate", 0.0)
+    asked = vars(config).setdefault(_BIAS_RATE, rate)
+    config.moe_router_bias_update_rate = asked if balances else 0.0
 
 
 def _configs(chunk: torch.nn.Module) -> Iterator[Any]:
     """Each configuration of a model's modules: MTP layers may have copies."""
     for module in chunk.modules():
-        if hasattr(module, "config"):
+        if hasattr(getattr(module, "config", None), "dsa_indexer_loss_coeff"):
             yield module.config
 
 

@@ -203,6 +203,11 @@ class Run:
             self.optimizer.step()
         return {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
+    def expert_biases(self):
+        """What balances the experts: no parameter, and of the trunk."""
+        named = self.model.named_buffers()
+        return torch.cat([buffer for name, buffer in named if name.endswith("expert_bias")])
+
     def saved(self):
         return copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()))
 
@@ -236,3 +241,19 @@ def test_the_next_phase_starts_from_the_weights(world, checkpoint, phase, follow
     for name, value in after.items():
         if ".experts." not in name:
             assert torch.equal(value, before[name]) != trained_in(following, name), name
+
+
+def test_a_frozen_trunk_keeps_its_routing(world, checkpoint):
+    with CudaLiterals():
+        run = Run(checkpoint, "dense_warmup")
+        before = run.expert_biases().clone()
+        run.train(0)
+        assert torch.equal(run.expert_biases(), before)
+        set_phase(run.model, "indexer_warmup")
+        run.train(1)
+        assert torch.equal(run.expert_biases(), before)
+        rate = megatron_config(checkpoint.config).moe_router_bias_update_rate
+        set_phase(run.model, "joint")
+        assert run.model.config.moe_router_bias_update_rate == rate > 0
+        run.train(2)
+        assert not torch.equal(run.expert_biases(), before)
