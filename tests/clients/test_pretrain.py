@@ -135,3 +135,21 @@ def test_a_command_line_that_contradicts_the_file_is_refused(folder):
     result = launch(SOURCE, "--glm5-config", str(folder / "hf"), "--hidden-size", "128")
     assert result.returncode != 0
     assert "hidden_size is 128: give --hidden-size 64" in result.stderr
+
+
+PHASE = ("--dsa-indexer-loss-layers", "served", "--dsa-training-phase")
+
+
+def test_a_training_goes_through_its_phases(folder):
+    """A dense warm-up, resumed in the same phase, and then the next one without its optimizer."""
+    model = ("--glm5-config", str(folder / "hf"))
+    saves = ("--save", str(folder / "warm"), "--save-interval", str(HALF))
+    warm = Run(launch(SOURCE, *model, *saves, *PHASE, "dense_warmup"))
+    loads = ("--load", str(folder / "warm"), "--ckpt-step", str(HALF))
+    resumed = Run(launch(SOURCE, *model, *loads, *PHASE, "dense_warmup"))
+    assert_goes_on(resumed.steps, warm.steps)
+    following = ("joint", "--dsa-indexer-use-sparse-loss", "--no-load-optim")
+    joint = Run(launch(SOURCE, *model, *loads, *PHASE, *following))
+    assert sorted(joint.steps) == [n for n in warm.steps if n > HALF]
+    norms = [(float(joint.steps[n][2]), float(warm.steps[n][2])) for n in joint.steps]
+    assert all(whole > 2 * indexers > 0 for whole, indexers in norms)  # the trunk trains now
