@@ -56,8 +56,15 @@ def train(model, *seeds):
         model.train()(ids, torch.arange(40).expand_as(ids), None, labels=ids).mean().backward()
 
 
-@pytest.mark.parametrize("mode", ["none", "uniform_1"])
-@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "per_token"),
+    [
+        ("none", False),
+        ("uniform_1", True),
+        pytest.param("none", True, marks=pytest.mark.nightly),
+        pytest.param("uniform_1", False, marks=pytest.mark.nightly),
+    ],
+)
 def test_losses_are_means_over_the_microbatches(checkpoint, mode, per_token):
     settings = dict(LOSS, mtp_num_layers=1, calculate_per_token_loss=per_token)
     model = megatron_model(checkpoint, **settings, **MODES.get(mode, {}))

@@ -125,8 +125,16 @@ def gradients_of(model):
     return sum(losses).item(), found
 
 
-@pytest.mark.parametrize("mode", ["none", "uniform_1", "core_attn"])
-@pytest.mark.parametrize("layers", ["source", "served"])
+@pytest.mark.parametrize(
+    ("layers", "mode"),
+    [
+        ("source", "none"),
+        ("served", "uniform_1"),
+        pytest.param("source", "uniform_1", marks=pytest.mark.nightly),
+        pytest.param("served", "none", marks=pytest.mark.nightly),
+        pytest.param("served", "core_attn", marks=pytest.mark.nightly),
+    ],
+)
 def test_a_dense_warmup_attends_to_every_key(world, checkpoint, mode, layers):
     """As a model whose top-k holds every key, and whose indexers learn from all of them."""
     settings = dict(
@@ -212,7 +220,11 @@ class Run:
         return copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()))
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    "phase",
+    ["dense_warmup", "joint"]
+    + [pytest.param(n, marks=pytest.mark.nightly) for n in ("indexer_warmup", "frozen_indexer")],
+)
 def test_a_resumed_run_is_an_uninterrupted_one(world, checkpoint, phase):
     with CudaLiterals():
         start = Run(checkpoint, phase)
@@ -229,7 +241,13 @@ def test_a_resumed_run_is_an_uninterrupted_one(world, checkpoint, phase):
             assert torch.equal(value, before[name]) != trained_in(phase, name), name
 
 
-@pytest.mark.parametrize(("phase", "following"), list(zip(PHASES, PHASES[1:])))
+@pytest.mark.parametrize(
+    ("phase", "following"),
+    [
+        ("dense_warmup", "joint"),
+        *(pytest.param(*pair, marks=pytest.mark.nightly) for pair in zip(PHASES, PHASES[1:])),
+    ],
+)
 def test_the_next_phase_starts_from_the_weights(world, checkpoint, phase, following):
     """Megatron-LM's ``--no-load-optim``: the optimizer has other parameters now."""
     with CudaLiterals():

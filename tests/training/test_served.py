@@ -10,11 +10,15 @@ from megatron.core.transformer.experimental_attention_variant.dsa import (
     DSAIndexerLossLoggingHelper,
 )
 
+from glm5_patch.attention.build import gpt_model
+from glm5_patch.attention.hybrid import hybrid_model
+from glm5_patch.attention.loss_log import LOSSES
 from glm5_patch.checkpoint.reader import HFCheckpoint
 from glm5_patch.errors import GLM5PatchError
+from glm5_patch.training.figures import indexer_losses
 from glm5_patch.training.phases import set_phase
 from tests.patches.test_recompute import MODES
-from tests.tiny import add_mtp_layer, megatron_model, relative, saved
+from tests.tiny import add_mtp_layer, megatron_config, megatron_model, relative, saved
 from tests.training.served import (
     COEFFICIENT,
     LAYOUTS,
@@ -79,6 +83,7 @@ def assert_equal(found, definition, most=1e-6):
 def trained(model, layout):
     """Two microbatches in flight: all gradients, and the logged losses by layer."""
     DSAIndexerLossLoggingHelper.tracker.clear()
+    LOSSES.sums = None
     model.train()
     outputs = []
     for seed in SEEDS:
@@ -115,7 +120,7 @@ def test_gradients_are_the_mean_of_those_of_each_layer(
     assert_equal(trained(model, layout), of_decoder(layout, sparse))
 
 
-@pytest.mark.parametrize("mode", ["none", "uniform_1"])
+@pytest.mark.parametrize("mode", [pytest.param("none", marks=pytest.mark.nightly), "uniform_1"])
 def test_indexers_alone_learn_behind_a_frozen_trunk(checkpoint, mode):
     settings = dict(SERVED, dsa_indexer_use_sparse_loss=True)
     model = megatron_model(checkpoint, **settings, **MODES.get(mode, {}))
@@ -125,7 +130,7 @@ def test_indexers_alone_learn_behind_a_frozen_trunk(checkpoint, mode):
     assert all(".indexer." in name for name in found[0])
 
 
-@pytest.mark.parametrize("mode", ["none", "uniform_1"])
+@pytest.mark.parametrize("mode", [pytest.param("none", marks=pytest.mark.nightly), "uniform_1"])
 def test_frozen_indexers_log_their_loss(checkpoint, of_decoder, mode):
     settings = dict(SERVED, dsa_indexer_use_sparse_loss=True)
     model = megatron_model(checkpoint, **settings, **MODES.get(mode, {}))
@@ -191,3 +196,23 @@ def test_the_trunk_learns_nothing_from_it(checkpoint):
         trained(megatron_model(checkpoint, **settings), "bshd") for settings in ({}, SERVED)
     )
     assert all(torch.equal(served[name], gradient) for name, gradient in alone.items())
+
+
+@pytest.mark.parametrize("mode", [pytest.param("none", marks=pytest.mark.nightly), "uniform_1"])
+def test_a_hybrid_model_learns_the_same(checkpoint, mode):
+    """Its layers are numbered across kinds."""
+    pytest.importorskip("megatron.core.models.hybrid.hybrid_model")
+    found = []
+    for hybrid in (False, True):
+        settings = dict(SERVED, dsa_indexer_use_sparse_loss=True, hybrid=hybrid)
+        config = megatron_config(checkpoint.config, **settings, **MODES.get(mode, {}))
+        model = (hybrid_model if hybrid else gpt_model)(checkpoint.config, config)
+        checkpoint.load_into(model)
+        gradients, logged = trained(model, "thd")
+        indexers = [gradient for name, gradient in gradients.items() if ".indexer." in name]
+        found.append((indexers, list(logged.values()), list(indexer_losses())))
+    (indexers, logged, names), (others, also_logged, same_names) = found
+    assert len(indexers) == len(others) == 20
+    assert max(relative(a, b) for a, b in zip(others, indexers)) < 1e-6
+    assert also_logged == pytest.approx(logged, rel=1e-6)
+    assert names == same_names == [f"glm5/indexer_loss/layer_0{n}" for n in (1, 2, 3, 7)]
