@@ -9,6 +9,8 @@ FIRST_PARITY = f"{PARITY}[0-5.2]"
 INDEXER = "tests/attention/test_indexer.py"
 RECOMPUTE = "tests/patches/test_recompute.py"
 SPLITS = "tests/distributed/test_parallel.py"
+SERVED = "tests/training/test_served.py"
+PHASES = "tests/training/test_phases.py"
 TRITON = "tests/ops/test_triton.py"
 BACKENDS = "tests/ops/test_registry.py::test_a_backend_computes_what_the_reference_does"
 MTP = "tests/checkpoint/test_checkpoint.py::test_an_mtp_layer_is_loaded_under_its_published_names"
@@ -379,5 +381,33 @@ FAULTS = (
         "torch.distributed.all_reduce(target, group=tp_group)",
         "pass",
         SPLITS,
+    ),
+    Fault(
+        "an indexer learns from one of its layers alone",
+        "ops/index_loss/served.py",
+        "self._probabilities += probabilities",
+        "pass",
+        f"{SERVED}::test_gradients_are_the_mean_of_those_of_each_layer",
+    ),
+    Fault(
+        "the loss of a dense warm-up is over the selected keys",
+        "attention/attention.py",
+        "return self.config.dsa_indexer_use_sparse_loss and not dense",
+        "return self.config.dsa_indexer_use_sparse_loss",
+        f"{PHASES}::test_a_dense_warmup_attends_to_every_key",
+    ),
+    Fault(
+        "a frozen trunk goes on to balance its experts",
+        "training/phases.py",
+        "asked if balances else 0.0",
+        "asked",
+        f"{PHASES}::test_a_frozen_trunk_keeps_its_routing",
+    ),
+    Fault(
+        "the figure of a loss is the sum of its microbatches",
+        "attention/loss_log.py",
+        "sums[1, slot] += 1 / (1 if",
+        "sums[1, slot] = 1 / (1 if",
+        "tests/training/test_figures.py::test_losses_are_means_over_the_microbatches",
     ),
 )
