@@ -2,6 +2,7 @@
 serve.
 
     python benchmarks/served.py
+    python benchmarks/served.py --cost 8192 32768    on a GPU: time and memory of the loss alone
 
 A model with dense attention is trained on the bytes of the standard library. Two copies of it go
 through a dense warm-up and a sparse training, with ``dsa_indexer_loss_layers`` "source" and
@@ -22,6 +23,12 @@ from torch.nn.functional import cross_entropy
 
 from glm5_patch import SelectionProbe, gpt_model, set_phase, single_process, transformer_config
 from glm5_patch.config.huggingface import HFConfig
+from glm5_patch.ops.index_loss.operation import index_loss
+from glm5_patch.ops.index_loss.reference import LossSettings
+from glm5_patch.ops.index_loss.served import OverAllKeys, OverSelectedKeys
+from glm5_patch.ops.index_topk.reference import IndexerInputs
+from glm5_patch.ops.query_positions import QueryPositions
+from glm5_patch.ops.sparse_attention.inputs import AttentionInputs, MLADims
 from glm5_patch.tools.verify import forward
 
 PATTERN = "FSSSFSSS"
@@ -120,6 +127,77 @@ def measure(model, text: Text, batches: int) -> dict[str, float]:
     return found
 
 
+DIMS, HEADS, SCALE = MLADims(512, 192, 64, 256), 64, 256**-0.5
+"""Of GLM-5.2."""
+KEPT, USERS = 2048, 4
+"""Selected keys, and layers that use one top-k."""
+
+
+def inputs(length: int, device: str):
+    """Of the attention of one layer, and of its indexer, in bf16."""
+
+    def drawn(*shape):
+        return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+    places = torch.arange(length, device=device)
+    queries = QueryPositions(torch.zeros_like(places), longest=length)
+    topk = (torch.rand(length, KEPT, device=device) * (places[:, None] + 1)).int()
+    visible = torch.arange(KEPT, device=device, dtype=torch.int32)
+    few = places[:, None] < KEPT
+    topk = torch.where(few, torch.where(visible <= places[:, None], visible, -1), topk)[None]
+    up_projection = drawn(DIMS.latent, HEADS * (DIMS.nope + DIMS.value)) * DIMS.latent**-0.5
+    attention = AttentionInputs(
+        drawn(length, 1, HEADS, DIMS.nope + DIMS.rope),
+        drawn(length, 1, 1, DIMS.latent + DIMS.rope),
+        up_projection,
+        topk.contiguous(),
+        queries,
+        DIMS,
+        SCALE,
+    )
+    weights = torch.rand(length, 1, 32, device=device)
+    return attention, IndexerInputs(drawn(length, 1, 32, 128), drawn(length, 1, 128), weights)
+
+
+def cost(length: int) -> None:
+    """Milliseconds and GiB of the loss of one indexer, of its own layer and of four."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    attention, indexer = inputs(length, device)
+    # Random keys repeat; a kernel reads as many.
+    for sparse in (True, False):
+        settings = LossSettings(128**-0.5, 1.0 / length, sparse)
+        kind = OverSelectedKeys if sparse else OverAllKeys
+
+        def source(settings=settings, sparse=sparse):
+            leaves = IndexerInputs(*(tensor.detach().requires_grad_() for tensor in indexer))
+            options = dict(index_scale=128**-0.5, coefficient=1.0, sparse=sparse, per_token=False)
+            index_loss(leaves, attention, **options).backward()
+
+        def served(settings=settings, kind=kind):
+            found = kind(USERS)
+            found.begin(indexer, settings)
+            for user in range(USERS):
+                found.add(user, attention, None)
+            found.take(indexer, settings)
+
+        figures = []
+        for run in (source, served):
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            start = time.perf_counter()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            took = 1000 * (time.perf_counter() - start)
+            peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if device == "cuda" else 0.0
+            figures.append(f"{run.__name__} {took:.1f} ms, {peak:.2f} GiB")
+        over = "selected keys" if sparse else "all keys"
+        print(f"{length} tokens, loss over {over}: {'; '.join(figures)}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--dense", type=int, default=300, help="steps of the dense model")
@@ -129,7 +207,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="sequences of a step")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--cost", type=int, nargs="+", metavar="TOKENS", help="time the loss alone")
     options = parser.parse_args()
+    if options.cost:
+        for length in options.cost:
+            cost(length)
+        return
     text, rows = Text(options.length, options.batch), []
 
     def note(seed, layers, after, model):
