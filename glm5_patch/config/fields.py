@@ -134,7 +134,8 @@ class GLM5Fields:
         "none", "dense_warmup", "indexer_warmup", "joint", "frozen_indexer"
     ] = _setting(
         NO_PHASE,
-        "What trains, set when the model is wrapped for data parallelism; see set_phase.",
+        "What trains: the indexers alone (dense_warmup, indexer_warmup), everything (joint), or "
+        "everything else (frozen_indexer). Set when the model is wrapped for data parallelism.",
     )
     dsa_topk_replay: bool = _setting(
         False,
