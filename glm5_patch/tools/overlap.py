@@ -29,8 +29,10 @@ def run(options: argparse.Namespace) -> Result:
     """
     if not 0 < options.keep <= 1:
         raise GLM5PatchError(f"--keep {options.keep} must be above 0 and at most 1")
-    if options.heat_map:
-        _pyplot()  # before the work, not after it
+    if options.heat_map:  # before the work, not after it
+        _pyplot()
+        if not Path(options.heat_map).absolute().parent.is_dir():
+            raise GLM5PatchError(f"--heat-map {options.heat_map}: its directory does not exist")
     from ..checkpoint.reader import HFCheckpoint
 
     checkpoint = HFCheckpoint(Path(options.checkpoint))
