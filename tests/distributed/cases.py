@@ -304,42 +304,40 @@ def _shared_out_cases():
 
 
 def _served_cases():
-    """Indexers that learn from all layers that use their top-k."""
+    """Indexers that learn from all layers that use their top-k, and dense warm-ups."""
+    padded = dict(thd=True, even_packs=True, padding=True)
     for kind, loss in {"served": SERVED, "served, all keys": SERVED_ALL_KEYS}.items():
         learns = dict(indexer_loss=0.1, loss=loss)
         for shares, mode in itertools.product(("auto", "heads"), ("none", "full", "core_attn")):
-            yield Case(
-                f"TP 2 + SP, {shares}, {kind}, recompute {mode}, thd",
-                tp=2,
-                thd=True,
-                shares=shares,
-                settings={**SP, **RECOMPUTE[mode]},
-                **learns,
-            )
-        padded = dict(thd=True, even_packs=True, padding=True)
-        yield Case(f"TP 2 + SP, padding, {kind}", tp=2, settings=SP, **padded, **learns)
-        yield Case(f"CP 2, padding, {kind}", cp=2, settings=CP, **padded, **learns)
+            tokens = dict(tp=2, shares=shares, settings={**SP, **RECOMPUTE[mode]}, **learns)
+            yield Case(f"TP 2 + SP, {shares}, {kind}, recompute {mode}, thd", thd=True, **tokens)
         settings = {**CP, **SP, **RECOMPUTE["core_attn"]}
         for shares in ("auto", "heads"):
-            yield Case(
-                f"CP 2 x TP 2 + SP, {shares}, {kind}, recompute core_attn",
-                cp=2,
-                tp=2,
-                shares=shares,
-                settings=settings,
-                **learns,
-            )
-        settings = {**CP, **CONTIGUOUS, **FULL}
-        yield Case(f"CP 2, contiguous, {kind}, recompute full", cp=2, settings=settings, **learns)
+            name = f"CP 2 x TP 2 + SP, {shares}, {kind}, recompute core_attn"
+            yield Case(name, cp=2, tp=2, shares=shares, settings=settings, **learns)
         for mode in ("none", "full", "block"):
             settings = {**UNEVEN, **RECOMPUTE[mode]}
             yield Case(f"PP 2, {kind}, recompute {mode}", pp=2, settings=settings, **learns)
-        settings = {**INTERLEAVED, **FULL}
+        for name, split, settings in (
+            ("TP 2 + SP, padding", dict(tp=2, **padded), SP),
+            ("CP 2, padding", dict(cp=2, **padded), CP),
+            ("CP 2, contiguous, recompute full", dict(cp=2), {**CP, **CONTIGUOUS, **FULL}),
+            ("PP 2 x VPP 2, recompute full", dict(pp=2, vpp=2), {**INTERLEAVED, **FULL}),
+            ("DP 2", dict(dp=2), {}),
+            ("MTP, TP 2 + SP", dict(tp=2), {**MTP, **SP}),
+        ):
+            yield Case(f"{name}, {kind}", **split, settings=settings, **learns)
+    across = dict(num_layers_in_first_pipeline_stage=4, dsa_topk_across_stages=True)
+    for name, split, settings, layers in (
+        ("TP 2 + SP, recompute full", dict(tp=2), {**SP, **FULL}, SERVED),
+        ("CP 2, thd", dict(cp=2, thd=True, even_packs=True), CP, SERVED),
+        ("PP 2, recompute core_attn", dict(pp=2), {**UNEVEN, **RECOMPUTE["core_attn"]}, SERVED),
+        ("PP 2 from layer 5", dict(pp=2), across, {}),
+    ):
+        loss = {**layers, "dsa_training_phase": "dense_warmup"}
         yield Case(
-            f"PP 2 x VPP 2, {kind}, recompute full", pp=2, vpp=2, settings=settings, **learns
+            f"{name}, dense warm-up", **split, settings=settings, indexer_loss=0.1, loss=loss
         )
-        yield Case(f"DP 2, {kind}", dp=2, **learns)
-        yield Case(f"MTP, TP 2 + SP, {kind}", tp=2, settings={**MTP, **SP}, **learns)
 
 
 CASES = (*_cases(), *_shared_out_cases(), *_served_cases())
