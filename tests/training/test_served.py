@@ -15,8 +15,11 @@ from glm5_patch.attention.hybrid import hybrid_model
 from glm5_patch.attention.loss_log import LOSSES
 from glm5_patch.checkpoint.reader import HFCheckpoint
 from glm5_patch.errors import GLM5PatchError
+from glm5_patch.ops.index_loss.reference import LossSettings
+from glm5_patch.ops.index_loss.served import OverSelectedKeys
 from glm5_patch.training.figures import indexer_losses
 from glm5_patch.training.phases import set_phase
+from tests.ops.test_registry import attention, indexer
 from tests.patches.test_recompute import MODES
 from tests.tiny import add_mtp_layer, megatron_config, megatron_model, relative, saved
 from tests.training.served import (
@@ -216,3 +219,26 @@ def test_a_hybrid_model_learns_the_same(checkpoint, mode):
     assert max(relative(a, b) for a, b in zip(others, indexers)) < 1e-6
     assert also_logged == pytest.approx(logged, rel=1e-6)
     assert names == same_names == [f"glm5/indexer_loss/layer_0{n}" for n in (1, 2, 3, 7)]
+
+
+def test_the_layers_of_a_topk_keep_one_tensor_of_its_size():
+    generator = torch.Generator().manual_seed(0)
+    found = OverSelectedKeys(4)
+    inputs, settings = indexer(generator), LossSettings(0.2, 0.3, sparse=True)
+    found.begin(inputs, settings)
+
+    def held():
+        return [t for t in vars(found).values() if isinstance(t, torch.Tensor) and t.dim()]
+
+    shape = None
+    for user in range(4):
+        attended = attention(generator)
+        shape = attended.topk_indices.shape
+        found.add(user, attended, None)
+        found.add(user, attended, None)  # of a recompute
+        assert [(tensor.shape, tensor.dtype) for tensor in held()] == [(shape, torch.float32)]
+    assert held()[0].sum(-1).allclose(torch.ones(shape[:2]))
+    found.take(inputs, settings)
+    assert not held()
+    with pytest.raises(GLM5PatchError, match="or that went backward twice"):
+        found.take(inputs, settings)
