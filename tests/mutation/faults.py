@@ -390,24 +390,10 @@ FAULTS = (
         f"{SERVED}::test_gradients_are_the_mean_of_those_of_each_layer",
     ),
     Fault(
-        "the loss of a dense warm-up is over the selected keys",
-        "attention/attention.py",
-        "return self.config.dsa_indexer_use_sparse_loss and not dense",
-        "return self.config.dsa_indexer_use_sparse_loss",
-        f"{PHASES}::test_a_dense_warmup_attends_to_every_key",
-    ),
-    Fault(
         "a frozen trunk goes on to balance its experts",
         "training/phases.py",
         "asked if balances else 0.0",
         "asked",
         f"{PHASES}::test_a_frozen_trunk_keeps_its_routing",
-    ),
-    Fault(
-        "the figure of a loss is the sum of its microbatches",
-        "attention/loss_log.py",
-        "sums[1, slot] += 1 / (1 if",
-        "sums[1, slot] = 1 / (1 if",
-        "tests/training/test_figures.py::test_losses_are_means_over_the_microbatches",
     ),
 )
