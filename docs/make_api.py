@@ -23,6 +23,7 @@ GROUPS = {
     ),
     "Checkpoints": ("HFCheckpoint", "HFConfig", "save", "report"),
     "Training": ("set_phase", "audit", "recorded", "topk_overlap"),
+    "Figures": ("indexer_losses", "SelectionProbe", "IndexerCallback", "write_figures"),
     "Replay": (
         "record_topk",
         "replay_topk",
@@ -42,6 +43,8 @@ GROUPS = {
 }
 MEMBERS = {
     "TopkRecording": ("nbytes", "covers", "keys", "merge", "save", "load"),
+    "SelectionProbe": ("measure",),
+    "IndexerCallback": ("on_train_step_end",),
     "HFCheckpoint": ("report", "read", "load_into"),
     "HFConfig": ("from_directory", "from_file", "megatron_kwargs"),
 }

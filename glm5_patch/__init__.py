@@ -39,6 +39,12 @@ if TYPE_CHECKING:
     )
     from .topk.record import TopkRecording, record_topk
     from .topk.replay import replay_topk
+    from .training.figures import (
+        IndexerCallback,
+        SelectionProbe,
+        indexer_losses,
+        write_figures,
+    )
     from .training.phases import audit, set_phase
 
 __version__ = "0.1.0"
@@ -47,9 +53,11 @@ __all__ = [
     "GLM5PatchError",
     "HFCheckpoint",
     "HFConfig",
+    "IndexerCallback",
     "MissingTopkError",
     "PipelineSplitError",
     "ScheduleError",
+    "SelectionProbe",
     "Status",
     "TopkRecording",
     "__version__",
@@ -58,6 +66,7 @@ __all__ = [
     "enable",
     "gpt_model",
     "hybrid_model",
+    "indexer_losses",
     "record_topk",
     "recorded",
     "replay_topk",
@@ -74,6 +83,7 @@ __all__ = [
     "topk_from_vllm",
     "topk_overlap",
     "transformer_config",
+    "write_figures",
 ]
 
 _LAZY = {
@@ -81,14 +91,17 @@ _LAZY = {
     "GLM5PatchError": "errors",
     "HFCheckpoint": "checkpoint.reader",
     "HFConfig": "config.huggingface",
+    "IndexerCallback": "training.figures",
     "MissingTopkError": "errors",
     "PipelineSplitError": "errors",
     "ScheduleError": "errors",
+    "SelectionProbe": "training.figures",
     "Status": "patching.ledger",
     "TopkRecording": "topk.record",
     "audit": "training.phases",
     "gpt_model": "attention.build",
     "hybrid_model": "attention.hybrid",
+    "indexer_losses": "training.figures",
     "record_topk": "topk.record",
     "recorded": "testing.parity",
     "replay_topk": "topk.replay",
@@ -103,6 +116,7 @@ _LAZY = {
     "topk_from_vllm": "topk.formats",
     "topk_overlap": "testing.parity",
     "transformer_config": "attention.build",
+    "write_figures": "training.figures",
 }
 """Public name -> the module of this package that defines it."""
 

@@ -11,14 +11,17 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
+from ..config.fields import LOSS_LAYERS, SERVED, attends_to_every_key
 from ..errors import GLM5PatchError
-from ..ops.index_loss.operation import index_loss
+from ..ops.index_loss.operation import index_loss, scale_of
+from ..ops.index_loss.reference import LossSettings
+from ..ops.index_loss.served import LossAndGradients, loss_in_backward
 from ..ops.index_topk.reference import IndexerInputs
 from ..ops.query_positions import visible_topk
 from ..ops.sparse_attention.inputs import AttentionInputs, MLADims
 from ..ops.sparse_attention.operation import sparse_attention
 from ..topk.source import TopkSource
-from ..topk.tokens import Layout, token_group
+from ..topk.tokens import Layout, head_group, token_group
 from .loss_log import log_loss
 from .mask import require_causal
 
@@ -37,6 +40,9 @@ class CrossLayerDSAttention(MegatronModule):
     observer: Callable[[int, Tensor], None] | None = None
     """Called with the layer number and the top-k that each forward attends to, of this rank's
     queries; for metrics."""
+
+    attention_observer: Callable[[AttentionInputs], None] | None = None
+    """Called with what each forward attends to, without padding; for metrics."""
 
     def __init__(
         self,
@@ -73,6 +79,9 @@ class CrossLayerDSAttention(MegatronModule):
         self.dims = MLADims.of(config)
         self.cp_group = None if pg_collection is None else pg_collection.cp
         self.token_group = token_group(config, pg_collection)
+        self.head_group = head_group(config, pg_collection)
+        self.serves = getattr(config, LOSS_LAYERS, None) == SERVED and self.topk_source.users > 1
+        """Whether the indexer that selects for this layer learns from other layers too."""
         self.indexer = None
         if self.topk_source.computes:
             self.indexer = build_module(
@@ -151,15 +160,13 @@ class CrossLayerDSAttention(MegatronModule):
         require_causal(attention_mask, layout.everyone)
         # No gradient flows from the indexer into the model.
         hidden_states, q_latent = hidden_states.detach(), q_latent.detach()
-        wants_loss = (
-            self.indexer is not None
-            and self._loss_coefficient > 0
-            and self.training
-            and torch.is_grad_enabled()
-        )
+        trains = self._loss_coefficient > 0 and self.training
+        wants_loss = trains and torch.is_grad_enabled() and self.indexer is not None
+        serves = trains and self.serves and self.topk_source.carrier().records_gradients
+        wants_inputs = wants_loss or (serves and not self._loss_is_sparse)
         with torch.set_grad_enabled(wants_loss):
             topk_indices, indexer_inputs = self.topk_source.selection(
-                self.indexer, hidden_states, q_latent, layout, wants_inputs=wants_loss
+                self.indexer, hidden_states, q_latent, layout, wants_inputs
             )
         if self.observer is not None:
             everything = topk_indices is None
@@ -176,14 +183,24 @@ class CrossLayerDSAttention(MegatronModule):
             self.dims,
             self.softmax_scale,
         )
+        if self.attention_observer is not None:
+            self.attention_observer(_of_real(layout, attention.detach(), None)[0])
         output = sparse_attention(attention)  # [s, b, n * value]
-        if wants_loss and indexer_inputs is not None:  # else another iteration's indexer selected
+        if serves:
+            output = self._attach_served_loss(output, indexer_inputs, attention, layout)
+        elif wants_loss and indexer_inputs is not None:  # else another iteration's indexer selected
             output = self._attach_loss(output, indexer_inputs, attention, layout)
         return layout.own_heads(output)
 
     @property
     def _loss_coefficient(self) -> float:
         return self.config.dsa_indexer_loss_coeff or 0.0
+
+    @property
+    def _loss_is_sparse(self) -> bool:
+        """Whether the indexer's loss is over the selected keys alone."""
+        dense = attends_to_every_key(self.config)
+        return self.config.dsa_indexer_use_sparse_loss and not dense
 
     def _attach_loss(
         self,
@@ -194,28 +211,62 @@ class CrossLayerDSAttention(MegatronModule):
     ) -> Tensor:
         """Add the indexer's loss to what the output carries. Padding teaches the indexer
         nothing."""
-        real = layout.real
-        if real is not None:
-            attention = attention.of_queries(real)
-            indexer_inputs = indexer_inputs._replace(
-                query=indexer_inputs.query[real],  # [real, b, heads, dim]
-                weights=indexer_inputs.weights[real],  # [real, b, heads]
-            )
+        attention, indexer_inputs = _of_real(layout, attention, indexer_inputs)
         if len(attention.query):
-            heads_are_shared_out = self.token_group is None
             loss = index_loss(
                 indexer_inputs,
                 attention,
                 index_scale=self.indexer.softmax_scale,
                 coefficient=self._loss_coefficient,
-                sparse=self.config.dsa_indexer_use_sparse_loss,
+                sparse=self._loss_is_sparse,
                 per_token=self.config.calculate_per_token_loss,
                 mean_over=layout.num_real,
-                tp_group=self.indexer.pg_collection.tp if heads_are_shared_out else None,
+                tp_group=self.head_group,
             )
         else:
-            # Other ranks wait for this one in the backward of the gathered key.
-            loss = sum(tensor[:0].sum() for tensor in indexer_inputs)
+            loss = _nothing(indexer_inputs)
+        self._log_loss(loss, layout, attention.query.shape[1])
+        return DSAIndexerLossAutoScaler.apply(output, loss)
+
+    def _attach_served_loss(
+        self,
+        output: Tensor,
+        indexer_inputs: IndexerInputs | None,
+        attention: AttentionInputs,
+        layout: Layout,
+    ) -> Tensor:
+        """Add this layer's part to the loss of the indexer that selected. If that is this layer's,
+        add the loss to what the output carries: the backward gets it when all parts are there."""
+        attention, indexer_inputs = _of_real(layout, attention, indexer_inputs)
+        sparse = self._loss_is_sparse
+        if not len(attention.query):
+            if indexer_inputs is None or not torch.is_grad_enabled():
+                return output
+            loss = _nothing(indexer_inputs)
+            self._log_loss(loss, layout, attention.query.shape[1])
+            return DSAIndexerLossAutoScaler.apply(output, loss)
+        served, user = self.topk_source.served_loss(sparse)
+        settings, b = None, attention.query.shape[1]
+        if indexer_inputs is not None:
+            per_token = self.config.calculate_per_token_loss
+            scale = scale_of(self._loss_coefficient, per_token, layout.num_real, b)
+            settings = LossSettings(self.indexer.softmax_scale, scale, sparse)
+            served.begin(indexer_inputs, settings)
+        if not torch.is_grad_enabled():
+            return output
+        served.add(user, attention, self.head_group)
+        if indexer_inputs is None:
+            return output
+
+        def take(inputs: IndexerInputs) -> LossAndGradients:
+            found = served.take(inputs, settings)
+            self._log_loss(found.loss, layout, b)
+            return found
+
+        loss = loss_in_backward(indexer_inputs, take, always=output.requires_grad)
+        return DSAIndexerLossAutoScaler.apply(output, loss)
+
+    def _log_loss(self, loss: Tensor, layout: Layout, b: int) -> None:
         log_loss(
             self.config,
             loss,
@@ -223,5 +274,25 @@ class CrossLayerDSAttention(MegatronModule):
             self.topk_source.mtp_depth,
             self.token_group,
             self.cp_group,
+            layout.num_real * b,
         )
-        return DSAIndexerLossAutoScaler.apply(output, loss)
+
+
+def _of_real(
+    layout: Layout, attention: AttentionInputs, indexer_inputs: IndexerInputs | None
+) -> tuple[AttentionInputs, IndexerInputs | None]:
+    """The queries that are not padding."""
+    real = layout.real
+    if real is None:
+        return attention, indexer_inputs
+    if indexer_inputs is not None:
+        indexer_inputs = indexer_inputs._replace(
+            query=indexer_inputs.query[real],  # [real, b, heads, dim]
+            weights=indexer_inputs.weights[real],  # [real, b, heads]
+        )
+    return attention.of_queries(real), indexer_inputs
+
+
+def _nothing(indexer_inputs: IndexerInputs) -> Tensor:
+    """The loss of no queries: other ranks wait for this one in the backward of the gathered key."""
+    return sum(tensor[:0].sum() for tensor in indexer_inputs)

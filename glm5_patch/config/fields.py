@@ -24,6 +24,24 @@ REPLAY = "dsa_topk_replay"
 """The name of the switch that refuses forwards without recordings."""
 
 
+LOSS_LAYERS = "dsa_indexer_loss_layers"
+SOURCE, SERVED = LOSS_LAYERS_OF = ("source", "served")
+"""Whose attention an indexer learns from: its own layer's, or that of every layer that uses its
+top-k."""
+
+
+PHASE = "dsa_training_phase"
+DENSE_WARMUP, INDEXER_WARMUP, JOINT, FROZEN_INDEXER = PHASES = (
+    "dense_warmup",
+    "indexer_warmup",
+    "joint",
+    "frozen_indexer",
+)
+"""What trains, in the order of a training from dense attention; see ``set_phase``."""
+NO_PHASE = "none"
+"""Whatever requires a gradient trains."""
+
+
 FP8 = "fp8"
 INDEXER_PRECISIONS = ("model", FP8)
 """Precision of the index scores: the model's own dtype, or as servers compute them."""
@@ -107,6 +125,18 @@ class GLM5Fields:
         "model",
         "Precision of the index scores: the model's dtype, or fp8 as sglang and vLLM serve GLM-5.",
     )
+    dsa_indexer_loss_layers: Literal["source", "served"] = _setting(
+        SOURCE,
+        "The attention that an indexer learns from: its own layer's (source), or the mean of all "
+        "layers that use its top-k (served).",
+    )
+    dsa_training_phase: Literal[
+        "none", "dense_warmup", "indexer_warmup", "joint", "frozen_indexer"
+    ] = _setting(
+        NO_PHASE,
+        "What trains: the indexers alone (dense_warmup, indexer_warmup), everything (joint), or "
+        "everything else (frozen_indexer). Set when the model is wrapped for data parallelism.",
+    )
     dsa_topk_replay: bool = _setting(
         False,
         "Every forward must replay recorded keys (replay_topk); one without recordings is an "
@@ -147,6 +177,8 @@ _OF_OTHER_MODELS = {
     ACROSS_STAGES: (None, False),
     REPLAY: (None, False),
     "dsa_indexer_precision": (None, "model"),
+    LOSS_LAYERS: (None, SOURCE),
+    PHASE: (None, NO_PHASE),
 }
 
 
@@ -165,7 +197,8 @@ def is_glm5(config: Any) -> bool:
       (``dsa_indexer_types``, or a ``dsa_indexer_topk_freq`` above 1, or an offset),
       ``dsa_indexer_rope_interleaved=True``, ``dsa_indexer_rotate_activation=False``,
       ``dsa_context_parallel_order="contiguous"``, ``dsa_topk_across_stages=True``,
-      ``dsa_topk_replay=True``, or ``dsa_indexer_precision="fp8"``.
+      ``dsa_topk_replay=True``, ``dsa_indexer_precision="fp8"``,
+      ``dsa_indexer_loss_layers="served"``, or a ``dsa_training_phase``.
 
     Where the host refuses every DSA model (megatron-core 0.16 and 0.17), the ``config_fields``
     patch sets ``dsa_is_glm5`` if it is None, because no other DSA model can be built there.
@@ -188,6 +221,35 @@ def set_conventions(config: Any) -> None:
     for name, value in CONVENTIONS.items():
         if isinstance(value, bool) and getattr(config, name, value) is None:
             setattr(config, name, value)
+
+
+def learns_across_layers(config: Any) -> bool:
+    """Whether indexers are trained, and by the attention of other layers than their own."""
+    asked = getattr(config, LOSS_LAYERS, SOURCE) == SERVED
+    return asked and bool(getattr(config, "dsa_indexer_loss_coeff", None))
+
+
+def attends_to_every_key(config: Any) -> bool:
+    """Whether no layer selects: a dense warm-up, whose indexers learn from all visible keys."""
+    return getattr(config, PHASE, NO_PHASE) == DENSE_WARMUP
+
+
+def why_not_phase(phase: str, loss_coefficient: float | None) -> str | None:
+    """Why a model can't train in a phase; None if it can.
+
+    Args:
+        phase: of ``PHASES``.
+        loss_coefficient: ``dsa_indexer_loss_coeff``.
+    """
+    if phase not in PHASES:
+        return f"{phase!r} must be one of {', '.join(PHASES)}"
+    if phase == FROZEN_INDEXER or loss_coefficient:
+        return None
+    return (
+        f"{phase!r} trains the indexers, which get a gradient only from their loss, but "
+        f"dsa_indexer_loss_coeff is {loss_coefficient}; set it (to 0.001, for example), or use "
+        f"{FROZEN_INDEXER!r}"
+    )
 
 
 def unlike_glm5(config: Any) -> dict[str, Any]:

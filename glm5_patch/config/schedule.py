@@ -173,6 +173,10 @@ class IndexSchedule:
         """Whether the layer runs its own indexer."""
         return self.types[self._index(layer_number)] == FULL
 
+    def has_attention(self, layer_number: int) -> bool:
+        """Whether the layer is an attention, as every layer of a GPTModel is."""
+        return self.types[self._index(layer_number)] != NO_ATTENTION
+
     def source(self, layer_number: int) -> int:
         """The layer whose top-k this one uses: itself, or the last computing layer before it."""
         index = self._index(layer_number)

@@ -274,3 +274,24 @@ def visible_topk(queries: QueryPositions, batch: int, multiple: int = 1) -> Tens
     local = torch.arange(width, dtype=torch.int32, device=queries.starts.device)
     last = queries.local_positions[:, None]
     return torch.where(local <= last, local, -1).expand(batch, -1, -1)
+
+
+def common_keys(topk_indices: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """How many keys two selections share, and how many the second has: fp32 scalars.
+
+    Both int32 [b, s, k] of the same queries; -1 is an empty place.
+    """
+    width = max(int(part.max()) if part.numel() else -1 for part in (topk_indices, others)) + 1
+    shared, of = (torch.zeros((), device=topk_indices.device) for _ in range(2))
+    for block in query_blocks(topk_indices.shape[1], len(topk_indices) * (width + 1)):
+        ours, theirs = (_named(part[:, block], width) for part in (topk_indices, others))
+        shared += (ours & theirs).sum()
+        of += theirs.sum()
+    return shared, of
+
+
+def _named(topk_indices: Tensor, width: int) -> Tensor:
+    """Which positions a top-k names, bool [b, s, width]."""
+    named = topk_indices.new_zeros((*topk_indices.shape[:2], width + 1), dtype=torch.bool)
+    columns = topk_indices.long() % (width + 1)  # -1 goes to the spare last column
+    return named.scatter_(-1, columns, True)[..., :width]

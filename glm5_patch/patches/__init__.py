@@ -25,6 +25,7 @@ MODULES = (
     "megatron.core.tensor_parallel.random",
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.pipeline_parallel.p2p_communication",
+    "megatron.core.distributed.data_parallel_base",
     "megatron.core.extensions.transformer_engine",
     "megatron.training.arguments",
     "megatron.training.checkpointing",

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..config.fields import ACROSS_STAGES
+from ..config.fields import ACROSS_STAGES, LOSS_LAYERS, SOURCE, learns_across_layers
 from ..errors import GLM5PatchError, PipelineSplitError, ScheduleError
 
 if TYPE_CHECKING:
@@ -161,12 +161,18 @@ def raise_unless_sources_are_here(stack: nn.Module, attentions: list[Attention],
                 "kinds: give dsa_indexer_types an entry for each, 'none' (N) where there is no "
                 "attention, as transformer_config(hf, hybrid=True) does"
             )
-        if getattr(config, ACROSS_STAGES, False):
+        crosses = getattr(config, ACROSS_STAGES, False)
+        if crosses and not learns_across_layers(config):
             continue
+        instead = (
+            f"{LOSS_LAYERS}={SOURCE!r}: an indexer learns only from layers of its own stage"
+            if crosses
+            else f"{ACROSS_STAGES}=True: the stage before then sends the top-k"
+        )
         raise PipelineSplitError(
             f"layer {attention.layer_number} is a skip layer whose source, layer "
             f"{topk_source.source}, is not in the same stack; start each pipeline stage on a "
-            f"computing layer, or set {ACROSS_STAGES}=True: the stage before then sends the top-k"
+            f"computing layer, or set {instead}"
         )
 
 

@@ -22,7 +22,11 @@ from .megatron_core.running.checkpoint_without_te import CheckpointWithoutTE
 from .megatron_core.running.dsa_kernels import DSAKernels
 from .megatron_core.running.index_schedule import IndexShareSchedule
 from .megatron_core.running.index_share_carrier import IndexShareCarrier
-from .megatron_core.running.indexer_loss_scale import IndexerLossScale
+from .megatron_core.running.indexer_training import (
+    IndexerLossFigures,
+    IndexerLossScale,
+    TrainingPhase,
+)
 from .megatron_core.running.router_padding import RouterPadding
 from .megatron_core.running.stack_carriers import (
     BlockCarrier,
@@ -63,6 +67,8 @@ PATCHES = (
     CheckpointRecompute(),
     CheckpointWithoutTE(),
     IndexerLossScale(),
+    IndexerLossFigures(),
+    TrainingPhase(),
     StageShapes(),
     RouterPadding(),
     TECheckpoint(),

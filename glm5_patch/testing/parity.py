@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ..checkpoint.names import pieces
 from ..checkpoint.reader import chunks_of
 from ..config.schedule import IndexSchedule
+from ..ops.query_positions import common_keys
 from ..topk.carrier import open_carrier
 
 NEAR_TIE = 2e-5
@@ -305,13 +306,8 @@ def kept_share(ours: Tensor, theirs: Tensor) -> float:
 
     Both int32 [b, s, k].
     """
-    size = int(max(ours.max(), theirs.max())) + 2
-    masks = []
-    for topk_indices in (ours, theirs.to(ours.device)):
-        mask = torch.zeros((*topk_indices.shape[:2], size), dtype=torch.bool, device=ours.device)
-        columns = topk_indices.long() % size  # -1 goes to the spare last column
-        masks.append(mask.scatter_(-1, columns, True)[..., :-1])
-    return (masks[0] & masks[1]).sum().item() / max(1, masks[1].sum().item())
+    shared, of = common_keys(ours, theirs.to(ours.device))
+    return (shared / of.clamp_min(1)).item()
 
 
 def topk_overlap(now: dict[int, Tensor], before: dict[int, Tensor]) -> dict[int, float]:

@@ -175,6 +175,11 @@ def _parser() -> argparse.ArgumentParser:
         help="chunks may start on any layer, as dsa_topk_across_stages allows",
     )
     plan.add_argument(
+        "--indexer-types",
+        metavar="PATTERN",
+        help="F and S, a letter for each layer, instead of the config.json's schedule",
+    )
+    plan.add_argument(
         "--seq-length",
         type=_positive,
         default=32768,
@@ -183,10 +188,37 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--top", type=_positive, default=5, help="how many plans (default: 5)")
     plan.set_defaults(run=_plan)
 
+    overlap = _add_overlap(commands)
     _add_checkpoint(commands)
-    for command in (status, doctor, explain, env, verify, demo, plan):
+    for command in (status, doctor, explain, env, verify, demo, plan, overlap):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def _add_overlap(commands) -> argparse.ArgumentParser:
+    overlap = commands.add_parser(
+        "overlap", help="show which layers of a checkpoint select alike, and which may share"
+    )
+    overlap.add_argument("--checkpoint", required=True, metavar="DIR")
+    overlap.add_argument("--text", required=True, metavar="FILE", help="what the model reads")
+    overlap.add_argument(
+        "--keep",
+        type=float,
+        default=0.25,
+        metavar="SHARE",
+        help="of the indexers, in the pattern (default: 0.25)",
+    )
+    overlap.add_argument(
+        "--seq-length", type=_positive, help="tokens of a sequence (default: 4 x index_topk)"
+    )
+    overlap.add_argument(
+        "--sequences", type=_positive, default=8, help="at most so many (default: 8)"
+    )
+    overlap.add_argument("--heat-map", metavar="PNG", help="draw one (needs matplotlib)")
+    overlap.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    overlap.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    overlap.set_defaults(run=_overlap)
+    return overlap
 
 
 def _add_checkpoint(commands) -> None:
@@ -348,5 +380,14 @@ def _checkpoint_dequantize(options: argparse.Namespace) -> Result:
 
 def _plan(options: argparse.Namespace) -> Result:
     from .plan import run
+
+    return run(options)
+
+
+def _overlap(options: argparse.Namespace) -> Result:
+    from .report import say
+
+    say("glm5-patch overlap: importing torch and megatron-core")
+    from .overlap import run
 
     return run(options)

@@ -28,6 +28,9 @@ def run(options: argparse.Namespace) -> Result:
     """
     path = Path(options.config)
     hf = HFConfig.from_directory(path) if path.is_dir() else HFConfig.from_file(path)
+    if options.indexer_types:
+        pattern = {"indexer_types": None, "index_topk_pattern": options.indexer_types}
+        hf = HFConfig({**hf.raw, **pattern})
     if options.gpus:
         return plan_parallel.run(hf, options)
     costs = estimate(hf, options.seq_length)

@@ -24,10 +24,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..config.schedule import IndexSchedule
+    from ..ops.index_loss.served import ServedLoss
     from .record import TopkRecorder
     from .replay import ForwardReplay
     from .stages import StageTopk
     from .tokens import Layout
+
+
+def _grad_enabled() -> bool:
+    import torch  # this module is imported where torch may be half-imported
+
+    return torch.is_grad_enabled()
 
 
 @dataclass
@@ -56,6 +63,12 @@ class TopkCarrier:
     """What the stage before sent, until its first reader here decodes it."""
     first_iteration: TopkCarrier | None = None
     """Of an MTP layer whose iterations share one top-k: the carrier that has it, maybe this one."""
+    iteration: int = 0
+    """Of such a layer: how many iterations of this forward came before."""
+    served_losses: dict[int, ServedLoss] = field(default_factory=dict)
+    """By the computing layer: what the layers that use its top-k add to its indexer's loss."""
+    records_gradients: bool = field(default_factory=_grad_enabled)
+    """Whether the forward does. A checkpoint switches that off inside, and its recompute on."""
     recorder: TopkRecorder | None = field(default_factory=current_recorder)
     """Of the ``record_topk`` block that the forward runs in."""
     recorded: set[int] = field(default_factory=set)

@@ -22,6 +22,7 @@ class _Iterations:
     """The applications of one MTP layer in one forward."""
 
     first: TopkCarrier | None = None
+    count: int = 0
 
 
 _iterations: ContextVar[_Iterations | None] = ContextVar("glm5_patch_mtp_iterations", default=None)
@@ -55,6 +56,8 @@ def link_iteration(carrier: TopkCarrier) -> None:
     if iterations.first is None:
         iterations.first = carrier
     carrier.first_iteration = iterations.first
+    carrier.iteration = iterations.count
+    iterations.count += 1
 
 
 @contextmanager

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..config.fields import REPLAY
+from ..config.fields import DENSE_WARMUP, PHASE, REPLAY, attends_to_every_key
 from ..config.schedule import IndexSchedule
 from ..errors import GLM5PatchError
+from ..ops.index_loss.served import OverAllKeys, OverSelectedKeys, ServedLoss
 from ..ops.index_topk.reference import IndexerInputs
 from ..ops.query_positions import QueryPositions
 from .carrier import OUTSIDE, TopkCarrier, current_carrier, require_carrier
 from .context import current_recorder, replay_is_asked_for
-from .mtp import mtp_depth
+from .mtp import mtp_depth, shares_iterations
 from .tokens import Layout
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class TopkSource:
         Raises:
             ScheduleError: the decoder's schedule is wrong.
         """
+        self.config = config
         self.layer_number = layer_number
         self.index_topk = config.dsa_indexer_topk
         self.schedule = IndexSchedule.from_megatron(config)
@@ -63,6 +65,10 @@ class TopkSource:
         """The depth of multi-token prediction, from 1; None of a decoder layer."""
         self.source = layer_number if self.is_mtp else self.schedule.source(layer_number)
         """The number of the layer that computes the top-k."""
+        self.users = 1 + len(self.schedule.consumers(self.source)) if not self.is_mtp else 1
+        """How many layers, or iterations of this one, attend to the top-k of ``source``."""
+        if self.is_mtp and shares_iterations(config):
+            self.users = config.mtp_num_layers
         self.decoder_layer = None if self.is_mtp else self.schedule.attention_number(layer_number)
         """The number that recordings know it by: as ``layer_number``, but of a HybridModel, which
         counts MLPs as layers, the number in the same GPTModel."""
@@ -77,6 +83,25 @@ class TopkSource:
     def computes(self) -> bool:
         """Whether the layer has an indexer."""
         return self.source == self.layer_number
+
+    def carrier(self) -> TopkCarrier:
+        """The carrier of the forward that is running. Raises MissingTopkError where there is
+        none."""
+        return require_carrier(self.layer_number, self.source)
+
+    def served_loss(self, sparse: bool) -> tuple[ServedLoss, int]:
+        """What the users of this layer's top-k add to its indexer's loss in the forward that is
+        running, and which of them runs.
+
+        Args:
+            sparse: whether the loss is over the selected keys alone.
+        """
+        carrier = self.carrier()
+        user = carrier.iteration if self.is_mtp else self.layer_number
+        losses = (carrier.first_iteration or carrier).served_losses
+        if self.source not in losses:
+            losses[self.source] = (OverSelectedKeys if sparse else OverAllKeys)(self.users)
+        return losses[self.source], user
 
     def selection(
         self,
@@ -101,8 +126,10 @@ class TopkSource:
             GLM5PatchError: recordings do not fit the batch or the model, or there are none and
                 ``dsa_topk_replay=True``.
         """
-        every_key_fits = layout.queries.all_fit(self.index_topk)
+        every_key_fits = layout.every_key_is_selected(self.config)
         carrier, b = current_carrier(), hidden_states.shape[1]
+        if attends_to_every_key(self.config):
+            self._refuse_recordings(carrier)
         recorder = None if carrier is None or self.is_mtp else carrier.recorder
         if not self.computes:
             if recorder is not None:
@@ -136,6 +163,14 @@ class TopkSource:
             carrier.recorded.add(self.layer_number)
             recorder.add(self.decoder_layer, topk_indices, layout, self.index_topk, b)
         return Selection(topk_indices, inputs)
+
+    def _refuse_recordings(self, carrier: TopkCarrier | None) -> None:
+        asked = carrier is not None and (carrier.recorder or carrier.replay)
+        if asked or replay_is_asked_for() or current_recorder() is not None:
+            raise GLM5PatchError(
+                f"layer {self.layer_number}: {PHASE}={DENSE_WARMUP!r} selects no keys to record or "
+                "to replay; train in another phase"
+            )
 
     def _replay(self, carrier: TopkCarrier | None, layout: Layout, b: int) -> ForwardReplay | None:
         """The recordings that this forward replays, if any, compared with its batch."""
@@ -173,7 +208,7 @@ class TopkSource:
 
     def _carried(self, every_key_fits: bool) -> Tensor | None:
         # Required of short sequences too, so that a stack without a carrier fails at once.
-        carrier = require_carrier(self.layer_number, self.source)
+        carrier = self.carrier()
         if every_key_fits:
             return None
         if carrier.arrived is not None and carrier.published(self.source) is None:

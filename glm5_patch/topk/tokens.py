@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import env
-from ..config.fields import CONTIGUOUS, ZIGZAG
+from ..config.fields import CONTIGUOUS, ZIGZAG, attends_to_every_key
 from ..errors import GLM5PatchError
 from ..ops.query_positions import (
     QueryPositions,
@@ -76,6 +76,19 @@ def token_group(config, pg_collection) -> ProcessGroup | None:
         GLM5PatchError: as of ``shared_out``.
     """
     if config.tensor_model_parallel_size == 1 or not shared_out(config).tokens:
+        return None
+    groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp"])
+    return groups.tp
+
+
+def head_group(config, pg_collection) -> ProcessGroup | None:
+    """The tensor-parallel ranks that share the heads out; None where one rank has all of its
+    tokens'.
+
+    Raises:
+        GLM5PatchError: as of ``shared_out``.
+    """
+    if config.tensor_model_parallel_size == 1 or shared_out(config).tokens:
         return None
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp"])
     return groups.tp
@@ -164,6 +177,10 @@ class Layout(NamedTuple):
         if carrier is not None:
             carrier.layout = layout
         return layout
+
+    def every_key_is_selected(self, config) -> bool:
+        """Whether no layer needs to select: every key fits, or the attention is dense."""
+        return attends_to_every_key(config) or self.queries.all_fit(config.dsa_indexer_topk)
 
     def gather(self, tensor: Tensor) -> Gathering:
         """Start to gather [own, ...] of every rank; what comes is the whole sequence in natural

@@ -43,6 +43,8 @@ def seam_renamed(patch):
     if inspect.isclass(owner):
         # The class works as before, but by a method of another name.
         setattr(owner, f"{name}_renamed", value)
+        if owner.__base__ is object:  # whose place nothing can take
+            return
         base = type(owner.__base__)("Renamed", (owner.__base__,), {name: value})
         owner.__bases__ = tuple(base if b is owner.__base__ else b for b in owner.__bases__)
 

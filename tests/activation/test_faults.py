@@ -13,12 +13,15 @@ from tests.activation.fresh import PATCHES, python
 FAULTS = ["probe_raises", "apply_raises", "seam_renamed", "signature_changed"]
 # This model is not refused for these: a stack of layers refuses to recompute without the first,
 # the second is needed under fp8 only, the third only makes it fast, the fourth is needed under
-# dsa_topk_across_stages, and a Megatron configuration does not need the last two.
+# dsa_topk_across_stages, the fifth only writes figures, the sixth is needed under
+# dsa_training_phase, and a Megatron configuration does not need the last two.
 NO_MODEL_NEEDS = {
     "checkpoint_recompute",
     "te_checkpoint",
     "dsa_kernels",
     "stage_shapes",
+    "indexer_loss_figures",
+    "training_phase",
     "hf_config_values",
     "hf_config_weights",
 }

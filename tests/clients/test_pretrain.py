@@ -135,3 +135,25 @@ def test_a_command_line_that_contradicts_the_file_is_refused(folder):
     result = launch(SOURCE, "--glm5-config", str(folder / "hf"), "--hidden-size", "128")
     assert result.returncode != 0
     assert "hidden_size is 128: give --hidden-size 64" in result.stderr
+
+
+PHASE = (
+    *("--dsa-indexer-loss-coeff", "100"),  # so that the norm of its gradients is printed
+    *("--dsa-indexer-loss-layers", "served", "--dsa-training-phase"),
+)
+
+
+def test_a_training_goes_through_its_phases(folder):
+    """A dense warm-up, resumed in the same phase, and then the next one without its optimizer."""
+    model = ("--glm5-config", str(folder / "hf"))
+    saves = ("--save", str(folder / "warm"), "--save-interval", str(HALF))
+    warm = Run(launch(SOURCE, *model, *saves, *PHASE, "dense_warmup"))
+    loads = ("--load", str(folder / "warm"), "--ckpt-step", str(HALF))
+    resumed = Run(launch(SOURCE, *model, *loads, *PHASE, "dense_warmup"))
+    assert_goes_on(resumed.steps, warm.steps)
+    following = ("joint", "--dsa-indexer-use-sparse-loss", "--no-load-optim")
+    joint = Run(launch(SOURCE, *model, *loads, *PHASE, *following))
+    assert sorted(joint.steps) == [n for n in warm.steps if n > HALF]
+    assert all(float(norm) > 0 for run in (warm, joint) for *_, norm in run.steps.values())
+    # The trunk trains only now.
+    assert abs(float(joint.steps[STEPS][0]) - float(warm.steps[STEPS][0])) > 0.01

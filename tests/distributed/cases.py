@@ -23,6 +23,8 @@ INTERLEAVED = dict(
 CP = dict(cp_comm_type="allgather")
 CONTIGUOUS = dict(dsa_context_parallel_order="contiguous")
 MTP = dict(mtp_num_layers=1)
+SERVED = dict(dsa_indexer_loss_layers="served", dsa_indexer_use_sparse_loss=True)
+SERVED_ALL_KEYS = dict(SERVED, dsa_indexer_use_sparse_loss=False)
 
 
 @dataclass
@@ -42,6 +44,8 @@ class Case:
     padding: bool = False
     """Packs whose second half is padding."""
     indexer_loss: float | None = None
+    loss: dict = field(default_factory=dict)
+    """Further settings of the indexer's loss."""
     distributed_optimizer: bool = False
     forward_only: bool = False
     microbatches: int = 0
@@ -91,7 +95,8 @@ class Case:
         padding = ("-padding" if self.padding else "") + ("-varies" if self.varies else "")
         padding += f"-from-{self.trains_from}" if self.trains_from > 1 else ""
         model = f"{self.model}{'-bf16' * self.bf16}"
-        return f"{model}-{thd}{padding}-{self.indexer_loss or 0}-{self.microbatches}"
+        loss = "-".join(map(str, (self.indexer_loss or 0, *self.loss.values())))
+        return f"{model}-{thd}{padding}-{loss}-{self.microbatches}"
 
     def alone(self) -> Case:
         """The same batch and model in one process, without recompute."""
@@ -104,6 +109,7 @@ class Case:
             varies=self.varies,
             trains_from=self.trains_from,
             indexer_loss=self.indexer_loss,
+            loss=self.loss,
             microbatches=self.microbatches,
             bf16=self.bf16,
             heads=self.heads,
@@ -297,13 +303,50 @@ def _shared_out_cases():
             )
 
 
-CASES = (*_cases(), *_shared_out_cases())
+def _served_cases():
+    """Indexers that learn from all layers that use their top-k, and dense warm-ups."""
+    padded = dict(thd=True, even_packs=True, padding=True)
+    for kind, loss in {"served": SERVED, "served, all keys": SERVED_ALL_KEYS}.items():
+        learns = dict(indexer_loss=0.1, loss=loss)
+        for shares, mode in itertools.product(("auto", "heads"), ("none", "full", "core_attn")):
+            tokens = dict(tp=2, shares=shares, settings={**SP, **RECOMPUTE[mode]}, **learns)
+            yield Case(f"TP 2 + SP, {shares}, {kind}, recompute {mode}, thd", thd=True, **tokens)
+        settings = {**CP, **SP, **RECOMPUTE["core_attn"]}
+        for shares in ("auto", "heads"):
+            name = f"CP 2 x TP 2 + SP, {shares}, {kind}, recompute core_attn"
+            yield Case(name, cp=2, tp=2, shares=shares, settings=settings, **learns)
+        for mode in ("none", "full", "block"):
+            settings = {**UNEVEN, **RECOMPUTE[mode]}
+            yield Case(f"PP 2, {kind}, recompute {mode}", pp=2, settings=settings, **learns)
+        for name, split, settings in (
+            ("TP 2 + SP, padding", dict(tp=2, **padded), SP),
+            ("CP 2, padding", dict(cp=2, **padded), CP),
+            ("CP 2, contiguous, recompute full", dict(cp=2), {**CP, **CONTIGUOUS, **FULL}),
+            ("PP 2 x VPP 2, recompute full", dict(pp=2, vpp=2), {**INTERLEAVED, **FULL}),
+            ("DP 2", dict(dp=2), {}),
+            ("MTP, TP 2 + SP", dict(tp=2), {**MTP, **SP}),
+        ):
+            yield Case(f"{name}, {kind}", **split, settings=settings, **learns)
+    across = dict(num_layers_in_first_pipeline_stage=4, dsa_topk_across_stages=True)
+    for name, split, settings, layers in (
+        ("TP 2 + SP, recompute full", dict(tp=2), {**SP, **FULL}, SERVED),
+        ("CP 2, thd", dict(cp=2, thd=True, even_packs=True), CP, SERVED),
+        ("PP 2, recompute core_attn", dict(pp=2), {**UNEVEN, **RECOMPUTE["core_attn"]}, SERVED),
+        ("PP 2 from layer 5", dict(pp=2), across, {}),
+    ):
+        loss = {**layers, "dsa_training_phase": "dense_warmup"}
+        yield Case(
+            f"{name}, dense warm-up", **split, settings=settings, indexer_loss=0.1, loss=loss
+        )
+
+
+CASES = (*_cases(), *_shared_out_cases(), *_served_cases())
 
 _SOME = """
 TP 2, forward, thd
-TP 2 + SP, heads, indexer loss, recompute none, thd
+TP 2 + SP, heads, served, recompute none, thd
 CP 2 x TP 2 + SP, auto, indexer loss, recompute core_attn, thd
-TP 2 + SP, padding, indexer loss
+TP 2 + SP, padding, served, all keys
 TP 4 + SP, dealt, indexer loss, recompute full, thd
 CP 2, contiguous, padding, indexer loss
 MTP, TP 2 + SP, auto, indexer loss

@@ -149,7 +149,7 @@ def _worst(ranks: list) -> dict:
         if "error" in rank:
             return rank
     worst = dict(ranks[0])
-    for key in ("loss", "gradients", "logged"):
+    for key in ("loss", "gradients", "logged", "figures"):
         if key in worst:
             worst[key] = max(rank[key] for rank in ranks)
     if "worst" in worst:

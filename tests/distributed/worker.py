@@ -33,6 +33,7 @@ from megatron.core.transformer.experimental_attention_variant.dsa import DSAInde
 
 from glm5_patch import env
 from glm5_patch.attention.build import mtp_block_spec
+from glm5_patch.attention.loss_log import LOSSES
 from glm5_patch.config.huggingface import HFConfig
 from glm5_patch.errors import PipelineSplitError
 from glm5_patch.testing import cpu_host
@@ -40,6 +41,7 @@ from glm5_patch.testing.models import let_go
 from glm5_patch.testing.parity import recorded
 from glm5_patch.topk import tokens as where_tokens_stand
 from glm5_patch.topk.stages import StageTopk
+from glm5_patch.training.figures import indexer_losses
 from tests.distributed import schedule
 from tests.distributed.adapters import adapt
 from tests.distributed.cases import CONTIGUOUS, Case
@@ -77,6 +79,7 @@ def run(case: Case, folder: Path) -> dict:
         if case.evaluates:  # training has changed the routers' biases
             load([chunk.module for chunk in chunks], folder / f"{case.model}.pt")
         DSAIndexerLossLoggingHelper.tracker.clear()
+        LOSSES.sums = None
         losses, topk_indices = step(case, chunks)
         return compare(case, chunks, losses, topk_indices, folder)
 
@@ -142,6 +145,7 @@ def configuration(case: Case):
         expert_model_parallel_size=case.ep,
         context_parallel_size=case.cp,
         dsa_indexer_loss_coeff=case.indexer_loss,
+        **case.loss,
         **settings,
     )
     config.finalize_model_grads_func = finalize_model_grads
@@ -336,6 +340,7 @@ def compare(case: Case, chunks, losses, topk_indices, folder: Path) -> dict:
     path = folder / f"{case.batch}.pt"
     if torch.distributed.get_world_size() == 1:
         saved = {"gradients": values, "losses": losses, "logged": logged_indexer_losses()}
+        saved["figures"] = indexer_losses()
         torch.save(saved, path)
         return {}
     reference = torch.load(path)
@@ -351,6 +356,12 @@ def compare(case: Case, chunks, losses, topk_indices, folder: Path) -> dict:
             (abs(loss / reference["logged"][n] - 1) for n, loss in logged_indexer_losses().items()),
             default=0.0,
         )
+    figures = indexer_losses()
+    if figures.keys() != reference["figures"].keys():
+        raise AssertionError(f"losses of {list(figures)}, where one process has others")
+    result["figures"] = max(
+        (abs(loss / reference["figures"][name] - 1) for name, loss in figures.items()), default=0.0
+    )
     expected = {n: part(n, reference["gradients"][n], value) for n, value in values.items()}
     if case.distributed_optimizer:
         before = torch.load(folder / f"{case.model}.pt")

@@ -49,6 +49,7 @@ TESTS = {
         "tests/patches/test_mask.py",
         "tests/patches/test_padding.py",
         "tests/patches/test_indexer_loss_scale.py",
+        "tests/training/test_served.py::test_gradients_are_the_mean_of_those_of_each_layer",
         "tests/clients/test_launcher.py",
     ],
     # 0.19 shares top-k by itself, and differs in everything that touches it. What reads files or
@@ -64,6 +65,7 @@ TESTS = {
         "tests/clients/hybrid/test_hybrid_model.py",
         "tests/clients/test_stand_ins.py",
         "tests/clients/test_launcher.py",
+        "tests/training/test_served.py::test_gradients_are_the_mean_of_those_of_each_layer",
         "tests/ops/test_index_loss.py::test_only_a_positive_coefficient_trains_the_indexers_and_only_them",
         "tests/ops/test_triton.py::test_a_model_on_the_kernels_equals_one_on_torch",
         "tests/activation/test_faults.py",

@@ -9,6 +9,8 @@ FIRST_PARITY = f"{PARITY}[0-5.2]"
 INDEXER = "tests/attention/test_indexer.py"
 RECOMPUTE = "tests/patches/test_recompute.py"
 SPLITS = "tests/distributed/test_parallel.py"
+SERVED = "tests/training/test_served.py"
+PHASES = "tests/training/test_phases.py"
 TRITON = "tests/ops/test_triton.py"
 BACKENDS = "tests/ops/test_registry.py::test_a_backend_computes_what_the_reference_does"
 MTP = "tests/checkpoint/test_checkpoint.py::test_an_mtp_layer_is_loaded_under_its_published_names"
@@ -340,7 +342,7 @@ FAULTS = (
     ),
     Fault(
         "the indexer loss of every microbatch counts whole",
-        "patches/megatron_core/running/indexer_loss_scale.py",
+        "patches/megatron_core/running/indexer_training.py",
         "scale = scale / num_microbatches",
         "scale = scale / 1",
         "tests/patches/test_indexer_loss_scale.py",
@@ -379,5 +381,19 @@ FAULTS = (
         "torch.distributed.all_reduce(target, group=tp_group)",
         "pass",
         SPLITS,
+    ),
+    Fault(
+        "an indexer learns from one of its layers alone",
+        "ops/index_loss/served.py",
+        "self._probabilities += probabilities",
+        "pass",
+        f"{SERVED}::test_gradients_are_the_mean_of_those_of_each_layer",
+    ),
+    Fault(
+        "a frozen trunk goes on to balance its experts",
+        "training/phases.py",
+        "asked if balances else 0.0",
+        "asked",
+        f"{PHASES}::test_a_frozen_trunk_keeps_its_routing",
     ),
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from glm5_patch import env
-from glm5_patch.ops.index_loss.reference import LossSettings
+from glm5_patch.ops.index_loss.reference import LossSettings, SelectedKeys
 from glm5_patch.ops.index_topk.reference import IndexerInputs
 from glm5_patch.ops.needs import Call
 from glm5_patch.ops.query_positions import QueryPositions
@@ -87,6 +87,15 @@ def run(operation, compute, reference, generator):
     if operation == "index_loss":
         settings = LossSettings(0.2, 0.3, sparse=True)
         return differentiated(compute, [indexer(generator)], attention(generator), settings)
+    if operation == "index_loss.target":
+        return (compute(attention(generator), None),)
+    if operation == "index_loss.of_target":
+        of = attention(generator)
+        target = torch.rand(of.topk_indices.shape, generator=generator).to(DEVICE)
+        target = target.masked_fill_(of.topk_indices < 0, 0.0)
+        target /= target.sum(-1, keepdim=True)
+        keys, settings = SelectedKeys(of.topk_indices, of.queries), LossSettings(0.2, 0.3, True)
+        return differentiated(compute, [indexer(generator)], keys, target, settings)
     queries = queries_at_the_end()
     if operation == "index_topk":
         return (compute(indexer(generator), queries, K, 0.2).sort(-1)[0],)
@@ -129,7 +138,7 @@ def test_triton_is_walked_where_it_can_run(monkeypatch):
 def test_every_operation_has_a_reference():
     operations = {one.operation for one in backends()}
     assert operations == {one.operation for one in backends() if one.name == "torch"}
-    assert len(operations) == 7
+    assert len(operations) == 9
 
 
 def test_the_switch_knows_the_backends(monkeypatch):

@@ -98,6 +98,26 @@ def test_attention_of_some_of_the_queries(interpreted):
         assert relative(a, e) < 1e-5
 
 
+@pytest.mark.parametrize("lengths", [[20], [1, 10, 0, 9]], ids=["bshd", "thd"])
+def test_every_visible_key_in_blocks_of_queries(interpreted, monkeypatch, lengths):
+    """Dense attention: no top-k of all queries is made, and none is kept for the backward."""
+    tensors, queries = inputs(20, 2 if len(lengths) == 1 else 1, 3, SMALL, 5), layout(lengths)
+    whole = both(tensors, None, queries, SMALL)
+    monkeypatch.setattr(absorption, "PROJECTED_ROWS", 8)
+    monkeypatch.setattr(absorption, "VISIBLE_PLACES", 1)
+    rows = []
+
+    def counted(queries, batch, multiple):
+        rows.append(len(queries.starts))
+        return visible_topk(queries, batch, multiple)
+
+    monkeypatch.setattr(absorption, "visible_topk", counted)
+    for blocks, reference in (both(tensors, None, queries, SMALL), whole):
+        for ours, theirs in zip(blocks, reference):
+            assert relative(ours, theirs) < 1e-5
+    assert sorted(rows) == [4, 4, 8, 8, 8, 8]
+
+
 def test_empty_places_and_a_query_without_keys(interpreted):
     queries, tensors = layout([20]), inputs(20, 1, 4, SMALL, seed=0)
     topk = visible_topk(queries, 1)[..., :9].clone()

@@ -120,3 +120,33 @@ def test_the_hosts_attention_shares_nothing_between_stages(world, monkeypatch):
         specs.get_transformer_block_with_experimental_attention_variant_spec(
             glm_5_2(2, dsa_topk_across_stages=True), pp_rank=0
         )
+
+
+SERVED = dict(dsa_indexer_loss_coeff=0.1, dsa_indexer_loss_layers="served")
+
+
+def test_an_indexer_learns_from_its_own_stage_alone(world, virtual_pipeline):
+    messages = set()
+    for pp_rank in range(2):
+        with pytest.raises(PipelineSplitError) as error:
+            specs.get_transformer_block_with_experimental_attention_variant_spec(
+                glm_5_2(2, **SERVED, dsa_topk_across_stages=True), pp_rank=pp_rank
+            )
+        messages.add(str(error.value))
+    (message,) = messages
+    assert "holds layer 40, a skip layer whose source, layer 39," in message
+    assert "dsa_indexer_loss_layers='source' (now 'served')" in message
+    assert "38,40" in message
+    without_loss = {**SERVED, "dsa_indexer_loss_coeff": None}
+    for fields in ({**uneven(38, 40), **SERVED}, without_loss):
+        assert layers_built(2, virtual_pipeline, **fields, dsa_topk_across_stages=True) == 78
+
+
+def test_the_hosts_indexers_learn_from_their_own_layers_alone(world, monkeypatch):
+    if glm5_patch.require()["index_share_carrier"].state != "applied":
+        pytest.skip("this host's attention shares no top-k")
+    monkeypatch.setenv("GLM5_PATCH_ATTENTION", "host")
+    with pytest.raises(GLM5PatchError, match="dsa_indexer_loss_layers='served' with GLM5_PATCH_AT"):
+        specs.get_transformer_block_with_experimental_attention_variant_spec(
+            glm_5_2(1, **SERVED), pp_rank=0
+        )

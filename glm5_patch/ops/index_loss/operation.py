@@ -39,14 +39,14 @@ def index_loss(
         tp_group: of the ranks that share the attention's heads out; None: one rank has all.
     """
     s, b = attention.query.shape[:2]
-    attention = attention._replace(
-        query=attention.query.detach(),
-        latent=attention.latent.detach(),
-        up_projection=attention.up_projection.detach(),
-    )
-    mean_over = s if mean_over is None else mean_over
-    loss_scale = coefficient if per_token else coefficient / (mean_over * b)
+    attention = attention.detach()
+    loss_scale = scale_of(coefficient, per_token, s if mean_over is None else mean_over, b)
     settings = LossSettings(index_scale, loss_scale, sparse, tp_group)
     widths = dict(attention.call.widths) | dict(inputs.call.widths)
     call = attention.call._replace(widths=tuple(widths.items())).sized(sparse=int(sparse))
     return compute("index_loss", call, inputs, attention, settings)
+
+
+def scale_of(coefficient: float, per_token: bool, mean_over: float, b: int) -> float:
+    """The factor of the sum over the queries of b sequences; see ``index_loss``."""
+    return coefficient if per_token else coefficient / (mean_over * b)

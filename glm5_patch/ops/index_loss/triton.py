@@ -11,6 +11,7 @@ import importlib
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ..index_topk.reference import IndexerInputs
 from ..needs import Needs, Width
@@ -20,7 +21,7 @@ from ..sparse_attention.absorption import absorbed_inputs
 from ..sparse_attention.inputs import AbsorbedInputs, AttentionInputs
 from ..sparse_attention.reference import LOG2_E
 from ..sparse_attention.triton import TRITON, add_in_order, heads_of_a_program, precision
-from .reference import EPSILON, LossSettings, sum_over_ranks
+from .reference import EPSILON, LossSettings, SelectedKeys, sum_over_ranks
 
 MOST_HEADS = 64
 """Attention heads of a rank whose probabilities a program sums; more would be several programs,
@@ -31,24 +32,30 @@ def load() -> None:
     importlib.import_module(".triton_kernels", __package__)
 
 
-@backend(
-    "index_loss",
-    name="triton",
-    rank=1,
-    needs=Needs(
+ATTENTION_WIDTHS = {**TRITON.widths, "heads": Width(at_most=MOST_HEADS)}
+INDEXER_WIDTHS = {
+    "dsa_indexer_n_heads": Width(power_of_two=True, at_least=16),
+    "dsa_indexer_head_dim": Width(power_of_two=True, at_least=16),
+}
+
+
+def _needs(widths: dict[str, Width], **sizes: Width) -> Needs:
+    return Needs(
         package="triton",
         device="cuda",
         interpretable=True,
         dtypes=TRITON.dtypes,
         capability=TRITON.capability,
-        widths={
-            **TRITON.widths,
-            "heads": Width(at_most=MOST_HEADS),
-            "dsa_indexer_n_heads": Width(power_of_two=True, at_least=16),
-            "dsa_indexer_head_dim": Width(power_of_two=True, at_least=16),
-        },
-        sizes={"sparse": Width(one_of=(1,))},
-    ),
+        widths=widths,
+        sizes=sizes,
+    )
+
+
+@backend(
+    "index_loss",
+    name="triton",
+    rank=1,
+    needs=_needs({**ATTENTION_WIDTHS, **INDEXER_WIDTHS}, sparse=Width(one_of=(1,))),
     load=load,
     optional=True,
 )
@@ -64,7 +71,7 @@ def selected_loss(
     inputs: IndexerInputs, absorbed: AbsorbedInputs, settings: LossSettings
 ) -> Tensor:
     """As ``index_loss``, of queries that are absorbed already."""
-    target = attention_target(absorbed)
+    target = _summed_over_heads(absorbed)
     sum_over_ranks(target, settings.tp_group)
     selected = absorbed.topk_indices, absorbed.starts, absorbed.positions
     return _SelectedLoss.apply(
@@ -72,7 +79,40 @@ def selected_loss(
     )
 
 
-def attention_target(absorbed: AbsorbedInputs) -> Tensor:
+@backend(
+    "index_loss.target",
+    name="triton",
+    rank=1,
+    needs=_needs(ATTENTION_WIDTHS),
+    load=load,
+    optional=True,
+)
+def attention_target(attention: AttentionInputs, tp_group: ProcessGroup | None) -> Tensor:
+    """As ``reference.attention_target``."""
+    target = _summed_over_heads(absorbed_inputs(attention))
+    sum_over_ranks(target, tp_group)
+    return target.div_(target.sum(-1, keepdim=True).clamp_min_(EPSILON))
+
+
+@backend(
+    "index_loss.of_target",
+    name="triton",
+    rank=1,
+    needs=_needs(INDEXER_WIDTHS),
+    load=load,
+    optional=True,
+)
+def loss_of_target(
+    inputs: IndexerInputs, keys: SelectedKeys, target: Tensor, settings: LossSettings
+) -> Tensor:
+    """As ``reference.loss_of_target``."""
+    selected = keys.topk_indices.contiguous(), *keys.queries.spans()
+    return _SelectedLoss.apply(
+        *inputs, target, *selected, settings.index_scale, settings.loss_scale
+    )
+
+
+def _summed_over_heads(absorbed: AbsorbedInputs) -> Tensor:
     """Attention probabilities over the selected keys, summed over the heads, fp32 [b, s, k]; places
     without a key get 0."""
     from . import triton_kernels as kernels

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from ..fallback import compute
-from ..query_positions import visible_topk
+from ..query_positions import QueryPositions, visible_topk
 from ..registry import backend
 from . import triton
 from .inputs import AbsorbedInputs, AttentionInputs, MLADims
 
 PROJECTED_ROWS = 512
 """Queries of one product with an up-projection."""
+VISIBLE_PLACES = 1 << 26
+"""Places of a top-k that holds every visible key, 256 MiB: what one block of queries may have."""
 TOPK_MULTIPLE = 128
 """Where every key is selected, the width of the top-k is a multiple of it: libraries take no other,
 and a longer document elsewhere in the batch must not decide whether one computes."""
@@ -23,36 +25,50 @@ def absorbed_attention(attention: AttentionInputs) -> Tensor:
     """As ``operation.sparse_attention``: a query times its key's projection meets the latent
     itself, and what comes out of the latent is projected to values after. Each of the two passes
     over the keys is an operation of its own, so that a library may compute one of them."""
-    if attention.topk_indices is None:
-        b = attention.query.shape[1]
-        topk_indices = visible_topk(attention.queries, b, multiple=TOPK_MULTIPLE)
-        attention = attention._replace(topk_indices=topk_indices)
-    return _AbsorbedAttention.apply(*attention)
+    if attention.topk_indices is not None:
+        return _AbsorbedAttention.apply(*attention)
+    s, b = attention.query.shape[:2]
+    rows = max(PROJECTED_ROWS, VISIBLE_PLACES // (b * attention.queries.most_keys))
+    if s <= rows:
+        return _AbsorbedAttention.apply(*attention)
+    blocks = (slice(first, min(first + rows, s)) for first in range(0, s, rows))
+    return torch.cat([_AbsorbedAttention.apply(*_of_block(attention, block)) for block in blocks])
+
+
+def _of_block(attention: AttentionInputs, block: slice) -> AttentionInputs:
+    queries = attention.queries.of_queries(block)
+    return attention._replace(query=attention.query[block], queries=queries)
 
 
 class _AbsorbedAttention(torch.autograd.Function):
-    """Keeps what comes out of the latent; the absorbed queries, as large, are made again."""
+    """Keeps what comes out of the latent; the absorbed queries, as large, are made again. So is a
+    top-k of every visible key, which grows with the square of the sequence."""
 
     @staticmethod
     def forward(ctx, *attention):
-        absorbed = absorbed_inputs(AttentionInputs(*attention))
-        query, latent, up_projection, _, _, dims, softmax_scale = attention
+        absorbed = absorbed_inputs(_with_topk(AttentionInputs(*attention)))
+        query, latent, up_projection, topk_indices, queries, dims, softmax_scale = attention
         out, lse = _forward(absorbed)
         output = query.new_empty((*query.shape[:3], dims.value))
         _project(out, _value_projection(up_projection, dims), output)
-        selected = absorbed.topk_indices, absorbed.starts, absorbed.positions
+        if topk_indices is not None:
+            topk_indices = absorbed.topk_indices
+        selected = topk_indices, absorbed.starts, absorbed.positions
         ctx.save_for_backward(query, latent, up_projection, *selected, out, lse)
-        ctx.dims, ctx.softmax_scale = dims, softmax_scale
+        ctx.queries, ctx.dims, ctx.softmax_scale = queries, dims, softmax_scale
         return output.flatten(2)
 
     @staticmethod
     def backward(ctx, d_output):
-        query, latent, up_projection, *selected, out, lse = ctx.saved_tensors
+        query, latent, up_projection, topk_indices, *spans, out, lse = ctx.saved_tensors
         dims = ctx.dims
+        if topk_indices is None:
+            topk_indices = _every_key(ctx.queries, query.shape[1])
         absorbed = AbsorbedInputs(
             absorb(query, up_projection, dims),
             latent.squeeze(2).contiguous(),
-            *selected,
+            topk_indices,
+            *spans,
             dims.latent,
             ctx.softmax_scale,
         )
@@ -75,6 +91,17 @@ class _AbsorbedAttention(torch.autograd.Function):
             d_up[..., dims.nope :] = d_value.transpose(0, 1)
             d_up = d_up.flatten(1)
         return d_query, d_latent.to(latent.dtype).unsqueeze(2), d_up, None, None, None, None
+
+
+def _with_topk(attention: AttentionInputs) -> AttentionInputs:
+    if attention.topk_indices is not None:
+        return attention
+    topk_indices = _every_key(attention.queries, attention.query.shape[1])
+    return attention._replace(topk_indices=topk_indices)
+
+
+def _every_key(queries: QueryPositions, b: int) -> Tensor:
+    return visible_topk(queries, b, multiple=TOPK_MULTIPLE).contiguous()
 
 
 def latent_attention(absorbed: AbsorbedInputs) -> Tensor:

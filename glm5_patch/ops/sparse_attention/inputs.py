@@ -56,6 +56,14 @@ class AttentionInputs(NamedTuple):
             qk_pos_emb_head_dim=self.dims.rope,
         )
 
+    def detach(self) -> AttentionInputs:
+        """The same without a way for gradients."""
+        return self._replace(
+            query=self.query.detach(),
+            latent=self.latent.detach(),
+            up_projection=self.up_projection.detach(),
+        )
+
     def of_queries(self, places: Tensor) -> AttentionInputs:
         """Some queries alone, int64; the keys stay."""
         topk_indices = self.topk_indices

@@ -42,10 +42,10 @@ def _of_next_layer(stack, carrier: TopkCarrier, output) -> StageTopk | None:
     source = None if following > schedule.num_layers else schedule.source_of_rest(following)
     if source is None:
         return None
-    layout, index_topk = carrier.layout, stack.config.dsa_indexer_topk
+    layout = carrier.layout
     if layout is None:  # no layer of this stage is one of attention
         return carrier.arrived
-    if layout.queries.all_fit(index_topk):
+    if layout.every_key_is_selected(stack.config):
         return None
     topk_indices = carrier.published(source)
     if topk_indices is None:

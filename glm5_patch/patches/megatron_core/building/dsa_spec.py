@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .... import env
-from ....config.fields import INDEXER_PRECISIONS, ZIGZAG, is_dsa, is_glm5, set_conventions
+from ....config.fields import (
+    INDEXER_PRECISIONS,
+    LOSS_LAYERS,
+    PHASE,
+    ZIGZAG,
+    attends_to_every_key,
+    is_dsa,
+    is_glm5,
+    learns_across_layers,
+    set_conventions,
+)
 from ....errors import GLM5PatchError
 from ....patching.patch import Finding, Patch
 from ....topk.mtp import shares_iterations
@@ -83,6 +93,16 @@ def attention_stack(config, wrong: str | None) -> Stack:
         raise GLM5PatchError(
             f"dsa_topk_replay=True with {reason}: megatron-core's own sparse attention replays no "
             f"recorded keys; {unset}"
+        )
+    if attends_to_every_key(config):
+        raise GLM5PatchError(
+            f"{PHASE}={config.dsa_training_phase!r} with {reason}: megatron-core's own sparse "
+            f"attention is never dense; {unset}"
+        )
+    if learns_across_layers(config):
+        raise GLM5PatchError(
+            f"{LOSS_LAYERS}={config.dsa_indexer_loss_layers!r} with {reason}: an indexer of "
+            f"megatron-core's own sparse attention learns from its own layer alone; {unset}"
         )
     if shares_iterations(config):
         raise GLM5PatchError(

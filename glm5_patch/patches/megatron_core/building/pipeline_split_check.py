@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from ....config.fields import ACROSS_STAGES, is_dsa, is_glm5
+from ....config.fields import (
+    ACROSS_STAGES,
+    LOSS_LAYERS,
+    SOURCE,
+    is_dsa,
+    is_glm5,
+    learns_across_layers,
+)
 from ....patching.patch import Finding, Patch, argument
 from ...probes.megatron_core import refuses_dsa
 from .gate import check_gate
@@ -24,7 +31,7 @@ class BlockSpec(Patch):
             config = argument(wrapped, args, kwargs, "config")
             if is_glm5(config):
                 check_gate(config)
-                if not getattr(config, ACROSS_STAGES, False):
+                if learns_across_layers(config) or not getattr(config, ACROSS_STAGES, False):
                     _check_split(module, config)
             elif is_dsa(config):
                 if not hasattr(config, "dsa_is_glm5") and refuses_dsa():
@@ -67,6 +74,12 @@ def _check_split(module, config) -> None:
     try:
         check_split(IndexSchedule.from_megatron(config), chunks, labels)
     except PipelineSplitError as error:
+        if getattr(config, ACROSS_STAGES, False):
+            raise PipelineSplitError(
+                f"{error}. Or set {LOSS_LAYERS}={SOURCE!r} (now "
+                f"{config.dsa_indexer_loss_layers!r}): an indexer learns only from layers of its "
+                "own stage"
+            ) from None
         raise PipelineSplitError(
             f"{error}. Or set {ACROSS_STAGES}=True (--{ACROSS_STAGES.replace('_', '-')}): any "
             "split is valid then, and the stage before sends the top-k"

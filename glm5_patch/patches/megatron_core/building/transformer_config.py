@@ -10,14 +10,21 @@ from ....config.fields import (
     CONVENTIONS,
     FP8,
     INDEXER_PRECISIONS,
+    LOSS_LAYERS,
+    LOSS_LAYERS_OF,
+    NO_PHASE,
+    PHASE,
+    REPLAY,
     ZIGZAG,
     GLM5Fields,
+    attends_to_every_key,
     has_glm5_settings,
     is_dsa,
     is_glm5,
     on_off_flags,
     set_conventions,
     unlike_glm5,
+    why_not_phase,
 )
 from ....errors import GLM5PatchError, ScheduleError
 from ....patching.patch import Finding, Patch
@@ -144,6 +151,8 @@ def _validate(config) -> None:
     _refuse_scaled_rope(config)
     _refuse_layers_run_singly(config)
     _check_precision(config)
+    _check_loss_layers(config)
+    _check_phase(config)
     order = config.dsa_context_parallel_order
     if order not in CONTEXT_PARALLEL_ORDERS:
         raise GLM5PatchError(
@@ -170,6 +179,27 @@ def _check_precision(config) -> None:
         raise GLM5PatchError(
             f"dsa_indexer_precision={FP8!r} with dsa_indexer_head_dim={dim}: its Hadamard rotation "
             "needs a power of two; set dsa_indexer_precision='model'"
+        )
+
+
+def _check_loss_layers(config) -> None:
+    if config.dsa_indexer_loss_layers not in LOSS_LAYERS_OF:
+        raise GLM5PatchError(
+            f"{LOSS_LAYERS}={config.dsa_indexer_loss_layers!r} must be one of "
+            f"{', '.join(LOSS_LAYERS_OF)}"
+        )
+
+
+def _check_phase(config) -> None:
+    if config.dsa_training_phase == NO_PHASE:
+        return
+    reason = why_not_phase(config.dsa_training_phase, config.dsa_indexer_loss_coeff)
+    if reason:
+        raise GLM5PatchError(f"{PHASE}={reason}")
+    if attends_to_every_key(config) and config.dsa_topk_replay:
+        raise GLM5PatchError(
+            f"{REPLAY}=True with {PHASE}={config.dsa_training_phase!r}: a dense warm-up selects no "
+            f"keys; set {REPLAY}=False"
         )
 
 
