@@ -258,14 +258,14 @@ FAULTS = (
     ),
     Fault(
         "the plan's last stage has the first one's layers",
-        "tools/plan.py",
+        "tools/plan/pipeline.py",
         '"--decoder-last-pipeline-num-layers": sizes[-1],',
         '"--decoder-last-pipeline-num-layers": sizes[0],',
         "tests/patches/test_plans.py::test_plans_are_ranked_and_two_numbers_are_offered_too",
     ),
     Fault(
         "the plan forgets the output layer",
-        "tools/plan.py",
+        "tools/plan/pipeline.py",
         "after=costs.output + ",
         "after=0.0 + ",
         "tests/config/test_costs.py",

@@ -14,7 +14,7 @@ from glm5_patch.config.huggingface import HFConfig
 from glm5_patch.config.pipeline_split import best_splits
 from glm5_patch.errors import PipelineSplitError
 from glm5_patch.tools import cli
-from glm5_patch.tools.plan import layout, why_not_uniform
+from glm5_patch.tools.plan.pipeline import layout, why_not_uniform
 from tests.config.test_schedule import published
 from tests.patches.test_pipeline_split import glm_5_2
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from ..config.huggingface import HFConfig
-from ..config.parallel_costs import ParallelCost, parallel_costs
-from .report import Result, print_flags, print_table, print_text
+from ...config.huggingface import HFConfig
+from ...config.parallel_costs import ParallelCost, parallel_costs
+from ..report import Result, print_flags, print_table, print_text
 
 
 def run(hf: HFConfig, options: argparse.Namespace) -> Result:

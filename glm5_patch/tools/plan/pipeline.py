@@ -4,35 +4,25 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from pathlib import Path
 
-from ..config.costs import estimate, topk_bytes_per_token
-from ..config.fields import ACROSS_STAGES
-from ..config.huggingface import HFConfig
-from ..config.hybrid import layer_pattern
-from ..config.pipeline_split import Split, best_splits, check_split, chunk_label, equal_middle_split
-from ..config.schedule import IndexSchedule
-from ..errors import PipelineSplitError
-from . import plan_parallel
-from .report import Result, print_flags, print_table, print_text
+from ...config.costs import estimate, topk_bytes_per_token
+from ...config.fields import ACROSS_STAGES
+from ...config.huggingface import HFConfig
+from ...config.hybrid import layer_pattern
+from ...config.pipeline_split import Split, best_splits, check_split, chunk_label, equal_middle_split
+from ...config.schedule import IndexSchedule
+from ...errors import PipelineSplitError
+from ..report import Result, print_flags, print_table, print_text
 
 FLAG = "--" + ACROSS_STAGES.replace("_", "-")
 
 
-def run(options: argparse.Namespace) -> Result:
+def run(hf: HFConfig, options: argparse.Namespace) -> Result:
     """The plans, best first.
 
     Raises:
-        CheckpointError: the configuration can't be read.
         PipelineSplitError: no split is valid.
     """
-    path = Path(options.config)
-    hf = HFConfig.from_directory(path) if path.is_dir() else HFConfig.from_file(path)
-    if options.indexer_types:
-        pattern = {"indexer_types": None, "index_topk_pattern": options.indexer_types}
-        hf = HFConfig({**hf.raw, **pattern})
-    if options.gpus:
-        return plan_parallel.run(hf, options)
     costs = estimate(hf, options.seq_length)
     chunks = options.pp * options.vpp
     crosses = options.topk_across_stages
