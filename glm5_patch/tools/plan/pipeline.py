@@ -9,7 +9,13 @@ from ...config.costs import estimate, topk_bytes_per_token
 from ...config.fields import ACROSS_STAGES
 from ...config.huggingface import HFConfig
 from ...config.hybrid import layer_pattern
-from ...config.pipeline_split import Split, best_splits, check_split, chunk_label, equal_middle_split
+from ...config.pipeline_split import (
+    Split,
+    best_splits,
+    check_split,
+    chunk_label,
+    equal_middle_split,
+)
 from ...config.schedule import IndexSchedule
 from ...errors import PipelineSplitError
 from ..report import Result, print_flags, print_table, print_text
