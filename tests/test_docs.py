@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 INSTALLS = ("python3 -m venv", "pip ")
 """What .ci/run and the tests of packaging run."""
+ALSO_RUN = ("glm5-patch demo", "glm5-patch doctor")
+"""By .ci/run, and by the tests of the command line."""
 LONG = (
     "python benchmarks/",
     "python -m tests.",
@@ -46,7 +48,8 @@ def commands():
         for line in text.replace("\\\n", " ").splitlines():
             if not line.startswith(INSTALLS) and "=" not in line.split()[0]:
                 found.setdefault(line, f"{page.name}: {line[:50]}")
-    return [pytest.param(line, id=name) for line, name in found.items()]
+    marks = {line: pytest.mark.nightly for line in found if line.startswith(ALSO_RUN)}
+    return [pytest.param(line, id=name, marks=marks.get(line, ())) for line, name in found.items()]
 
 
 @pytest.fixture(scope="module")

@@ -274,7 +274,11 @@ def test_unknown_kernels_are_named(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "loss_coeff"), [(None, None), ([5, 19], 0.5)], ids=["bshd", "thd-indexer-loss"]
+    ("lengths", "loss_coeff"),
+    [
+        pytest.param(None, None, id="bshd", marks=pytest.mark.nightly),
+        pytest.param([5, 19], 0.5, id="thd-indexer-loss"),
+    ],
 )
 def test_a_model_on_the_kernels_equals_one_on_torch(
     lengths, loss_coeff, world, interpreted, tmp_path, monkeypatch

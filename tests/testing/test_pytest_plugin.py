@@ -110,6 +110,7 @@ def test_off_means_off_and_what_needs_patches_fails_with_the_reason(run):
     result.stdout.fnmatch_lines(["glm5-patch *: off", "*GLM5PatchError: patch *GLM5_PATCH=0*"])
 
 
+@pytest.mark.nightly
 def test_the_ini_file_sets_the_default_and_the_option_beats_it(run, pytester):
     pytester.makeini("[pytest]\nglm5_patch = off\n")
     tests = "def test_it(glm5_status):\n    assert not glm5_status\n"
