@@ -144,8 +144,8 @@ def _one_seed(flavour: str, seed: int, released: bool) -> dict[str, float]:
             logits, reference = forward(ours, ids), theirs(ids, use_cache=False).logits
         shares = [kept_share(found.topk_indices[n], expected[n]) for n in expected]
         ours.train()
-        loss_of(forward(ours, ids), ids).backward()
-        with LowerTies():
+        with LowerTies():  # in the host's own selection too
+            loss_of(forward(ours, ids), ids).backward()
             loss_of(theirs(ids, use_cache=False).logits, ids).backward()
         plain = _two_microbatches(_model(checkpoint), seed)
         again = _two_microbatches(
