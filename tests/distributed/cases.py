@@ -356,7 +356,6 @@ PP 2 x VPP 2, recompute mla_up_proj, thd
 PP 2 x VPP 2 x TP 2 + SP, recompute full
 EP 2 x TP 2 + SP
 DP 2, distributed optimizer
-MTP alone on the last stage
 """
 SOME = tuple(case for case in CASES if case.name in _SOME.splitlines())
 """One of each kind; the others are more of the same."""

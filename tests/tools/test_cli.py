@@ -95,11 +95,15 @@ def test_doctor_names_what_is_switched_off(env, what, remedy):
     assert not finding["ok"] and remedy in finding["remedy"]
 
 
-def test_doctor_and_status_name_a_seam_that_the_host_has_lost(broken_host):
+def test_doctor_names_a_seam_that_the_host_has_lost(broken_host):
     result = command("doctor", "--json", **broken_host)
     finding = findings(result)["topk_carrier"]
     assert result.returncode == 1
     assert not finding["ok"] and "no attribute '__call__'" in finding["seen"]
+
+
+@pytest.mark.nightly
+def test_status_names_a_seam_that_the_host_has_lost(broken_host):
     result = command("status", "--import", **broken_host)
     assert result.returncode == 1
     assert "patch 'topk_carrier' is not in place" in result.stderr
