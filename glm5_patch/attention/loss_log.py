@@ -8,6 +8,7 @@ of this package has each layer's loss, and counts the microbatches.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -70,14 +71,17 @@ LOSSES = SlotSums()
 def slot_names(config) -> tuple[str, ...]:
     """``layer_07`` of a decoder layer, by its number in a GPTModel, and ``mtp_1``; empty where a
     layer of a HybridModel has no attention."""
-    schedule = IndexSchedule.from_megatron(config)
-    numbers = range(1, config.num_layers + 1)
+    return _names(IndexSchedule.from_megatron(config), config.mtp_num_layers or 0)
+
+
+@functools.cache
+def _names(schedule: IndexSchedule, depths: int) -> tuple[str, ...]:
+    """Every computing layer asks for them in every microbatch."""
     decoder = (
         f"layer_{schedule.attention_number(n):02d}" if schedule.has_attention(n) else ""
-        for n in numbers
+        for n in range(1, schedule.num_layers + 1)
     )
-    depths = range(1, (config.mtp_num_layers or 0) + 1)
-    return (*decoder, *(f"mtp_{depth}" for depth in depths))
+    return (*decoder, *(f"mtp_{depth}" for depth in range(1, depths + 1)))
 
 
 def slot_of(config, layer_number: int, mtp_depth: int | None) -> int:
