@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from fnmatch import fnmatch
 from pathlib import Path
 
 import yaml
@@ -35,7 +36,7 @@ def test_the_layer_of_a_container():
     lines = text.splitlines()
     assert [line.split()[0] for line in lines] == ["FROM", "COPY", "RUN", "ENV", "RUN"]
     assert re.fullmatch(r"FROM nvcr\.io/nvidia/\w+:\d\d\.\d\d", lines[0])
-    assert re.search(r"COPY dist/(\S+) ", text)[1].replace("*", "0.1.0-py3-none-any") == WHEEL
+    assert fnmatch(WHEEL, re.search(r"COPY dist/(\S+) ", text)[1])
 
 
 def test_scripts_for_slurm_are_bash():

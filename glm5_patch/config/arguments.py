@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import GLM5PatchError, ScheduleError
 from .fields import ALIASES, CONVENTIONS, on_off_flags
 from .huggingface import HFConfig
-from .schedule import FULL, IndexSchedule
+from .schedule import IndexSchedule
 
 CONFIG_FLAG = "--glm5-config"
 CONFIG_ARGUMENT = "glm5_config"
@@ -196,7 +196,7 @@ def _remedy(name: str, wanted: Any) -> str:
         both_ways = name.startswith("dsa_")
         return f"give {on_off_flags(name)['arg_names'][1]}" if both_ways else f"remove {flag}"
     if name == "dsa_indexer_types":
-        wanted = "".join("F" if kind == FULL else "S" for kind in wanted)
+        wanted = IndexSchedule(tuple(wanted)).letters
     elif isinstance(wanted, list):
         wanted = str(wanted).replace(" ", "")
     elif isinstance(wanted, float) and wanted.is_integer():

@@ -17,11 +17,6 @@ class Pattern(NamedTuple):
     """Of each layer, from the first; 1.0 of a computing layer that keeps its indexer."""
 
     @property
-    def letters(self) -> str:
-        """A string of F and S."""
-        return "".join("F" if kind == FULL else "S" for kind in self.schedule.types)
-
-    @property
     def mean_overlap(self) -> float:
         """Over all layers."""
         return sum(self.overlaps) / len(self.overlaps)

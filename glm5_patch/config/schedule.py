@@ -155,6 +155,11 @@ class IndexSchedule:
         return len(self.types)
 
     @property
+    def letters(self) -> str:
+        """A string of F and S, of a schedule without layers that have no attention."""
+        return "".join("F" if kind == FULL else "S" for kind in self.types)
+
+    @property
     def of_attention(self) -> IndexSchedule:
         """The schedule of the layers with attention alone, numbered as in a GPTModel."""
         return IndexSchedule(tuple(kind for kind in self.types if kind != NO_ATTENTION))

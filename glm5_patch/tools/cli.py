@@ -324,7 +324,7 @@ def _doctor(options: argparse.Namespace) -> Result:
 def _verify(options: argparse.Namespace) -> Result:
     from pathlib import Path
 
-    from .status import write_card
+    from .card import write_card
 
     card = Path(options.card) if options.card else None
     if card is not None and not card.parent.is_dir():

@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> Result:
         "sequences": list(ids.shape),
         "overlap": [[round(share, 4) for share in row] for row in overlap],
         "keep": keep,
-        "pattern": pattern.letters,
+        "pattern": pattern.schedule.letters,
         "mean_overlap": round(pattern.mean_overlap, 4),
         "layer_overlap": [round(share, 4) for share in pattern.overlaps],
         "heat_map": options.heat_map,
@@ -129,17 +129,9 @@ def _overlaps(
 
 def _model(checkpoint: HFCheckpoint, options: argparse.Namespace) -> torch.nn.Module:
     from ..attention.build import gpt_model, transformer_config
-    from .verify import DTYPES
+    from .verify import to_load_into
 
-    config = transformer_config(
-        checkpoint.config,
-        transformer_impl="local",
-        params_dtype=DTYPES[options.dtype],
-        bf16=options.dtype == "bf16",
-        use_cpu_initialization=options.device == "cpu",
-        perform_initialization=False,
-        moe_token_dispatcher_type="alltoall" if options.device == "cuda" else "allgather",
-    )
+    config = transformer_config(checkpoint.config, **to_load_into(options.device, options.dtype))
     model = gpt_model(checkpoint.config, config)
     with progress("loading", len(set(checkpoint.files.values()))) as advance:
         checkpoint.load_into(model, advance)
@@ -191,7 +183,7 @@ def _print(data: dict, pattern: Pattern) -> None:
                 f"layer {number}",
                 f"{overlap[number - 1][before[-1] - 1]:.3f} of layer {before[-1]}",
                 f"{overlap[number - 1][alike - 1]:.3f} of layer {alike}",
-                pattern.letters[number - 1],
+                pattern.schedule.letters[number - 1],
             )
         )
     columns = ("keys of", "computing layer before", "most alike before", "pattern")

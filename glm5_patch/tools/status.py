@@ -5,13 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from datetime import date
 from pathlib import Path
-
-import glm5_patch
 
 from .. import __version__
 from ..env import TENSOR_PARALLEL, Switches, installed_version, tensor_parallel
@@ -201,54 +196,3 @@ def versions() -> dict[str, str]:
     found = {"glm5-patch": __version__, "python": platform.python_version()}
     found |= {name: installed_version(name) or "not installed" for name in _DISTRIBUTIONS}
     return {**found, "platform": platform.platform()}
-
-
-def write_card(path: Path, arguments: Sequence[str], result: Result) -> None:
-    """Keep what a command found, and where, in a YAML file that appears whole or not at all.
-
-    Args:
-        path: of the file; its directory exists.
-        arguments: of the command.
-        result: what it found.
-    """
-    import torch
-
-    devices = range(torch.cuda.device_count())
-    found = environment().data
-    versions_of = dict(found["versions"])
-    core = sys.modules.get("megatron.core")
-    if core is not None and installed_version("megatron-core") is None:
-        versions_of["megatron-core"] = f"{core.__version__}, a source tree"
-    card = {
-        "command": shlex.join(["glm5-patch", *arguments]),
-        "date": date.today().isoformat(),
-        "verdict": "failed" if result.code else "passed",
-        "machine": {
-            "platform": versions_of.pop("platform"),
-            "processors": os.cpu_count(),
-            "devices": [torch.cuda.get_device_name(number) for number in devices],
-        },
-        "versions": versions_of,
-        "switches": found["environment"],
-        "patches": {row.id: row.state.value for row in glm5_patch.status()},
-        "figures": result.data,
-    }
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("\n".join(_yaml(card)) + "\n")
-    partial.replace(path)
-
-
-def _yaml(value, indent: str = "") -> Iterator[str]:
-    """Lines of block YAML. A scalar, or an empty collection, is written as in JSON."""
-    items = value.items() if isinstance(value, dict) else [(None, item) for item in value]
-    for key, item in items:
-        start = f"{indent}-" if key is None else f"{indent}{json.dumps(key)}:"
-        if item and isinstance(item, (dict, list)):
-            yield start
-            yield from _yaml(item, f"{indent}  ")
-        else:
-            # To many readers 1e-06 is a string and 1.0e-06 a number.
-            scalar = json.dumps(item)
-            if isinstance(item, float) and "." not in scalar:
-                scalar = scalar.replace("e", ".0e")
-            yield f"{start} {scalar}"

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -214,6 +215,18 @@ def randomize(model: torch.nn.Module) -> None:
                 tensor.normal_(std=tensor.shape[-1] ** -0.5)
 
 
+def to_load_into(device: str, dtype: str, impl: str = "local") -> dict[str, Any]:
+    """Settings of a model of one process that a checkpoint fills."""
+    return dict(
+        transformer_impl=impl,
+        params_dtype=DTYPES[dtype],
+        bf16=dtype == "bf16",
+        use_cpu_initialization=device == "cpu",
+        perform_initialization=False,
+        moe_token_dispatcher_type="alltoall" if device == "cuda" else "allgather",
+    )
+
+
 def _model(options: argparse.Namespace, checkpoint: HFCheckpoint) -> torch.nn.Module:
     from ..attention.build import (
         HF_LATENT_NORM_EPSILON,
@@ -227,12 +240,7 @@ def _model(options: argparse.Namespace, checkpoint: HFCheckpoint) -> torch.nn.Mo
     config = transformer_config(
         checkpoint.config,
         hybrid=hybrid,
-        transformer_impl=options.impl,
-        params_dtype=DTYPES[options.dtype],
-        bf16=options.dtype == "bf16",
-        use_cpu_initialization=options.device == "cpu",
-        perform_initialization=False,
-        moe_token_dispatcher_type="alltoall" if options.device == "cuda" else "allgather",
+        **to_load_into(options.device, options.dtype, options.impl),
         moe_grouped_gemm=options.impl == "transformer_engine",
         recompute_granularity="full",
         recompute_method="uniform",

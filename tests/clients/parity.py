@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+import glm5_patch
+from glm5_patch.attention.build import HF_LATENT_NORM_EPSILON, set_latent_norm_epsilon
 from glm5_patch.checkpoint.reader import HFCheckpoint
 from glm5_patch.tools.verify import forward
 from tests.patches.test_parity import assert_gradients, compared
@@ -12,6 +14,14 @@ from tests.tiny import hf_config, hf_model, pack_forward, packed, relative, toke
 
 LENGTHS = (1, 20, 39)
 RECOMPUTE = dict(FULL, recompute_method="uniform", recompute_num_layers=1)
+
+
+def loaded(model, checkpoint: HFCheckpoint):
+    """A client's model, with the weights of a checkpoint and the latent norms of Hugging Face."""
+    set_latent_norm_epsilon(model, HF_LATENT_NORM_EPSILON)
+    checkpoint.load_into(model)
+    glm5_patch.require(model=model)
+    return model
 
 
 def assert_equals_hugging_face(build, directory, seed: int) -> None:

@@ -14,11 +14,10 @@ import pytest
 import torch
 
 import glm5_patch
-from glm5_patch.attention.build import HF_LATENT_NORM_EPSILON, set_latent_norm_epsilon
 from glm5_patch.attention.local_backend import local_spec_provider
 from glm5_patch.patches.built import Owner, attentions_of
 from glm5_patch.patches.megatron_core import carrying
-from tests.clients.parity import assert_equals_hugging_face, assert_recomputes
+from tests.clients.parity import assert_equals_hugging_face, assert_recomputes, loaded
 from tests.clients.stacks import MODES, block, causal_mask, config, gradients
 from tests.tiny import relative
 
@@ -93,15 +92,14 @@ def shares_nothing(client):
     assert row.state.value == "applied"
 
 
-def build(checkpoint, **overrides):
-    """By mcore-bridge's own parser and builder."""
+def made(directory, **overrides):
+    """By mcore-bridge's own parser and builder, not loaded yet."""
     from mcore_bridge import ModelConfig, get_mcore_model, hf_to_mcore_config
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    settings = hf_to_mcore_config(AutoConfig.from_pretrained(checkpoint.directory))
     config = ModelConfig(
-        **settings,
+        **hf_to_mcore_config(AutoConfig.from_pretrained(directory)),
         transformer_impl="local",
         use_cpu_initialization=True,
         perform_initialization=False,
@@ -113,10 +111,11 @@ def build(checkpoint, **overrides):
     )
     with mock.patch.dict(ROPE_INIT_FUNCTIONS):  # it puts in its own, which transformers can't use
         (model,) = get_mcore_model(config)
-    set_latent_norm_epsilon(model, HF_LATENT_NORM_EPSILON)
-    checkpoint.load_into(model)
-    glm5_patch.require(model=model)
     return model
+
+
+def build(checkpoint, **overrides):
+    return loaded(made(checkpoint.directory, **overrides), checkpoint)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -7,12 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import glm5_patch
-from glm5_patch.attention.build import HF_LATENT_NORM_EPSILON, set_latent_norm_epsilon
 from glm5_patch.checkpoint.reader import HFCheckpoint
 from glm5_patch.errors import GLM5PatchError
 from glm5_patch.tools.cli import main
 from glm5_patch.tools.verify import forward
-from tests.clients.parity import assert_equals_hugging_face, assert_recomputes
+from tests.clients.parity import assert_equals_hugging_face, assert_recomputes, loaded
 from tests.tiny import hf_config, saved, tokens
 
 # slime's script for GLM-5.2, at toy size. It has no flag of sparse attention, of the rope's type or
@@ -115,9 +114,7 @@ def provider(args, config, vp_stage=None):
 def build(checkpoint, **overrides):
     args = arguments(checkpoint.directory)
     model = provider(args, config_of(args, **overrides))
-    set_latent_norm_epsilon(model, HF_LATENT_NORM_EPSILON)
-    checkpoint.load_into(model)
-    return model
+    return loaded(model, checkpoint)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -24,7 +24,7 @@ def test_no_other_pattern_is_better(letters, seed):
     overlap = [[1.0 if i == j else draw.random() for j in layers] for i in layers]
     for keep in range(1, len(computing) + 1):
         found = best_pattern(schedule, overlap, keep)
-        assert found.letters.count("F") == keep
+        assert found.schedule.letters.count("F") == keep
         assert set(found.schedule.computing_layers) <= set(computing)
         assert found.mean_overlap == pytest.approx(mean_overlap(found.schedule, overlap))
         others = (

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from glm5_patch.tools import cli
+from glm5_patch.tools.card import write_card
 from glm5_patch.tools.report import Result
-from glm5_patch.tools.status import write_card
 
 SCHEMA = {
     "command": str,

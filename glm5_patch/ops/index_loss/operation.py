@@ -39,11 +39,15 @@ def index_loss(
         tp_group: of the ranks that share the attention's heads out; None: one rank has all.
     """
     s, b = attention.query.shape[:2]
-    attention = attention.detach()
     loss_scale = scale_of(coefficient, per_token, s if mean_over is None else mean_over, b)
     settings = LossSettings(index_scale, loss_scale, sparse, tp_group)
+    return loss_under(inputs, attention.detach(), settings)
+
+
+def loss_under(inputs: IndexerInputs, attention: AttentionInputs, settings: LossSettings) -> Tensor:
+    """As ``index_loss``, of an attention that is detached, by the backend that fits both."""
     widths = dict(attention.call.widths) | dict(inputs.call.widths)
-    call = attention.call._replace(widths=tuple(widths.items())).sized(sparse=int(sparse))
+    call = attention.call._replace(widths=tuple(widths.items())).sized(sparse=int(settings.sparse))
     return compute("index_loss", call, inputs, attention, settings)
 
 

@@ -20,6 +20,7 @@ from ..fallback import compute
 from ..index_topk.reference import IndexerInputs
 from ..query_positions import visible_topk
 from ..sparse_attention.inputs import AttentionInputs
+from .operation import loss_under
 from .reference import LossSettings, SelectedKeys
 
 ROWS = 1024
@@ -157,11 +158,8 @@ class OverAllKeys(ServedLoss):
             )
         scale = self._settings.loss_scale / self.users
         settings = self._settings._replace(loss_scale=scale, tp_group=tp_group)
-        inputs = self._inputs
-        widths = dict(attention.call.widths) | dict(inputs.call.widths)
-        call = attention.call._replace(widths=tuple(widths.items())).sized(sparse=0)
         found = _differentiated(
-            lambda inputs: compute("index_loss", call, inputs, attention, settings), inputs
+            lambda inputs: loss_under(inputs, attention, settings), self._inputs
         )
         if self._found is None:
             gradients = tuple(gradient.float() for gradient in found.gradients)

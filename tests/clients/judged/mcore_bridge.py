@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from unittest import mock
 
-import torch
-
 from glm5_patch.attention.local_backend import local_spec_provider
 from glm5_patch.checkpoint.reader import HFCheckpoint
 from tests.clients.judged.core import released
-from tests.clients.test_mcore_bridge import _DOWNLOADING, _give
+from tests.clients.test_mcore_bridge import _DOWNLOADING, _give, made
 from tests.hosts.bridge import standin
 
 
@@ -23,22 +21,7 @@ def _prepare() -> None:
 def built(directory):
     """By its own parser and builder, on cores up to 0.18."""
     _prepare()
-    from mcore_bridge import ModelConfig, get_mcore_model, hf_to_mcore_config
-    from transformers import AutoConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    config = ModelConfig(
-        **hf_to_mcore_config(AutoConfig.from_pretrained(directory)),
-        transformer_impl="local",
-        use_cpu_initialization=True,
-        perform_initialization=False,
-        params_dtype=torch.float32,
-        moe_token_dispatcher_type="allgather",
-        variable_seq_lengths=False,
-        moe_grouped_gemm=False,
-    )
-    with mock.patch.dict(ROPE_INIT_FUNCTIONS):  # it puts in its own, which transformers can't use
-        (model,) = get_mcore_model(config)
+    model = made(directory)
     HFCheckpoint(directory).load_into(model)
     return model
 
@@ -56,10 +39,10 @@ def layers(directory):
     make = getattr(specs, name)
 
     def spec(config, *args, **kwargs):
-        made = make(config, *args, **kwargs)
-        for layer in made.layer_specs:
+        block = make(config, *args, **kwargs)
+        for layer in block.layer_specs:
             layer.submodules.self_attention.submodules.core_attention.module = DSAttention
-        return made
+        return block
 
     with (
         mock.patch.object(specs, name, spec),

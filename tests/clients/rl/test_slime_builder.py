@@ -13,10 +13,8 @@ from importlib import import_module
 import pytest
 import torch
 
-import glm5_patch
-from glm5_patch.attention.build import HF_LATENT_NORM_EPSILON, set_latent_norm_epsilon
 from glm5_patch.testing.cpu_host import CudaLiterals
-from tests.clients.parity import assert_equals_hugging_face, assert_recomputes
+from tests.clients.parity import assert_equals_hugging_face, assert_recomputes, loaded
 from tests.clients.rl.packages import made_up
 
 SOURCE = os.environ.get("MEGATRON_LM")
@@ -82,10 +80,7 @@ def build(provider_of, world, monkeypatch):
             args.padded_vocab_size = 96
             args.megatron_to_hf_mode = "raw"
             model = provider_of(args)(pre_process=True, post_process=True)
-        set_latent_norm_epsilon(model, HF_LATENT_NORM_EPSILON)
-        checkpoint.load_into(model)
-        glm5_patch.require(model=model)
-        return model
+        return loaded(model, checkpoint)
 
     return make
 
