@@ -98,7 +98,7 @@ class Batch:
             (DIMS.nope + DIMS.rope) ** -0.5,
         )
         with torch.set_grad_enabled(gradients):
-            output = sparse_attention(attention).detach()
+            output = sparse_attention(attention)[0].detach()
         losses = torch.zeros(len(rows), 1, device="cuda")
         for at in {5, len(rows) // 2, len(rows) - 1}:
             one = rows[at : at + 1]

@@ -283,10 +283,10 @@ def core_of(heads: int, length: int, peers: Peers):
     inputs = [t.clone().requires_grad_() for t in (batch.query, batch.latent, batch.up)]
 
     def fused():
-        return attend(batch.attention(*inputs))
+        return attend(batch.attention(*inputs))[0]
 
     def blocked():
-        return sparse_attention(batch.attention(*inputs))
+        return sparse_attention(batch.attention(*inputs))[0]
 
     indices = batch.topk.long().clamp_min(0)
 
@@ -475,7 +475,7 @@ def check(heads: int, length: int = 3072) -> list[str]:
             bound(f"{name} forward", relative(out[some, 0], torch.stack(expected)), 2e-3)
     inputs = [t.clone().requires_grad_() for t in (batch.query, batch.latent, batch.up)]
     reference = [t.float().detach().requires_grad_() for t in inputs]
-    truth = sparse_attention(batch.attention(*reference))
+    truth, _ = sparse_attention(batch.attention(*reference))
     expected = torch.autograd.grad(truth, reference, batch.upstream.float())
     kinds = {
         "as they come": ("triton", absorption.absorbed_attention),
@@ -488,7 +488,7 @@ def check(heads: int, length: int = 3072) -> list[str]:
         os.environ[env.KERNELS] = kernels
         torch.use_deterministic_algorithms(kind == "deterministic")
         _fill_with_nan(2 * query.numel())
-        output = attention(batch.attention(*inputs))
+        output, _ = attention(batch.attention(*inputs))
         found = torch.autograd.grad(output, inputs, batch.upstream, retain_graph=True)
         for name, ours, theirs in zip(("query", "latent", "up"), found, expected):
             bound(f"gradient of {name}, {kind}", relative(ours, theirs), 5e-3)

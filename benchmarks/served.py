@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sysconfig
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ from glm5_patch.ops.index_loss.served import OverAllKeys, OverSelectedKeys
 from glm5_patch.ops.index_topk.reference import IndexerInputs
 from glm5_patch.ops.query_positions import QueryPositions
 from glm5_patch.ops.sparse_attention.inputs import AttentionInputs, MLADims
+from glm5_patch.ops.sparse_attention.operation import sparse_attention
 from glm5_patch.tools.verify import forward
 
 PATTERN = "FSSSFSSS"
@@ -131,6 +133,7 @@ DIMS, HEADS, SCALE = MLADims(512, 192, 64, 256), 64, 256**-0.5
 """Of GLM-5.2."""
 KEPT, USERS = 2048, 4
 """Selected keys, and layers that use one top-k."""
+RUNS = 5
 
 
 def inputs(length: int, device: str):
@@ -162,18 +165,21 @@ def inputs(length: int, device: str):
 def cost(length: int) -> None:
     """Milliseconds and GiB of the loss of one indexer, of its own layer and of four."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    attention, indexer = inputs(length, device)
+    selected, indexer = inputs(length, device)
     # Random keys repeat; a kernel reads as many.
     for sparse in (True, False):
+        attention = selected if sparse else selected._replace(topk_indices=None)
+        # As in training, where the attention of the layer has run.
+        attention = attention._replace(lse=sparse_attention(attention)[1])
         settings = LossSettings(128**-0.5, 1.0 / length, sparse)
         kind = OverSelectedKeys if sparse else OverAllKeys
 
-        def source(settings=settings, sparse=sparse):
+        def source(settings=settings, sparse=sparse, attention=attention):
             leaves = IndexerInputs(*(tensor.detach().requires_grad_() for tensor in indexer))
             options = dict(index_scale=128**-0.5, coefficient=1.0, sparse=sparse, per_token=False)
             index_loss(leaves, attention, **options).backward()
 
-        def served(settings=settings, kind=kind):
+        def served(settings=settings, kind=kind, attention=attention):
             found = kind(USERS)
             found.begin(indexer, settings)
             for user in range(USERS):
@@ -187,11 +193,14 @@ def cost(length: int) -> None:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
-            start = time.perf_counter()
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            took = 1000 * (time.perf_counter() - start)
+            times = []
+            for _ in range(RUNS):
+                start = time.perf_counter()
+                run()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                times.append(1000 * (time.perf_counter() - start))
+            took = statistics.median(times)
             peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if device == "cuda" else 0.0
             figures.append(f"{run.__name__} {took:.1f} ms, {peak:.2f} GiB")
         over = "selected keys" if sparse else "all keys"

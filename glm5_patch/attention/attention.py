@@ -185,7 +185,8 @@ class CrossLayerDSAttention(MegatronModule):
         )
         if self.attention_observer is not None:
             self.attention_observer(_of_real(layout, attention.detach(), None)[0])
-        output = sparse_attention(attention)  # [s, b, n * value]
+        output, lse = sparse_attention(attention)  # [s, b, n * value]
+        attention = attention._replace(lse=lse)
         if serves:
             output = self._attach_served_loss(output, indexer_inputs, attention, layout)
         elif wants_loss and indexer_inputs is not None:  # else another iteration's indexer selected

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from glm5_patch.ops import query_positions
+from glm5_patch.ops.index_loss import triton
 from glm5_patch.ops.index_loss.operation import index_loss
 from glm5_patch.ops.index_topk.operation import index_topk
 from glm5_patch.ops.index_topk.reference import IndexerInputs
@@ -14,7 +15,9 @@ from glm5_patch.ops.query_positions import (
     document_starts,
     longest_document,
 )
+from glm5_patch.ops.sparse_attention import absorption
 from glm5_patch.ops.sparse_attention.inputs import AttentionInputs, MLADims
+from glm5_patch.ops.sparse_attention.operation import sparse_attention
 from glm5_patch.tools.verify import forward
 from tests.ops import dense
 from tests.tiny import megatron_model, relative, saved, tokens
@@ -98,6 +101,10 @@ def test_only_a_positive_coefficient_trains_the_indexers_and_only_them(
         pytest.param([1, 14, 0, 9], "deterministic", id="thd-deterministic"),
         pytest.param([1, 14, 0, 9], "as they come", id="thd-as they come"),
         pytest.param([1, 14, 0, 9], "everything selected", id="thd-all"),
+        pytest.param([S], "over all keys", id="bshd-dense"),
+        pytest.param([1, 14, 0, 9], "over all keys", id="thd-dense"),
+        pytest.param([1, 14, 0, 9], "known lse", id="thd-lse"),
+        pytest.param([S], "known lse of all keys", id="bshd-dense-lse"),
     ],
 )
 def test_triton_computes_the_same_loss_and_gradients(lengths, kind, interpreted, monkeypatch):
@@ -108,20 +115,30 @@ def test_triton_computes_the_same_loss_and_gradients(lengths, kind, interpreted,
     queries = QueryPositions(document_starts(bounds), longest=longest_document(bounds))
     topk = (
         None
-        if kind == "everything selected"
+        if kind in ("everything selected", "known lse of all keys")
         else index_topk(inputs, queries, INDEX_TOPK, INDEX_SCALE)
     )
-    settings = dict(SETTINGS, sparse=True, per_token=False)
+    settings = dict(SETTINGS, sparse="all keys" not in kind, per_token=False)
+    given = AttentionInputs(*attention, topk, queries, DIMS, SCALE)
+    # Of a dense loss, some blocks of queries, the last one shorter.
+    monkeypatch.setattr(triton, "VISIBLE_PLACES", 0)
+    monkeypatch.setattr(absorption, "PROJECTED_ROWS", 7)
     found = []
     for kernels in ("torch", "triton"):
         monkeypatch.setenv("GLM5_PATCH_KERNELS", kernels)
         if kernels == "triton":
             monkeypatch.delattr("glm5_patch.ops.index_loss.reference._IndexLoss")
         torch.use_deterministic_algorithms(kind == "deterministic")
-        loss = index_loss(
-            inputs, AttentionInputs(*attention, topk, queries, DIMS, SCALE), **settings
-        )
+        if "lse" in kind and kernels == "triton":
+            _, lse = sparse_attention(given)
+            given = given._replace(lse=lse)
+            # It is read: with another, each head would weigh differently.
+            changed = given._replace(lse=lse + torch.arange(HEADS))
+            wrong = index_loss(inputs, changed, **settings)
+        loss = index_loss(inputs, given, **settings)
         torch.use_deterministic_algorithms(False)
         found.append((loss, *torch.autograd.grad(loss * 3, inputs)))
     for theirs, ours in zip(*found):
         assert relative(ours, theirs) < 1e-5
+    if "lse" in kind:
+        assert relative(wrong, loss) > 1e-3

@@ -73,7 +73,7 @@ class Batch:
         if not self.queries.all_fit(K):
             topk = index_topk(self.inputs, self.queries, K, INDEX_DIM**-0.5)
         with torch.set_grad_enabled(grad):
-            output = sparse_attention(self.attention(topk, self.query.requires_grad_(grad)))
+            output, _ = sparse_attention(self.attention(topk, self.query.requires_grad_(grad)))
         losses = []
         for row in (at[n] for n in LOSS_ROWS if n < len(at)):
             one = torch.tensor([row])

@@ -72,21 +72,28 @@ def _leaf(field):
     return field.detach().requires_grad_() if floats else field
 
 
+def attended(absorbed):
+    """Output and log-sum-exp of the reference."""
+    every = backends("sparse_attention.forward")
+    return next(one for one in every if one.name == "torch").compute(absorbed)
+
+
 def run(operation, compute, reference, generator):
     """What ``compute`` makes of some inputs of the operation."""
     if operation == "sparse_attention":
-        return differentiated(compute, [attention(generator)])
+        return differentiated(lambda one: compute(one)[0], [attention(generator)])
     if operation.startswith("sparse_attention."):
         absorbed = absorbed_inputs(attention(generator))
         if operation == "sparse_attention.forward":
             return compute(absorbed)
-        out, lse = next(
-            one for one in backends("sparse_attention.forward") if one.name == "torch"
-        ).compute(absorbed)
+        out, lse = attended(absorbed)
         return compute(absorbed, out, lse, drawn(generator, *out.shape))
     if operation == "index_loss":
         settings = LossSettings(0.2, 0.3, sparse=True)
         return differentiated(compute, [indexer(generator)], attention(generator), settings)
+    if operation == "index_loss.head_sums":
+        absorbed = absorbed_inputs(attention(generator))
+        return (compute(absorbed, attended(absorbed)[1]),)
     if operation == "index_loss.target":
         return (compute(attention(generator), None),)
     if operation == "index_loss.of_target":
@@ -138,7 +145,7 @@ def test_triton_is_walked_where_it_can_run(monkeypatch):
 def test_every_operation_has_a_reference():
     operations = {one.operation for one in backends()}
     assert operations == {one.operation for one in backends() if one.name == "torch"}
-    assert len(operations) == 9
+    assert len(operations) == 10
 
 
 def test_the_switch_knows_the_backends(monkeypatch):

@@ -47,7 +47,7 @@ def index_loss(
 def loss_under(inputs: IndexerInputs, attention: AttentionInputs, settings: LossSettings) -> Tensor:
     """As ``index_loss``, of an attention that is detached, by the backend that fits both."""
     widths = dict(attention.call.widths) | dict(inputs.call.widths)
-    call = attention.call._replace(widths=tuple(widths.items())).sized(sparse=int(settings.sparse))
+    call = attention.call._replace(widths=tuple(widths.items()))
     return compute("index_loss", call, inputs, attention, settings)
 
 

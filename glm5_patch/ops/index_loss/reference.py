@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,8 +13,14 @@ from torch.distributed import ProcessGroup
 from ..index_topk.reference import IndexerInputs, index_scores_of, score_windows
 from ..query_positions import QueryPositions, Window, sequences, windows
 from ..registry import backend
-from ..sparse_attention.inputs import AttentionInputs
-from ..sparse_attention.reference import keys_and_values, window_logits
+from ..sparse_attention.inputs import AbsorbedInputs, AttentionInputs
+from ..sparse_attention.reference import (
+    gathered,
+    gathered_blocks,
+    keys_and_values,
+    log2_logits,
+    window_logits,
+)
 
 EPSILON = 1e-10
 """Below it a probability counts as this."""
@@ -114,6 +121,26 @@ def attention_mass(
             kept[batch, window.rows] = probs[:, window.slots]
             best[batch, window.rows] = most[:, window.slots]
     return kept, best
+
+
+@backend("index_loss.head_sums", name="torch")
+def head_sums(absorbed: AbsorbedInputs, lse: Tensor | None) -> Tensor:
+    """Attention probabilities of absorbed queries over the selected keys, summed over the heads.
+
+    Args:
+        absorbed: what the attention is computed from.
+        lse: see ``AttentionInputs.lse``; not read here.
+
+    Returns:
+        fp32 [b, s, k], 0 in places without a key.
+    """
+    sums = torch.zeros_like(absorbed.topk_indices, dtype=torch.float32)
+    for block in gathered_blocks(absorbed):
+        _, latent, valid = gathered(absorbed, block)
+        logits = log2_logits(absorbed, block, latent, valid) * math.log(2)  # [block, b, n, k]
+        # A query without keys has no logit but -inf.
+        sums[:, block] = logits.softmax(-1).nan_to_num_(0.0).sum(2).transpose(0, 1)
+    return sums
 
 
 @backend("index_loss.of_target", name="torch")

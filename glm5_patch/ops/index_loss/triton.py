@@ -1,28 +1,34 @@
-"""The indexer's loss over the selected keys in Triton, with its gradients, in one pass over them.
+"""The indexer's loss in Triton, with its gradients, in one pass over its keys.
 
 Nothing larger than the top-k itself is kept: the attention's probabilities summed over the heads,
-and the index scores, are [b, s, k]. The kernels are imported inside the functions: they need
-triton, this record of them does not.
+and the index scores, are [b, s, k]. The loss over all visible keys is that over a top-k which names
+them all, in blocks of queries. The kernels are imported inside the functions: they need triton,
+this record of them does not.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ..fallback import compute
 from ..index_topk.reference import IndexerInputs
 from ..needs import Needs, Width
 from ..query_positions import visible_topk
 from ..registry import backend
-from ..sparse_attention.absorption import absorbed_inputs
+from ..sparse_attention.absorption import absorbed_inputs, in_blocks
 from ..sparse_attention.inputs import AbsorbedInputs, AttentionInputs
 from ..sparse_attention.reference import LOG2_E
 from ..sparse_attention.triton import TRITON, add_in_order, heads_of_a_program, precision
 from .reference import EPSILON, LossSettings, SelectedKeys, sum_over_ranks
 
+VISIBLE_PLACES = 1 << 24
+"""Places of the target of one block of queries where it is over all visible keys, 64 MiB."""
 MOST_HEADS = 64
 """Attention heads of a rank whose probabilities a program sums; more would be several programs,
 whose sums would have to meet."""
@@ -39,7 +45,7 @@ INDEXER_WIDTHS = {
 }
 
 
-def _needs(widths: dict[str, Width], **sizes: Width) -> Needs:
+def _needs(widths: dict[str, Width]) -> Needs:
     return Needs(
         package="triton",
         device="cuda",
@@ -47,7 +53,6 @@ def _needs(widths: dict[str, Width], **sizes: Width) -> Needs:
         dtypes=TRITON.dtypes,
         capability=TRITON.capability,
         widths=widths,
-        sizes=sizes,
     )
 
 
@@ -55,28 +60,53 @@ def _needs(widths: dict[str, Width], **sizes: Width) -> Needs:
     "index_loss",
     name="triton",
     rank=1,
-    needs=_needs({**ATTENTION_WIDTHS, **INDEXER_WIDTHS}, sparse=Width(one_of=(1,))),
+    needs=_needs({**ATTENTION_WIDTHS, **INDEXER_WIDTHS}),
     load=load,
     optional=True,
 )
 def index_loss(inputs: IndexerInputs, attention: AttentionInputs, settings: LossSettings) -> Tensor:
-    """As ``reference.index_loss``, over the selected keys."""
-    if attention.topk_indices is None:
-        topk_indices = visible_topk(attention.queries, attention.query.shape[1])
-        attention = attention._replace(topk_indices=topk_indices)
-    return selected_loss(inputs, absorbed_inputs(attention), settings)
+    """As ``reference.index_loss``."""
+    return _Loss.apply(*inputs, _targets(attention, settings), settings)
 
 
 def selected_loss(
     inputs: IndexerInputs, absorbed: AbsorbedInputs, settings: LossSettings
 ) -> Tensor:
-    """As ``index_loss``, of queries that are absorbed already."""
-    target = _summed_over_heads(absorbed)
-    sum_over_ranks(target, settings.tp_group)
-    selected = absorbed.topk_indices, absorbed.starts, absorbed.positions
-    return _SelectedLoss.apply(
-        *inputs, target, *selected, settings.index_scale, settings.loss_scale
-    )
+    """As ``index_loss`` over the selected keys, of queries that are absorbed already."""
+    return _Loss.apply(*inputs, [_target(absorbed, None, settings.tp_group)], settings)
+
+
+class _Target(NamedTuple):
+    """What the indexer learns of some queries; its fields have their s."""
+
+    topk_indices: Tensor
+    """int32 [b, s, k], contiguous."""
+    starts: Tensor
+    """int32 [s], see ``QueryPositions.spans``."""
+    positions: Tensor
+    """int32 [s]."""
+    probabilities: Tensor
+    """fp32 [b, s, k], of any sum."""
+
+
+def _targets(attention: AttentionInputs, settings: LossSettings) -> Iterator[_Target]:
+    """Of all queries, in blocks, in their order."""
+    parts = [attention]
+    if not settings.sparse and attention.topk_indices is not None:
+        attention = attention._replace(topk_indices=None, lse=None)
+    if attention.topk_indices is None:
+        parts = in_blocks(attention, VISIBLE_PLACES)
+    for part in parts:
+        if part.topk_indices is None:
+            part = part._replace(topk_indices=visible_topk(part.queries, part.query.shape[1]))
+        yield _target(absorbed_inputs(part), part.lse, settings.tp_group)
+
+
+def _target(absorbed: AbsorbedInputs, lse: Tensor | None, tp_group: ProcessGroup | None) -> _Target:
+    sizes = dict(absorbed.call.sizes) | {"known_lse": int(lse is not None)}
+    probabilities = compute("index_loss.head_sums", absorbed.call.sized(**sizes), absorbed, lse)
+    sum_over_ranks(probabilities, tp_group)
+    return _Target(absorbed.topk_indices, absorbed.starts, absorbed.positions, probabilities)
 
 
 @backend(
@@ -89,8 +119,7 @@ def selected_loss(
 )
 def attention_target(attention: AttentionInputs, tp_group: ProcessGroup | None) -> Tensor:
     """As ``reference.attention_target``."""
-    target = _summed_over_heads(absorbed_inputs(attention))
-    sum_over_ranks(target, tp_group)
+    target = _target(absorbed_inputs(attention), attention.lse, tp_group).probabilities
     return target.div_(target.sum(-1, keepdim=True).clamp_min_(EPSILON))
 
 
@@ -106,66 +135,79 @@ def loss_of_target(
     inputs: IndexerInputs, keys: SelectedKeys, target: Tensor, settings: LossSettings
 ) -> Tensor:
     """As ``reference.loss_of_target``."""
-    selected = keys.topk_indices.contiguous(), *keys.queries.spans()
-    return _SelectedLoss.apply(
-        *inputs, target, *selected, settings.index_scale, settings.loss_scale
-    )
+    selected = _Target(keys.topk_indices.contiguous(), *keys.queries.spans(), target)
+    return _Loss.apply(*inputs, [selected], settings)
 
 
-def _summed_over_heads(absorbed: AbsorbedInputs) -> Tensor:
-    """Attention probabilities over the selected keys, summed over the heads, fp32 [b, s, k]; places
-    without a key get 0."""
+@backend(
+    "index_loss.head_sums",
+    name="triton",
+    rank=1,
+    needs=_needs(ATTENTION_WIDTHS),
+    load=load,
+    optional=True,
+)
+def head_sums(absorbed: AbsorbedInputs, lse: Tensor | None) -> Tensor:
+    """As ``reference.head_sums``."""
     from . import triton_kernels as kernels
 
     query, latent, topk_indices, starts, positions, latent_dim, softmax_scale = absorbed
     s, b, heads, width = query.shape
-    target = torch.zeros(topk_indices.shape, dtype=torch.float32, device=query.device)
+    sums = torch.zeros(topk_indices.shape, dtype=torch.float32, device=query.device)
     block = heads_of_a_program(heads, MOST_HEADS)
-    kernels.target[(s * b,)](
-        query, latent, topk_indices, starts, positions, target,
+    kernels.head_sums[(s * b,)](
+        query, latent, topk_indices, starts, positions, lse, sums,
         s, b, heads, topk_indices.shape[-1], softmax_scale * LOG2_E,
         LATENT=latent_dim, ROPE=width - latent_dim, HEADS=block, KEYS=64,
         PRECISION=precision(query.dtype), num_warps=8 if block > 32 else 4,
     )  # fmt: skip
-    return target
+    return sums
 
 
-class _SelectedLoss(torch.autograd.Function):
+class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, query, key, weights, target, topk_indices, starts, positions, index_scale, loss_scale
-    ):
-        from . import triton_kernels as kernels
-
-        s, b, heads, dim = query.shape
-        k = topk_indices.shape[-1]
-        query, key, weights = (tensor.contiguous() for tensor in (query, key, weights))
-        scores = torch.empty(target.shape, dtype=torch.float32, device=query.device)
-        loss = torch.empty((b, s), dtype=torch.float32, device=query.device)
-        d_query, d_key, d_weights = (
-            torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
-            for tensor in (query, key, weights)
-        )
-        deterministic = torch.are_deterministic_algorithms_enabled()
-
-        def launch(first: int, end: int, keys: Tensor) -> None:
-            kernels.loss[((end - first) * b,)](
-                query, key, weights, topk_indices, starts, positions, target, scores, loss,
-                d_query, keys, d_weights,
-                first, end, s, b, k, index_scale, loss_scale,
-                HEADS=heads, DIM=dim, KEYS=64, ATOMIC=not deterministic,
-                PRECISION=precision(query.dtype), EPS=EPSILON, num_warps=4,
-            )  # fmt: skip
-
-        if deterministic:
-            add_in_order(launch, topk_indices, starts, d_key, groups=1)
-        else:
-            launch(0, s, d_key)
-        grads = (d_query, query), (d_key, key), (d_weights, weights)
-        ctx.save_for_backward(*(grad.to(like.dtype) for grad, like in grads))
-        return loss.sum() * loss_scale
+    def forward(ctx, query, key, weights, targets: Iterable[_Target], settings: LossSettings):
+        inputs = IndexerInputs(*(tensor.contiguous() for tensor in (query, key, weights)))
+        gradients = IndexerInputs(*(torch.zeros_like(t, dtype=torch.float32) for t in inputs))
+        loss, first = torch.zeros((), dtype=torch.float32, device=query.device), 0
+        for target in targets:
+            rows = slice(first, first + len(target.starts))
+            loss += _add_loss(_of_rows(inputs, rows), target, settings, _of_rows(gradients, rows))
+            first = rows.stop
+        ctx.save_for_backward(*(grad.to(like.dtype) for grad, like in zip(gradients, inputs)))
+        return loss
 
     @staticmethod
     def backward(ctx, grad_output):
         grads = (grad * grad_output.to(grad.dtype) for grad in ctx.saved_tensors)
-        return (*grads, None, None, None, None, None, None)
+        return (*grads, None, None)
+
+
+def _of_rows(inputs: IndexerInputs, rows: slice) -> IndexerInputs:
+    return inputs._replace(query=inputs.query[rows], weights=inputs.weights[rows])
+
+
+def _add_loss(
+    inputs: IndexerInputs, target: _Target, settings: LossSettings, gradients: IndexerInputs
+) -> Tensor:
+    """The loss of some queries, a scalar; its gradients are added to ``gradients``."""
+    from . import triton_kernels as kernels
+
+    (s, b, heads, dim), k = inputs.query.shape, target.topk_indices.shape[-1]
+    scores = torch.empty_like(target.probabilities)
+    loss = torch.empty((b, s), dtype=torch.float32, device=scores.device)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+
+    def launch(first: int, end: int, d_key: Tensor) -> None:
+        kernels.loss[((end - first) * b,)](
+            *inputs, *target, scores, loss, gradients.query, d_key, gradients.weights,
+            first, end, s, b, k, settings.index_scale, settings.loss_scale,
+            HEADS=heads, DIM=dim, KEYS=64, ATOMIC=not deterministic,
+            PRECISION=precision(inputs.query.dtype), EPS=EPSILON, num_warps=4,
+        )  # fmt: skip
+
+    if deterministic:
+        add_in_order(launch, target.topk_indices, target.starts, gradients.key, groups=1)
+    else:
+        launch(0, s, gradients.key)
+    return loss.sum() * settings.loss_scale

@@ -4,13 +4,14 @@ Shapes: s queries (``rows``), t keys, b sequences (``batch``), n attention heads
 top-k.
 
 ==================== ======================================================================
-Q, LATENTS           [s, b, n, LATENT + ROPE] and [t, b, LATENT + ROPE], of ``target``: absorbed
-                     queries of the attention, and keys
+Q, LATENTS           [s, b, n, LATENT + ROPE] and [t, b, LATENT + ROPE], of ``head_sums``:
+                     absorbed queries of the attention, and keys
+LSE                  fp32 [s, b, n], see ``AttentionInputs.lse``; None: not known
 Q, K, WEIGHTS        [s, b, HEADS, DIM], [t, b, DIM] and fp32 [s, b, HEADS], of ``loss``: the
                      indexer's
 TOPK                 int32 [b, s, k], counted from the query's document start, -1: no key
 STARTS, POSITIONS    int32 [s], the first and the last key that each query sees
-TARGET, SCORES       fp32 [b, s, k]
+SUMS, TARGET, SCORES fp32 [b, s, k]
 LOSS                 fp32 [b, s]
 D_Q, D_WEIGHTS       fp32, as Q and WEIGHTS
 D_K                  fp32, as K
@@ -49,8 +50,8 @@ def _logits(
 
 
 @triton.jit
-def target(
-    Q, LATENTS, TOPK, STARTS, POSITIONS, TARGET,
+def head_sums(
+    Q, LATENTS, TOPK, STARTS, POSITIONS, LSE, SUMS,
     rows, batch, heads, k, scale_log2,
     LATENT: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -69,25 +70,27 @@ def target(
     start, seen = load_span(STARTS, POSITIONS, row)
     count = tl.minimum(seen, k)
     line = (b.to(tl.int64) * rows + row) * k
-    largest = tl.full([HEADS], -1e30, tl.float32)
-    total = tl.zeros([HEADS], tl.float32)
-    # Two passes: the softmax's sum over all keys, then the probabilities.
-    for first in range(0, count, KEYS):
-        key, valid = tile_of_keys(TOPK + line, first, count, start, batch, b, KEYS, WIDTH)
-        logits = _logits(LATENTS, q_0, q_1, q_rope, key, scale_log2, LATENT, ROPE, PRECISION)
-        logits = tl.where(valid[None, :], logits, -1e30)
-        larger = tl.maximum(largest, tl.max(logits, 1))
-        probs = tl.where(valid[None, :], tl.exp2(logits - larger[:, None]), 0.0)
-        total = total * tl.exp2(largest - larger) + tl.sum(probs, 1)
-        largest = larger
-    lse = largest + tl.log2(tl.where(total > 0, total, 1.0))
+    if LSE is not None:
+        lse = tl.load(LSE + query, mask=own, other=0.0)
+    else:  # a pass for the softmax's sum
+        largest = tl.full([HEADS], -1e30, tl.float32)
+        total = tl.zeros([HEADS], tl.float32)
+        for first in range(0, count, KEYS):
+            key, valid = tile_of_keys(TOPK + line, first, count, start, batch, b, KEYS, WIDTH)
+            logits = _logits(LATENTS, q_0, q_1, q_rope, key, scale_log2, LATENT, ROPE, PRECISION)
+            logits = tl.where(valid[None, :], logits, -1e30)
+            larger = tl.maximum(largest, tl.max(logits, 1))
+            probs = tl.where(valid[None, :], tl.exp2(logits - larger[:, None]), 0.0)
+            total = total * tl.exp2(largest - larger) + tl.sum(probs, 1)
+            largest = larger
+        lse = largest + tl.log2(tl.where(total > 0, total, 1.0))
     for first in range(0, count, KEYS):
         key, valid = tile_of_keys(TOPK + line, first, count, start, batch, b, KEYS, WIDTH)
         logits = _logits(LATENTS, q_0, q_1, q_rope, key, scale_log2, LATENT, ROPE, PRECISION)
         probs = tl.exp2(logits - lse[:, None])
         probs = tl.where(valid[None, :] & own[:, None], probs, 0.0)
         place = first + tl.arange(0, KEYS)
-        tl.store(TARGET + line + place, tl.sum(probs, 0), mask=place < count)
+        tl.store(SUMS + line + place, tl.sum(probs, 0), mask=place < count)
 
 
 @triton.jit

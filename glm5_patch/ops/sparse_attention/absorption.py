@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -21,23 +23,33 @@ and a longer document elsewhere in the batch must not decide whether one compute
 
 
 @backend("sparse_attention", name="triton", rank=1, needs=triton.TRITON, load=triton.load)
-def absorbed_attention(attention: AttentionInputs) -> Tensor:
+def absorbed_attention(attention: AttentionInputs) -> tuple[Tensor, Tensor]:
     """As ``operation.sparse_attention``: a query times its key's projection meets the latent
     itself, and what comes out of the latent is projected to values after. Each of the two passes
     over the keys is an operation of its own, so that a library may compute one of them."""
     if attention.topk_indices is not None:
         return _AbsorbedAttention.apply(*attention)
+    parts = [_AbsorbedAttention.apply(*part) for part in in_blocks(attention, VISIBLE_PLACES)]
+    if len(parts) == 1:
+        return parts[0]
+    outputs, lses = zip(*parts)
+    return torch.cat(outputs), torch.cat(lses)
+
+
+def in_blocks(attention: AttentionInputs, places: int) -> Iterator[AttentionInputs]:
+    """Attention in blocks of queries, whole if it fits.
+
+    Args:
+        attention: without a top-k.
+        places: most that a top-k of every visible key may have, of one block.
+    """
     s, b = attention.query.shape[:2]
-    rows = max(PROJECTED_ROWS, VISIBLE_PLACES // (b * attention.queries.most_keys))
+    rows = max(PROJECTED_ROWS, places // (b * attention.queries.most_keys))
     if s <= rows:
-        return _AbsorbedAttention.apply(*attention)
-    blocks = (slice(first, min(first + rows, s)) for first in range(0, s, rows))
-    return torch.cat([_AbsorbedAttention.apply(*_of_block(attention, block)) for block in blocks])
-
-
-def _of_block(attention: AttentionInputs, block: slice) -> AttentionInputs:
-    queries = attention.queries.of_queries(block)
-    return attention._replace(query=attention.query[block], queries=queries)
+        yield attention
+        return
+    for first in range(0, s, rows):
+        yield attention.of_queries(slice(first, min(first + rows, s)))
 
 
 class _AbsorbedAttention(torch.autograd.Function):
@@ -47,7 +59,7 @@ class _AbsorbedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *attention):
         absorbed = absorbed_inputs(_with_topk(AttentionInputs(*attention)))
-        query, latent, up_projection, topk_indices, queries, dims, softmax_scale = attention
+        query, latent, up_projection, topk_indices, queries, dims, softmax_scale, _ = attention
         out, lse = _forward(absorbed)
         output = query.new_empty((*query.shape[:3], dims.value))
         _project(out, _value_projection(up_projection, dims), output)
@@ -56,10 +68,11 @@ class _AbsorbedAttention(torch.autograd.Function):
         selected = topk_indices, absorbed.starts, absorbed.positions
         ctx.save_for_backward(query, latent, up_projection, *selected, out, lse)
         ctx.queries, ctx.dims, ctx.softmax_scale = queries, dims, softmax_scale
-        return output.flatten(2)
+        ctx.mark_non_differentiable(lse)
+        return output.flatten(2), lse
 
     @staticmethod
-    def backward(ctx, d_output):
+    def backward(ctx, d_output, _):
         query, latent, up_projection, topk_indices, *spans, out, lse = ctx.saved_tensors
         dims = ctx.dims
         if topk_indices is None:
@@ -90,7 +103,7 @@ class _AbsorbedAttention(torch.autograd.Function):
             d_value = torch.bmm(_by_head(out).transpose(1, 2), d_output)
             d_up[..., dims.nope :] = d_value.transpose(0, 1)
             d_up = d_up.flatten(1)
-        return d_query, d_latent.to(latent.dtype).unsqueeze(2), d_up, None, None, None, None
+        return d_query, d_latent.to(latent.dtype).unsqueeze(2), d_up, *5 * [None]
 
 
 def _with_topk(attention: AttentionInputs) -> AttentionInputs:

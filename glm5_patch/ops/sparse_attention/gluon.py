@@ -19,6 +19,7 @@ HEADS, LATENT, ROPE = 64, 512, 64
 WIDTH = LATENT + ROPE
 KEYS = 64
 """Of a tile."""
+WHOLE_GROUPS = Width(multiple_of=HEADS)
 
 
 def load() -> None:
@@ -35,11 +36,13 @@ def load() -> None:
         raise
 
 
-def _needs(shared_numbers: int) -> Needs:
+def needs(shared_numbers: int, heads: Width = WHOLE_GROUPS, **sizes: Width) -> Needs:
     """What the kernels take.
 
     Args:
         shared_numbers: 16-bit numbers that a program holds in shared memory.
+        heads: of a rank.
+        sizes: further rules of ``Call.sizes``.
     """
     return Needs(
         package="triton",
@@ -49,11 +52,11 @@ def _needs(shared_numbers: int) -> Needs:
         capability_below=(10, 0),
         shared_memory=2 * shared_numbers,
         widths={
-            "heads": Width(multiple_of=HEADS),
+            "heads": heads,
             "kv_lora_rank": Width(one_of=(LATENT,)),
             "qk_pos_emb_head_dim": Width(one_of=(ROPE,)),
         },
-        sizes={"latent_numbers": Width(at_most=2**31 - 1)},
+        sizes={"latent_numbers": Width(at_most=2**31 - 1), **sizes},
     )
 
 
@@ -61,7 +64,7 @@ def _needs(shared_numbers: int) -> Needs:
     "sparse_attention.forward",
     name="gluon",
     rank=2,
-    needs=_needs(HEADS * WIDTH + 2 * KEYS * WIDTH),
+    needs=needs(HEADS * WIDTH + 2 * KEYS * WIDTH),
     load=load,
     asked_as=(OWN_KERNELS,),
 )
@@ -85,7 +88,7 @@ def forward(absorbed: AbsorbedInputs) -> tuple[Tensor, Tensor]:
     "sparse_attention.backward",
     name="gluon",
     rank=2,
-    needs=_needs(HEADS * (WIDTH + LATENT) + KEYS * WIDTH + 2 * HEADS * KEYS),
+    needs=needs(HEADS * (WIDTH + LATENT) + KEYS * WIDTH + 2 * HEADS * KEYS),
     load=load,
     deterministic=False,
     asked_as=(OWN_KERNELS,),

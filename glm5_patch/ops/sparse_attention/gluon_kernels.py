@@ -29,10 +29,10 @@ _W = gl.constexpr(WIDTH)
 _K = gl.constexpr(KEYS)
 
 # 8 warps: 4 x 16 rows of an accumulator, and 2 halves of its columns.
-_LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, KEYS // 2, 16]))
+LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, KEYS // 2, 16]))
 _WIDE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, LATENT // 2, 16]))
-_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
-_SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
+SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 
 
 def accumulator(columns: int) -> gl.NVMMADistributedLayout:
@@ -57,7 +57,7 @@ _ROPE_IN_FOURS = gl.constexpr(fours(ROPE))
 
 
 @gluon.jit
-def _query_of_program(TOPK, STARTS, POSITIONS, rows, batch, groups, k):
+def query_of_program(TOPK, STARTS, POSITIONS, rows, batch, groups, k):
     """Batch of this program, the place of its first head in [s, b, n], where its document starts,
     how many keys it has and which. The last rows come first: they have most keys."""
     row = rows - 1 - gl.program_id(0) // batch
@@ -69,9 +69,9 @@ def _query_of_program(TOPK, STARTS, POSITIONS, rows, batch, groups, k):
 
 
 @gluon.jit
-def _gather(LATENTS, key, latent, rope):
+def gather(LATENTS, key, latent, rope):
     """Start copying rows of the latent, by key, to shared memory."""
-    columns: gl.constexpr = gl.SliceLayout(0, _ROWS)
+    columns: gl.constexpr = gl.SliceLayout(0, ROWS)
     row = LATENTS + key.to(gl.int64)[:, None] * _W
     async_copy.async_copy_global_to_shared(latent, row + gl.arange(0, _L, layout=columns)[None, :])
     async_copy.async_copy_global_to_shared(
@@ -81,7 +81,7 @@ def _gather(LATENTS, key, latent, rope):
 
 
 @gluon.jit
-def _keys(TOPK, first, count, start, batch, b, layout: gl.constexpr):
+def keys_of_tile(TOPK, first, count, start, batch, b, layout: gl.constexpr):
     """Rows of the latent that a tile of the top-k names; past its end, some row."""
     place = first + gl.arange(0, _K, layout=layout)
     local = gl.load(TOPK + place, mask=place < count, other=0)
@@ -95,32 +95,33 @@ def forward(
 ):  # fmt: skip
     """Two buffers of keys: the rows of the next tile are copied while this one is multiplied."""
     dtype: gl.constexpr = Q.dtype.element_ty
-    by_row: gl.constexpr = gl.SliceLayout(1, _ROWS)
-    by_column: gl.constexpr = gl.SliceLayout(0, _ROWS)
-    by_head: gl.constexpr = gl.SliceLayout(1, _LOGITS)
-    b, query, start, count, TOPK = _query_of_program(
-        TOPK, STARTS, POSITIONS, rows, batch, groups, k
-    )
+    by_row: gl.constexpr = gl.SliceLayout(1, ROWS)
+    by_column: gl.constexpr = gl.SliceLayout(0, ROWS)
+    by_head: gl.constexpr = gl.SliceLayout(1, LOGITS)
+    b, query, start, count, TOPK = query_of_program(TOPK, STARTS, POSITIONS, rows, batch, groups, k)
     tiles = (count + _K - 1) // _K
 
-    q_latent = gl.allocate_shared_memory(dtype, [_N, _L], _SHARED)
-    q_rope = gl.allocate_shared_memory(dtype, [_N, _R], _SHARED)
-    latents = gl.allocate_shared_memory(dtype, [2, _K, _L], _SHARED)
-    ropes = gl.allocate_shared_memory(dtype, [2, _K, _R], _SHARED)
-    _gather(
-        LATENTS, _keys(TOPK, 0, count, start, batch, b, by_row), latents.index(0), ropes.index(0)
+    q_latent = gl.allocate_shared_memory(dtype, [_N, _L], SHARED)
+    q_rope = gl.allocate_shared_memory(dtype, [_N, _R], SHARED)
+    latents = gl.allocate_shared_memory(dtype, [2, _K, _L], SHARED)
+    ropes = gl.allocate_shared_memory(dtype, [2, _K, _R], SHARED)
+    gather(
+        LATENTS,
+        keys_of_tile(TOPK, 0, count, start, batch, b, by_row),
+        latents.index(0),
+        ropes.index(0),
     )
-    key = _keys(TOPK, _K, count, start, batch, b, by_row)
+    key = keys_of_tile(TOPK, _K, count, start, batch, b, by_row)
     head = gl.arange(0, _N, layout=by_row)
     column = gl.arange(0, _L, layout=by_column)
     q = Q + (query + head)[:, None] * _W
     q_latent.store(gl.load(q + column[None, :]))
     q_rope.store(gl.load(q + _L + gl.arange(0, _R, layout=by_column)[None, :]))
 
-    place = gl.arange(0, _K, layout=gl.SliceLayout(0, _LOGITS))
+    place = gl.arange(0, _K, layout=gl.SliceLayout(0, LOGITS))
     largest = gl.full([_N], -1e30, gl.float32, layout=by_head)
     total = gl.full([_N], 0.0, gl.float32, layout=by_head)
-    zeros = gl.full([_N, _K], 0.0, gl.float32, layout=_LOGITS)
+    zeros = gl.full([_N, _K], 0.0, gl.float32, layout=LOGITS)
     out = gl.full([_N, _L], 0.0, gl.float32, layout=_WIDE)
     for tile in range(0, tiles):
         async_copy.wait_group(0)
@@ -129,8 +130,8 @@ def forward(
         latent = latents.index(tile % 2)
         rope = ropes.index(tile % 2)
         if tile + 1 < tiles:
-            _gather(LATENTS, key, latents.index(1 - tile % 2), ropes.index(1 - tile % 2))
-        key = _keys(TOPK, (tile + 2) * _K, count, start, batch, b, by_row)
+            gather(LATENTS, key, latents.index(1 - tile % 2), ropes.index(1 - tile % 2))
+        key = keys_of_tile(TOPK, (tile + 2) * _K, count, start, batch, b, by_row)
         logits = warpgroup_mma(
             q_latent, latent.permute((1, 0)), zeros, use_acc=False, is_async=True
         )
@@ -151,7 +152,7 @@ def forward(
     gl.thread_barrier()
     q_latent.store(out.to(dtype))
     gl.thread_barrier()
-    gl.store(OUT + (query + head)[:, None] * _L + column[None, :], q_latent.load(_ROWS))
+    gl.store(OUT + (query + head)[:, None] * _L + column[None, :], q_latent.load(ROWS))
     lse = largest + gl.log2(total)
     gl.store(LSE + query + gl.arange(0, _N, layout=by_head), lse)
 
@@ -171,7 +172,7 @@ def _add_to_keys(
     """Add ``tile`` [64, columns] to the gradient of a tile's keys, from ``column`` on."""
     tile = _in_fours(tile, columns, layout)
     by_key: gl.constexpr = gl.SliceLayout(1, layout)
-    key = _keys(TOPK, first, count, start, batch, b, by_key)
+    key = keys_of_tile(TOPK, first, count, start, batch, b, by_key)
     inside = first + gl.arange(0, _K, layout=by_key) < count
     place = column + gl.arange(0, columns, layout=gl.SliceLayout(0, layout))
     gl.atomic_add(
@@ -190,23 +191,21 @@ def backward(
 ):  # fmt: skip
     """The gradient of the keys is computed, and added to memory, in PART columns at a time."""
     dtype: gl.constexpr = Q.dtype.element_ty
-    by_row: gl.constexpr = gl.SliceLayout(1, _ROWS)
-    by_column: gl.constexpr = gl.SliceLayout(0, _ROWS)
-    by_head: gl.constexpr = gl.SliceLayout(1, _LOGITS)
-    b, query, start, count, TOPK = _query_of_program(
-        TOPK, STARTS, POSITIONS, rows, batch, groups, k
-    )
+    by_row: gl.constexpr = gl.SliceLayout(1, ROWS)
+    by_column: gl.constexpr = gl.SliceLayout(0, ROWS)
+    by_head: gl.constexpr = gl.SliceLayout(1, LOGITS)
+    b, query, start, count, TOPK = query_of_program(TOPK, STARTS, POSITIONS, rows, batch, groups, k)
     tiles = (count + _K - 1) // _K
 
-    q_latent = gl.allocate_shared_memory(dtype, [_N, _L], _SHARED)
-    q_rope = gl.allocate_shared_memory(dtype, [_N, _R], _SHARED)
-    d_out = gl.allocate_shared_memory(dtype, [_N, _L], _SHARED)
-    latent = gl.allocate_shared_memory(dtype, [_K, _L], _SHARED)
-    rope = gl.allocate_shared_memory(dtype, [_K, _R], _SHARED)
-    probs_shared = gl.allocate_shared_memory(dtype, [_N, _K], _SHARED)
-    d_logits_shared = gl.allocate_shared_memory(dtype, [_N, _K], _SHARED)
-    _gather(LATENTS, _keys(TOPK, 0, count, start, batch, b, by_row), latent, rope)
-    key = _keys(TOPK, _K, count, start, batch, b, by_row)
+    q_latent = gl.allocate_shared_memory(dtype, [_N, _L], SHARED)
+    q_rope = gl.allocate_shared_memory(dtype, [_N, _R], SHARED)
+    d_out = gl.allocate_shared_memory(dtype, [_N, _L], SHARED)
+    latent = gl.allocate_shared_memory(dtype, [_K, _L], SHARED)
+    rope = gl.allocate_shared_memory(dtype, [_K, _R], SHARED)
+    probs_shared = gl.allocate_shared_memory(dtype, [_N, _K], SHARED)
+    d_logits_shared = gl.allocate_shared_memory(dtype, [_N, _K], SHARED)
+    gather(LATENTS, keys_of_tile(TOPK, 0, count, start, batch, b, by_row), latent, rope)
+    key = keys_of_tile(TOPK, _K, count, start, batch, b, by_row)
     head = gl.arange(0, _N, layout=by_row)
     column = gl.arange(0, _L, layout=by_column)
     rope_column = gl.arange(0, _R, layout=by_column)
@@ -215,14 +214,14 @@ def backward(
     q_rope.store(gl.load(q + _L + rope_column[None, :]))
     d_out.store(gl.load(D_OUT + (query + head)[:, None] * _L + column[None, :]))
 
-    place = gl.arange(0, _K, layout=gl.SliceLayout(0, _LOGITS))
+    place = gl.arange(0, _K, layout=gl.SliceLayout(0, LOGITS))
     own = query + gl.arange(0, _N, layout=by_head)
     lse = gl.load(LSE + own)
     terms = gl.load(TERMS + own)
-    zeros = gl.full([_N, _K], 0.0, gl.float32, layout=_LOGITS)
+    zeros = gl.full([_N, _K], 0.0, gl.float32, layout=LOGITS)
     zeros_of_part = gl.full([_K, PART], 0.0, gl.float32, layout=ACCUMULATOR)
     d_q_latent = warpgroup_mma_init(gl.full([_N, _L], 0.0, gl.float32, layout=_WIDE))
-    d_q_rope = warpgroup_mma_init(gl.full([_N, _R], 0.0, gl.float32, layout=_LOGITS))
+    d_q_rope = warpgroup_mma_init(gl.full([_N, _R], 0.0, gl.float32, layout=LOGITS))
     for tile in range(0, tiles):
         async_copy.wait_group(0)
         fence_async_shared()
@@ -253,8 +252,8 @@ def backward(
         d_q_rope = warpgroup_mma_init(rope_done)
         gl.thread_barrier()
         if tile + 1 < tiles:  # on its way while the gradients of this tile are added up
-            _gather(LATENTS, key, latent, rope)
-        key = _keys(TOPK, (tile + 2) * _K, count, start, batch, b, by_row)
+            gather(LATENTS, key, latent, rope)
+        key = keys_of_tile(TOPK, (tile + 2) * _K, count, start, batch, b, by_row)
         _add_to_keys(
             D_LATENTS, TOPK, tile * _K, count, start, batch, b, part, _L, _R, _ROPE_IN_FOURS
         )  # fmt: skip
@@ -284,5 +283,5 @@ def backward(
     q_rope.store(rope_done.to(dtype))
     gl.thread_barrier()
     d_q = D_Q + (query + head)[:, None] * _W
-    gl.store(d_q + column[None, :], q_latent.load(_ROWS))
-    gl.store(d_q + _L + rope_column[None, :], q_rope.load(_ROWS))
+    gl.store(d_q + column[None, :], q_latent.load(ROWS))
+    gl.store(d_q + _L + rope_column[None, :], q_rope.load(ROWS))

@@ -46,6 +46,9 @@ class AttentionInputs(NamedTuple):
     dims: MLADims
     softmax_scale: float
     """Factor of the logits."""
+    lse: Tensor | None = None
+    """What the attention found over these keys: the log2-sum-exp2 of each query's logits, fp32
+    [s, b, n]; None: not known."""
 
     @property
     def call(self) -> Call:
@@ -64,13 +67,14 @@ class AttentionInputs(NamedTuple):
             up_projection=self.up_projection.detach(),
         )
 
-    def of_queries(self, places: Tensor) -> AttentionInputs:
-        """Some queries alone, int64; the keys stay."""
+    def of_queries(self, places: Tensor | slice) -> AttentionInputs:
+        """Some queries alone, int64 or a slice; the keys stay."""
         topk_indices = self.topk_indices
         return self._replace(
             query=self.query[places],
             topk_indices=None if topk_indices is None else topk_indices[:, places],
             queries=self.queries.of_queries(places),
+            lse=None if self.lse is None else self.lse[places],
         )
 
 

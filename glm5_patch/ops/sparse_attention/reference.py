@@ -31,12 +31,13 @@ NO_KEYS = -1e30
 
 
 @backend("sparse_attention", name="torch")
-def sparse_attention(attention: AttentionInputs) -> Tensor:
+def sparse_attention(attention: AttentionInputs) -> tuple[Tensor, None]:
     """Attention with the keys and values of every head, see ``operation.sparse_attention``."""
     query, topk_indices = attention.query, attention.topk_indices
-    return blocked_attention(
+    output = blocked_attention(
         query, *keys_and_values(attention), topk_indices, attention.queries, attention.softmax_scale
     )
+    return output, None
 
 
 def keys_and_values(attention: AttentionInputs) -> tuple[Tensor, Tensor]:
@@ -176,9 +177,9 @@ def forward(absorbed: AbsorbedInputs) -> tuple[Tensor, Tensor]:
     """
     out = absorbed.query.new_empty((*absorbed.query.shape[:3], absorbed.latent_dim))
     lse = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
-    for block in _gathered_blocks(absorbed):
-        _, latent, valid = _gathered(absorbed, block)
-        logits = _log2_logits(absorbed, block, latent, valid)  # [block, b, n, k]
+    for block in gathered_blocks(absorbed):
+        _, latent, valid = gathered(absorbed, block)
+        logits = log2_logits(absorbed, block, latent, valid)  # [block, b, n, k]
         block_lse = (logits * math.log(2)).logsumexp(-1) * LOG2_E
         lse[block] = block_lse.masked_fill(block_lse == float("-inf"), NO_KEYS)
         probs = torch.exp2(logits - lse[block, ..., None])
@@ -204,9 +205,9 @@ def backward(
     d_query = torch.empty_like(absorbed.query)
     d_latent = torch.zeros_like(absorbed.latent, dtype=torch.float32)
     row_terms = (out.float() * d_out.float()).sum(-1)  # [s, b, n]
-    for block in _gathered_blocks(absorbed):
-        key, latent, valid = _gathered(absorbed, block)
-        logits = _log2_logits(absorbed, block, latent, valid)
+    for block in gathered_blocks(absorbed):
+        key, latent, valid = gathered(absorbed, block)
+        logits = log2_logits(absorbed, block, latent, valid)
         probs = torch.exp2(logits - lse[block, ..., None])  # [block, b, n, k]
         upstream = d_out[block].float()
         d_probs = torch.matmul(upstream, latent[..., : absorbed.latent_dim].transpose(-1, -2))
@@ -219,12 +220,12 @@ def backward(
     return d_query, d_latent
 
 
-def _gathered_blocks(absorbed: AbsorbedInputs):
+def gathered_blocks(absorbed: AbsorbedInputs):
     b, s, k = absorbed.topk_indices.shape
     return query_blocks(s, b * k * absorbed.query.shape[-1] * 4)
 
 
-def _gathered(absorbed: AbsorbedInputs, block: slice) -> tuple[Tensor, Tensor, Tensor]:
+def gathered(absorbed: AbsorbedInputs, block: slice) -> tuple[Tensor, Tensor, Tensor]:
     """The keys of a block of queries, as rows of the flat latent, [block, b, k]; their latents,
     fp32 [block, b, k, latent + rope]; and which places name a key."""
     local = absorbed.topk_indices[:, block].transpose(0, 1)
@@ -234,7 +235,7 @@ def _gathered(absorbed: AbsorbedInputs, block: slice) -> tuple[Tensor, Tensor, T
     return key, absorbed.latent.flatten(0, 1)[key].float(), local >= 0
 
 
-def _log2_logits(absorbed: AbsorbedInputs, block: slice, latent: Tensor, valid: Tensor) -> Tensor:
+def log2_logits(absorbed: AbsorbedInputs, block: slice, latent: Tensor, valid: Tensor) -> Tensor:
     """[block, b, n, k], in powers of two, -inf of an empty place."""
     logits = torch.matmul(absorbed.query[block].float(), latent.transpose(-1, -2))
     logits = logits * (absorbed.softmax_scale * LOG2_E)
