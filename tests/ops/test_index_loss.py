@@ -122,7 +122,7 @@ def test_triton_computes_the_same_loss_and_gradients(lengths, kind, interpreted,
     given = AttentionInputs(*attention, topk, queries, DIMS, SCALE)
     # Of a dense loss, some blocks of queries, the last one shorter.
     monkeypatch.setattr(triton, "VISIBLE_PLACES", 0)
-    monkeypatch.setattr(absorption, "PROJECTED_ROWS", 7)
+    monkeypatch.setattr(absorption, "BLOCK_ROWS", 7)
     found = []
     for kernels in ("torch", "triton"):
         monkeypatch.setenv("GLM5_PATCH_KERNELS", kernels)

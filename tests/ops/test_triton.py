@@ -103,7 +103,7 @@ def test_every_visible_key_in_blocks_of_queries(interpreted, monkeypatch, length
     """Dense attention: no top-k of all queries is made, and none is kept for the backward."""
     tensors, queries = inputs(20, 2 if len(lengths) == 1 else 1, 3, SMALL, 5), layout(lengths)
     whole = both(tensors, None, queries, SMALL)
-    monkeypatch.setattr(absorption, "PROJECTED_ROWS", 8)
+    monkeypatch.setattr(absorption, "BLOCK_ROWS", 8)
     monkeypatch.setattr(absorption, "VISIBLE_PLACES", 1)
     rows = []
 
@@ -116,6 +116,18 @@ def test_every_visible_key_in_blocks_of_queries(interpreted, monkeypatch, length
         for ours, theirs in zip(blocks, reference):
             assert relative(ours, theirs) < 1e-5
     assert sorted(rows) == [4, 4, 8, 8, 8, 8]
+
+
+def test_a_product_of_each_head_in_several_tiles(interpreted):
+    generator = torch.Generator().manual_seed(3)
+    tensor = torch.randn(70, 1, 3, 100 + 16, generator=generator).to(DEVICE)
+    weight = torch.randn(300, 3 * 150, generator=generator).to(DEVICE)
+    projection = weight.unflatten(-1, (3, 150))[..., :100].permute(1, 2, 0)  # [3, 100, 300]
+    out = torch.full((70, 1, 3, 300 + 16), float("nan"), device=DEVICE)
+    sparse_mla.project(tensor, projection, out, copied=16)
+    product = torch.einsum("sbnx,nxy->sbny", tensor[..., :100], projection)
+    assert relative(out[..., :300], product) < 1e-5
+    assert torch.equal(out[..., 300:], tensor[..., 100:])
 
 
 def test_empty_places_and_a_query_without_keys(interpreted):

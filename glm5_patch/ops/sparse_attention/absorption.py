@@ -13,8 +13,8 @@ from ..registry import backend
 from . import triton
 from .inputs import AbsorbedInputs, AttentionInputs, MLADims
 
-PROJECTED_ROWS = 512
-"""Queries of one product with an up-projection."""
+BLOCK_ROWS = 512
+"""Queries that a block has at least."""
 VISIBLE_PLACES = 1 << 26
 """Places of a top-k that holds every visible key, 256 MiB: what one block of queries may have."""
 TOPK_MULTIPLE = 128
@@ -44,7 +44,7 @@ def in_blocks(attention: AttentionInputs, places: int) -> Iterator[AttentionInpu
         places: most that a top-k of every visible key may have, of one block.
     """
     s, b = attention.query.shape[:2]
-    rows = max(PROJECTED_ROWS, places // (b * attention.queries.most_keys))
+    rows = max(BLOCK_ROWS, places // (b * attention.queries.most_keys))
     if s <= rows:
         yield attention
         return
@@ -62,7 +62,7 @@ class _AbsorbedAttention(torch.autograd.Function):
         query, latent, up_projection, topk_indices, queries, dims, softmax_scale, _ = attention
         out, lse = _forward(absorbed)
         output = query.new_empty((*query.shape[:3], dims.value))
-        _project(out, _value_projection(up_projection, dims), output)
+        triton.project(out, _value_projection(up_projection, dims), output)
         if topk_indices is not None:
             topk_indices = absorbed.topk_indices
         selected = topk_indices, absorbed.starts, absorbed.positions
@@ -164,33 +164,8 @@ def absorbed_inputs(attention: AttentionInputs) -> AbsorbedInputs:
 def absorb(query: Tensor, up_projection: Tensor, dims: MLADims) -> Tensor:
     """[s, b, n, nope + rope] -> [s, b, n, latent + rope]."""
     absorbed = query.new_empty((*query.shape[:3], dims.latent + dims.rope))
-    nope, latent = query[..., : dims.nope], absorbed[..., : dims.latent]
-    _project(nope, _key_projection(up_projection, dims), latent)
-    absorbed[..., dims.latent :] = query[..., dims.nope :]
+    triton.project(query, _key_projection(up_projection, dims), absorbed, copied=dims.rope)
     return absorbed
-
-
-def _project(tensor: Tensor, projection: Tensor, out: Tensor) -> None:
-    """A product of each head, [s, b, n, x] by [n, x, y] into [s, b, n, y], in products of the same
-    shape and strides: a BLAS adds up in another order for another number of rows."""
-    source, target = tensor.flatten(0, 1), out.flatten(0, 1)
-    whole = len(source) // PROJECTED_ROWS * PROJECTED_ROWS
-    for first in range(0, whole, PROJECTED_ROWS):
-        rows = slice(first, first + PROJECTED_ROWS)
-        torch.bmm(source[rows].transpose(0, 1), projection, out=target[rows].transpose(0, 1))
-    if whole == len(source):
-        return
-    given, found = (_room_for_rows(like) for like in (source, target))
-    given[: len(source) - whole] = source[whole:]
-    torch.bmm(given.transpose(0, 1), projection, out=found.transpose(0, 1))
-    target[whole:] = found[: len(source) - whole]
-
-
-def _room_for_rows(like: Tensor) -> Tensor:
-    """Zeros [PROJECTED_ROWS, n, x] with the strides of [rows, n, x]."""
-    row, head, _ = like.stride()
-    room = like.new_zeros(PROJECTED_ROWS * row)
-    return room.as_strided((PROJECTED_ROWS, *like.shape[1:]), (row, head, 1))
 
 
 def _by_head(tensor: Tensor) -> Tensor:

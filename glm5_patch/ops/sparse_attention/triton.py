@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +36,49 @@ TRITON = Needs(
 
 def load() -> None:
     importlib.import_module(".triton_kernels", __package__)
+
+
+class ProjectionTiles(NamedTuple):
+    """Of one program of ``project``."""
+
+    rows: int
+    columns: int
+    step: int
+    stages: int
+    warps: int
+
+
+HOPPER_TILES = ProjectionTiles(128, 256, 64, 3, 8)
+"""Take 144 KiB of shared memory."""
+TILES = ProjectionTiles(64, 128, 64, 2, 4)
+"""Take 48 KiB."""
+
+
+def project(tensor: Tensor, projection: Tensor, out: Tensor, copied: int = 0) -> None:
+    """A product of each head. A row's bits do not depend on the number of rows.
+
+    Args:
+        tensor: [s, b, n, x + copied].
+        projection: [n, x, y], of any strides.
+        out: [s, b, n, y + copied], written.
+        copied: the last columns, which are copied.
+    """
+    from . import triton_kernels as kernels
+
+    source, target = tensor.flatten(0, 1), out.flatten(0, 1)
+    rows, heads, _ = source.shape
+    inner, columns = projection.shape[1:]
+    tiles = TILES
+    if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] == 9:
+        tiles = HOPPER_TILES
+    parts = kernels.cdiv(columns, tiles.columns) + (copied > 0)
+    kernels.project[(kernels.cdiv(rows, tiles.rows) * parts, heads)](
+        source, projection, target,
+        rows, *source.stride()[:2], *projection.stride(), *target.stride()[:2],
+        INNER=inner, COLUMNS=columns, COPIED=copied, ROWS=tiles.rows, PART=tiles.columns,
+        STEP=tiles.step, PRECISION=precision(tensor.dtype),
+        num_stages=tiles.stages, num_warps=tiles.warps,
+    )  # fmt: skip
 
 
 @backend("sparse_attention.forward", name="triton", rank=1, needs=TRITON, load=load)

@@ -76,6 +76,51 @@ def tile_of_keys(TOPK, first, count, start, batch, b, KEYS: tl.constexpr, WIDTH:
 
 
 @triton.jit
+def project(
+    ROWS_IN, PROJECTION, ROWS_OUT,
+    rows, row_in, head_in, head_of, inner_of, column_of, row_out, head_out,
+    INNER: tl.constexpr, COLUMNS: tl.constexpr, COPIED: tl.constexpr,
+    ROWS: tl.constexpr, PART: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A product of each head, [rows, INNER] by [INNER, COLUMNS]; the COPIED columns after INNER are
+    copied behind it. Strides of the three tensors are given by their dimensions. A program computes
+    ROWS of one head and PART of its columns, adding up STEP at a time."""
+    parts: tl.constexpr = (COLUMNS + PART - 1) // PART
+    programs: tl.constexpr = parts + (1 if COPIED else 0)
+    part = tl.program_id(0) % programs
+    head = tl.program_id(1)
+    row = tl.program_id(0) // programs * ROWS + tl.arange(0, ROWS)
+    there = row < rows
+    ROWS_IN += row.to(tl.int64)[:, None] * row_in + head * head_in
+    ROWS_OUT += row.to(tl.int64)[:, None] * row_out + head * head_out
+    if part == parts:
+        if COPIED:
+            column = tl.arange(0, COPIED)[None, :]
+            copied = tl.load(ROWS_IN + INNER + column, mask=there[:, None])
+            tl.store(ROWS_OUT + COLUMNS + column, copied, mask=there[:, None])
+        return
+    column = part * PART + tl.arange(0, PART)
+    PROJECTION += head.to(tl.int64) * head_of + column[None, :] * column_of
+    found = tl.zeros([ROWS, PART], tl.float32)
+    for first in range(0, INNER, STEP):
+        inner = first + tl.arange(0, STEP)
+        left = tl.load(
+            ROWS_IN + inner[None, :], mask=there[:, None] & (inner < INNER)[None, :], other=0.0
+        )
+        right = tl.load(
+            PROJECTION + inner[:, None] * inner_of,
+            mask=(inner < INNER)[:, None] & (column < COLUMNS)[None, :],
+            other=0.0,
+        )
+        found = tl.dot(left, right, found, input_precision=PRECISION)
+    tl.store(
+        ROWS_OUT + column[None, :],
+        found.to(ROWS_OUT.dtype.element_ty),
+        mask=there[:, None] & (column < COLUMNS)[None, :],
+    )
+
+
+@triton.jit
 def forward(
     Q, LATENTS, TOPK, STARTS, POSITIONS, OUT, LSE,
     rows, batch, heads, k, scale_log2,
