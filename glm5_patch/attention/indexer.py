@@ -23,8 +23,9 @@ from ..ops.index_topk.fp8 import fp8_inputs
 from ..ops.index_topk.operation import index_topk
 from ..ops.index_topk.reference import IndexerInputs, block_scores
 from ..ops.query_positions import QueryPositions, visible_keys
+from ..ops.rotation.operation import rotate
 from ..topk.tokens import Layout, token_group
-from .rope import Rope, Rotation
+from .rope import Rope
 
 
 class LightningIndexer(DSAIndexer):
@@ -50,7 +51,6 @@ class LightningIndexer(DSAIndexer):
         self._rope = Rope(
             config,
             self.rotary_pos_emb,
-            self.pg_collection.cp,
             interleaved=config.dsa_indexer_rope_interleaved,
         )
 
@@ -83,15 +83,16 @@ class LightningIndexer(DSAIndexer):
             # [s / tp, b, q_lora_rank] -> [s, b, q_lora_rank]
             q_latent = gather_from_sequence_parallel_region(q_latent, group=tp_group)
         # From here on s is this rank's tokens: s / tp where tokens are shared out.
-        rotation = self._rope.rotation(layout.queries)
-        key = self.k_norm(self.linear_wk(hidden_states)[0]).unsqueeze(2)  # [s, b, 1, dim]
-        key = self._rotate_positions(key, rotation)
+        rotation = self._rope.rotation(layout.queries, q_latent.dtype)
+        key = self.k_norm(self.linear_wk(hidden_states)[0])  # [s, b, dim]
+        # A head is [rope | nope].
+        key = rotate(key[:, :, None, None], rotation, first=0)  # [s, b, 1, dim]
         if self.config.dsa_indexer_rotate_activation:
             key = rotate_activation(key)
         gathering = layout.gather(key.squeeze(2))
         query = self.linear_wq_b(q_latent)[0]  # [s, b, heads * dim]
-        query = query.unflatten(-1, (self.index_n_heads, self.index_head_dim))  # [s, b, heads, dim]
-        query = self._rotate_positions(query, rotation)
+        query = query.unflatten(-1, (1, self.index_n_heads, self.index_head_dim))
+        query = rotate(query, rotation, first=0)  # [s, b, heads, dim]
         if self.config.dsa_indexer_rotate_activation:
             query = rotate_activation(query)
         weights = self.linear_weights_proj(hidden_states)[0].float()  # [s, b, heads]
@@ -147,10 +148,3 @@ class LightningIndexer(DSAIndexer):
         scores = block_scores(inputs, whole, queries.end(whole), self.softmax_scale)  # [b, s, t]
         scores = scores.masked_fill(~visible_keys(whole, queries), float("-inf"))
         return scores, self.select(inputs, queries)
-
-    def _rotate_positions(self, tensor: Tensor, rotation: Rotation) -> Tensor:
-        """Rotate the leading ``qk_pos_emb_head_dim`` of [s, b, heads, dim]: [rope | nope]."""
-        rope_dim = self.qk_pos_emb_head_dim
-        # [s, b, heads, rope_dim], [s, b, heads, dim - rope_dim]
-        rope, nope = tensor.split([rope_dim, self.index_head_dim - rope_dim], dim=-1)
-        return torch.cat([self._rope.rotate(rope, rotation), nope], dim=-1)  # [s, b, heads, dim]

@@ -16,6 +16,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor
 
 from ..errors import GLM5PatchError
+from ..ops.rotation.operation import rotate
 from ..ops.sparse_attention.inputs import MLADims
 from ..topk.tokens import Layout, token_group
 from .rope import Rope
@@ -33,7 +34,7 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
         super().__init__(config, *args, **kwargs)
         self.dims = MLADims.of(config)
         self.token_group = token_group(config, self.pg_collection)
-        self._rope = Rope(config, self.rotary_pos_emb, self.pg_collection.cp)
+        self._rope = Rope(config, self.rotary_pos_emb)
         tp_size = self.pg_collection.tp.size()
         if config.sequence_parallel and self.dims.latent % tp_size:
             raise GLM5PatchError(
@@ -107,7 +108,7 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
             q_latent.device,
             self.token_group,
         )
-        rotation = self._rope.rotation(layout.queries)
+        rotation = self._rope.rotation(layout.queries, q_latent.dtype)
 
         # The heads, or tokens, of every rank see the whole latent: its gradient is their sum.
         if layout.token_group is None and tp_group.size() > 1:
@@ -119,7 +120,7 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
                 latent = copy_to_tensor_model_parallel_region(latent, group=tp_group)
             # [s, b, latent], [s, b, rope]
             kv_latent, k_rope = latent.split([dims.latent, dims.rope], dim=-1)
-        k_rope = self._rope.rotate(k_rope.unsqueeze(2), rotation)  # [own, b, 1, rope]
+        k_rope = rotate(k_rope[:, :, None, None], rotation, first=0)  # [own, b, 1, rope]
         latent = torch.cat([kv_latent.unsqueeze(2), k_rope], dim=-1)  # [own, b, 1, latent + rope]
         # What is gathered comes while the queries are projected.
         latent = layout.gather(latent)
@@ -127,11 +128,7 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
 
         query = self.linear_q_up_proj(q_latent)[0]  # [s, b, n * (nope + rope)]
         query = layout.all_heads(query, dims.nope + dims.rope)  # [own, b, tp, n, nope + rope]
-        # [own, b, tp, n, nope], [own, b, tp, n, rope]
-        q_nope, q_rope = query.split([dims.nope, dims.rope], dim=-1)
-        rotated = self._rope.rotate(q_rope.flatten(2, 3), rotation)  # [own, b, tp * n, rope]
-        query = torch.cat([q_nope, rotated.view(q_rope.shape)], dim=-1)
-        query = query.flatten(2, 3)  # [own, b, tp * n, nope + rope]
+        query = rotate(query, rotation, first=dims.nope)  # [own, b, tp * n, nope + rope]
         # [t, b, 1, latent + rope], [latent, tp * n * (nope + value)]
         return query, latent.wait(), up_projection.wait().t()
 

@@ -9,6 +9,7 @@ from glm5_patch.ops.index_topk.reference import IndexerInputs
 from glm5_patch.ops.needs import Call
 from glm5_patch.ops.query_positions import QueryPositions
 from glm5_patch.ops.registry import backends, names, table, why_not
+from glm5_patch.ops.rotation.reference import Rotation
 from glm5_patch.ops.sparse_attention.absorption import absorbed_inputs
 from glm5_patch.ops.sparse_attention.inputs import AttentionInputs, MLADims
 from tests.ops.test_sparse_attention import random_topk
@@ -103,6 +104,11 @@ def run(operation, compute, reference, generator):
         target /= target.sum(-1, keepdim=True)
         keys, settings = SelectedKeys(of.topk_indices, of.queries), LossSettings(0.2, 0.3, True)
         return differentiated(compute, [indexer(generator)], keys, target, settings)
+    if operation == "rotation":
+        by = Rotation(drawn(generator, 6, 16), drawn(generator, 6, 16), interleaved=True)
+        tensor = drawn(generator, 6, 1, 2, 3, 40).requires_grad_()
+        result = compute(tensor, by, 8)
+        return result, *torch.autograd.grad(result, tensor, drawn(generator, *result.shape))
     queries = queries_at_the_end()
     if operation == "index_topk":
         return (compute(indexer(generator), queries, K, 0.2).sort(-1)[0],)
@@ -145,7 +151,7 @@ def test_triton_is_walked_where_it_can_run(monkeypatch):
 def test_every_operation_has_a_reference():
     operations = {one.operation for one in backends()}
     assert operations == {one.operation for one in backends() if one.name == "torch"}
-    assert len(operations) == 10
+    assert len(operations) == 11
 
 
 def test_the_switch_knows_the_backends(monkeypatch):

@@ -1,0 +1,1 @@
+"""Turning a part of each head by its position."""
