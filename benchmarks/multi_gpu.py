@@ -54,8 +54,8 @@ SPREAD = 1.25
 """On GPUs: the bound, as a multiple of one GPU's distance from itself with halved products."""
 KINDS = {
     "communication": "nccl",
-    "sparse and dense attention": "^(forward|backward|row_terms|add_pairs)$|flash|fmha|sdpa",
-    "selection and indexer loss": "^(scores|candidates|topk|target|loss)$|sort",
+    "sparse and dense attention": "^(forward|backward|row_terms|add_pairs|project)$|flash|fmha|sdpa",
+    "selection and indexer loss": "^(scores|candidates|topk|head_sums|loss)$|sort",
     "matrix products": "gemm|nvjet|cutlass|xmma",
 }
 """Patterns of the names of kernels, the first that fits; the rest is elementwise work."""

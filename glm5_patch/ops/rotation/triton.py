@@ -66,5 +66,6 @@ def _launch(tensor: Tensor, rotation: Rotation, first: int, backward: bool) -> T
         b, groups * n, n, *tensor.stride()[:4],
         FIRST=first, ROPE=rope, WIDTH=width, INTERLEAVED=rotation.interleaved, BACKWARD=backward,
         KEPT=kernels.next_power_of_2(max(first, width - first - rope, 1)), HEADS=heads, num_warps=4,
+        enable_fp_fusion=False,  # it would round a product and a sum once
     )  # fmt: skip
     return out
