@@ -388,8 +388,14 @@ def selection_of(length: int, peers: Peers):
         yield measure("index scores", who, length, INDEX_HEADS, run, flop)
 
 
+def with_lse(batch: Batch) -> AttentionInputs:
+    attention = batch.attention()
+    return attention._replace(lse=attend(attention)[1])
+
+
 def loss_of(length: int, peers: Peers):
-    """The indexer's loss over the selected keys, forward and backward, with 64 heads' target."""
+    """The indexer's loss over the selected keys, forward and backward, with 64 heads' target,
+    behind an attention that has run."""
     batch = random_batch(length, heads=64)
     generator = torch.Generator("cuda").manual_seed(1)
 
@@ -402,11 +408,11 @@ def loss_of(length: int, peers: Peers):
         draw(length, 1, INDEX_HEADS).requires_grad_(),
     ]
     scale = INDEX_DIM**-0.5
-    absorbed = absorption.absorbed_inputs(batch.attention())
+    attended = with_lse(batch)
 
     def ours():
         settings = LossSettings(scale, 1 / length, sparse=True)
-        loss = indexer_loss.selected_loss(IndexerInputs(*inputs), absorbed, settings)
+        loss = indexer_loss.index_loss(IndexerInputs(*inputs), attended, settings)
         return torch.autograd.grad(loss, inputs)
 
     yield measure("indexer loss", "plugin (Triton)", length, INDEX_HEADS, ours)
@@ -531,16 +537,16 @@ def check_selection(length: int) -> list[str]:
 
 def check_loss(length: int = 3072) -> list[str]:
     """The loss and its gradients against their definition in fp32."""
-    batch = random_batch(length, heads=16, seed=5)
+    heads = 64
+    batch = random_batch(length, heads, seed=5)
     generator = torch.Generator("cuda").manual_seed(2)
     shapes = (length, 1, INDEX_HEADS, INDEX_DIM), (length, 1, INDEX_DIM), (length, 1, INDEX_HEADS)
     drawn = [torch.randn(shape, generator=generator, device="cuda") for shape in shapes]
     inputs = [drawn[0].bfloat16(), drawn[1].bfloat16(), drawn[2]]
     inputs = [tensor.requires_grad_() for tensor in inputs]
     scale = INDEX_DIM**-0.5
-    absorbed = absorption.absorbed_inputs(batch.attention())
     settings = LossSettings(scale, 1.0, sparse=True)
-    loss = indexer_loss.selected_loss(IndexerInputs(*inputs), absorbed, settings)
+    loss = indexer_loss.index_loss(IndexerInputs(*inputs), with_lse(batch), settings)
     found = (loss, *torch.autograd.grad(loss, inputs))
 
     reference = [tensor.float().detach().requires_grad_() for tensor in inputs]
@@ -548,9 +554,9 @@ def check_loss(length: int = 3072) -> list[str]:
     floats = (t.float() for t in (batch.query, batch.latent, batch.up))
     key, _ = keys_and_values(batch.attention(*floats))
     truth = torch.zeros((length, length), device="cuda")
-    for head in range(16):
+    for head in range(heads):
         logits = batch.query[:, 0, head].float() @ key[:, 0, head].T * SCALE
-        truth += logits.masked_fill(~mask, float("-inf")).softmax(-1) / 16
+        truth += logits.masked_fill(~mask, float("-inf")).softmax(-1) / heads
     scores = torch.zeros((length, length), device="cuda")
     for head in range(INDEX_HEADS):
         products = (reference[0][:, 0, head] @ reference[1][:, 0].T * scale).relu()
