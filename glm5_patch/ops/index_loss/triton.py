@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from .. import tiles
 from ..fallback import compute
 from ..index_topk.reference import IndexerInputs
 from ..needs import Needs, Width
@@ -29,16 +30,12 @@ from .reference import EPSILON, LossSettings, SelectedKeys, sum_over_ranks
 
 VISIBLE_PLACES = 1 << 24
 """Places of the target of one block of queries where it is over all visible keys, 64 MiB."""
-MOST_HEADS = 64
-"""Attention heads of a rank whose probabilities a program sums; more would be several programs,
-whose sums would have to meet."""
 
 
 def load() -> None:
     importlib.import_module(".triton_kernels", __package__)
 
 
-ATTENTION_WIDTHS = {**TRITON.widths, "heads": Width(at_most=MOST_HEADS)}
 INDEXER_WIDTHS = {
     "dsa_indexer_n_heads": Width(power_of_two=True, at_least=16),
     "dsa_indexer_head_dim": Width(power_of_two=True, at_least=16),
@@ -60,7 +57,7 @@ def _needs(widths: dict[str, Width]) -> Needs:
     "index_loss",
     name="triton",
     rank=1,
-    needs=_needs({**ATTENTION_WIDTHS, **INDEXER_WIDTHS}),
+    needs=_needs({**TRITON.widths, **INDEXER_WIDTHS}),
     load=load,
     optional=True,
 )
@@ -113,7 +110,7 @@ def _target(absorbed: AbsorbedInputs, lse: Tensor | None, tp_group: ProcessGroup
     "index_loss.target",
     name="triton",
     rank=1,
-    needs=_needs(ATTENTION_WIDTHS),
+    needs=_needs(TRITON.widths),
     load=load,
     optional=True,
 )
@@ -143,7 +140,7 @@ def loss_of_target(
     "index_loss.head_sums",
     name="triton",
     rank=1,
-    needs=_needs(ATTENTION_WIDTHS),
+    needs=_needs(TRITON.widths),
     load=load,
     optional=True,
 )
@@ -154,13 +151,14 @@ def head_sums(absorbed: AbsorbedInputs, lse: Tensor | None) -> Tensor:
     query, latent, topk_indices, starts, positions, latent_dim, softmax_scale = absorbed
     s, b, heads, width = query.shape
     sums = torch.zeros(topk_indices.shape, dtype=torch.float32, device=query.device)
-    block = heads_of_a_program(heads, MOST_HEADS)
-    kernels.head_sums[(s * b,)](
-        query, latent, topk_indices, starts, positions, lse, sums,
-        s, b, heads, topk_indices.shape[-1], softmax_scale * LOG2_E,
-        LATENT=latent_dim, ROPE=width - latent_dim, HEADS=block, KEYS=64,
-        PRECISION=precision(query.dtype), num_warps=8 if block > 32 else 4,
-    )  # fmt: skip
+    block = heads_of_a_program(heads, tiles.of_device(query.device).target_heads)
+    for first in range(0, heads, block):
+        kernels.head_sums[(s * b,)](
+            query, latent, topk_indices, starts, positions, lse, sums,
+            s, b, first, heads, topk_indices.shape[-1], softmax_scale * LOG2_E,
+            LATENT=latent_dim, ROPE=width - latent_dim, HEADS=block, KEYS=64, ADD=first > 0,
+            PRECISION=precision(query.dtype), num_warps=8 if block > 32 else 4,
+        )  # fmt: skip
     return sums
 
 

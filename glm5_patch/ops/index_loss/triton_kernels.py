@@ -52,16 +52,16 @@ def _logits(
 @triton.jit
 def head_sums(
     Q, LATENTS, TOPK, STARTS, POSITIONS, LSE, SUMS,
-    rows, batch, heads, k, scale_log2,
+    rows, batch, first_head, heads, k, scale_log2,
     LATENT: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attention probabilities of one query, summed over its heads."""
+    """Attention probabilities of one query, summed over HEADS heads; ADD: to those of others."""
     WIDTH: tl.constexpr = LATENT + ROPE
     HALF: tl.constexpr = LATENT // 2
     row = rows - 1 - tl.program_id(0) // batch
     b = tl.program_id(0) % batch
-    head = tl.arange(0, HEADS)
+    head = first_head + tl.arange(0, HEADS)
     own = head < heads
     query = (row * batch + b).to(tl.int64) * heads + head
     q_0 = load_columns(Q, query * WIDTH, 0, HALF, own)
@@ -90,7 +90,10 @@ def head_sums(
         probs = tl.exp2(logits - lse[:, None])
         probs = tl.where(valid[None, :] & own[:, None], probs, 0.0)
         place = first + tl.arange(0, KEYS)
-        tl.store(SUMS + line + place, tl.sum(probs, 0), mask=place < count)
+        sums = tl.sum(probs, 0)
+        if ADD:
+            sums += tl.load(SUMS + line + place, mask=place < count)
+        tl.store(SUMS + line + place, sums, mask=place < count)
 
 
 @triton.jit

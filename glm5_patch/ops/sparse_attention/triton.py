@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import tiles
 from ..needs import Needs, Width
 from ..registry import backend
 from .inputs import AbsorbedInputs
@@ -38,22 +38,6 @@ def load() -> None:
     importlib.import_module(".triton_kernels", __package__)
 
 
-class ProjectionTiles(NamedTuple):
-    """Of one program of ``project``."""
-
-    rows: int
-    columns: int
-    step: int
-    stages: int
-    warps: int
-
-
-HOPPER_TILES = ProjectionTiles(128, 256, 64, 3, 8)
-"""Take 144 KiB of shared memory."""
-TILES = ProjectionTiles(64, 128, 64, 2, 4)
-"""Take 48 KiB."""
-
-
 def project(tensor: Tensor, projection: Tensor, out: Tensor, copied: int = 0) -> None:
     """A product of each head. A row's bits do not depend on the number of rows.
 
@@ -68,16 +52,14 @@ def project(tensor: Tensor, projection: Tensor, out: Tensor, copied: int = 0) ->
     source, target = tensor.flatten(0, 1), out.flatten(0, 1)
     rows, heads, _ = source.shape
     inner, columns = projection.shape[1:]
-    tiles = TILES
-    if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] == 9:
-        tiles = HOPPER_TILES
-    parts = kernels.cdiv(columns, tiles.columns) + (copied > 0)
-    kernels.project[(kernels.cdiv(rows, tiles.rows) * parts, heads)](
+    products = tiles.of_device(tensor.device).projection
+    parts = kernels.cdiv(columns, products.columns) + (copied > 0)
+    kernels.project[(kernels.cdiv(rows, products.rows) * parts, heads)](
         source, projection, target,
         rows, *source.stride()[:2], *projection.stride(), *target.stride()[:2],
-        INNER=inner, COLUMNS=columns, COPIED=copied, ROWS=tiles.rows, PART=tiles.columns,
-        STEP=tiles.step, PRECISION=precision(tensor.dtype),
-        num_stages=tiles.stages, num_warps=tiles.warps,
+        INNER=inner, COLUMNS=columns, COPIED=copied, ROWS=products.rows, PART=products.columns,
+        STEP=products.step, PRECISION=precision(tensor.dtype),
+        num_stages=products.stages, num_warps=products.warps,
     )  # fmt: skip
 
 
@@ -90,12 +72,14 @@ def forward(absorbed: AbsorbedInputs) -> tuple[Tensor, Tensor]:
     s, b, heads, width = query.shape
     out = torch.empty((s, b, heads, latent_dim), dtype=query.dtype, device=query.device)
     lse = torch.empty((s, b, heads), dtype=torch.float32, device=query.device)
-    block = heads_of_a_program(heads, 64)
+    chosen = tiles.of_device(query.device)
+    block = heads_of_a_program(heads, chosen.forward_heads)
     kernels.forward[(s * b, kernels.cdiv(heads, block))](
         query, latent, topk_indices, starts, positions, out, lse,
         s, b, heads, topk_indices.shape[-1], softmax_scale * LOG2_E,
-        LATENT=latent_dim, ROPE=width - latent_dim, HEADS=block, KEYS=64,
-        PRECISION=precision(query.dtype), STAGES=2, num_warps=8 if block > 32 else 4,
+        LATENT=latent_dim, ROPE=width - latent_dim, HEADS=block, KEYS=chosen.forward_keys,
+        PRECISION=precision(query.dtype), STAGES=chosen.forward_stages,
+        num_warps=8 if block > 32 else 4,
     )  # fmt: skip
     return out, lse
 
@@ -135,7 +119,7 @@ def key_gradients(
     deterministic = torch.are_deterministic_algorithms_enabled()
     s, b, heads, width = query.shape
     k = topk_indices.shape[-1]
-    block = heads_of_a_program(heads, 32)
+    block = heads_of_a_program(heads, tiles.of_device(query.device).backward_heads)
     groups = kernels.cdiv(heads, block)
     d_query = torch.empty_like(query)
     d_latent = torch.zeros(latent.shape, dtype=torch.float32, device=latent.device)
