@@ -91,8 +91,8 @@ FAULTS = (
     Fault(
         "the rotary dimensions of the indexer come last",
         "attention/indexer.py",
-        "rope, nope = tensor.split([rope_dim, self.index_head_dim - rope_dim], dim=-1)",
-        "nope, rope = tensor.split([self.index_head_dim - rope_dim, rope_dim], dim=-1)",
+        "query = rotate(query, rotation, first=0)",
+        "query = rotate(query, rotation, first=self.index_head_dim - self.qk_pos_emb_head_dim)",
         FIRST_PARITY,
     ),
     Fault(
@@ -150,6 +150,34 @@ FAULTS = (
         "total = total * tl.exp2(largest - larger) + tl.sum(probs, 1)",
         "total = tl.sum(probs, 1)",
         BACKENDS,
+    ),
+    Fault(
+        "the loss kernel does not read the log-sum-exp that the attention found",
+        "ops/index_loss/triton_kernels.py",
+        "lse = tl.load(LSE + query, mask=own, other=0.0)",
+        "lse = tl.load(LSE + query, mask=own, other=0.0) * 0.9",
+        BACKENDS,
+    ),
+    Fault(
+        "the heads of a second program replace those of the first in the target",
+        "ops/index_loss/triton_kernels.py",
+        "sums += tl.load(SUMS + line + place, mask=place < count)",
+        "sums += 0.0",
+        "tests/ops/test_devices.py",
+    ),
+    Fault(
+        "a gradient is turned like what it is of",
+        "ops/rotation/triton_kernels.py",
+        "first = _product(left, cos_0) + _product(right, sin_1)",
+        "first = _product(left, cos_0) - _product(right, sin_1)",
+        "tests/ops/test_rotation.py",
+    ),
+    Fault(
+        "the dense loss takes the log-sum-exp of the selected keys",
+        "ops/index_loss/triton.py",
+        "attention._replace(topk_indices=None, lse=None)",
+        "attention._replace(topk_indices=None)",
+        "tests/ops/test_index_loss.py",
     ),
     Fault(
         "the backward of the attention kernel sees its first tile of keys alone",
@@ -357,7 +385,7 @@ FAULTS = (
     Fault(
         "a phase that freezes the indexers trains them",
         "training/phases.py",
-        'trains &= not (of_indexer and phase == "frozen_indexer")',
+        "trains &= not (of_indexer and phase == FROZEN_INDEXER)",
         "trains &= True",
         "tests/training/test_phases.py",
     ),

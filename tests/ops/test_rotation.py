@@ -27,7 +27,7 @@ def as_the_host(tensor, angles, mscale, interleaved):
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("interleaved", [True, False], ids=["pairs", "halves"])
-@pytest.mark.parametrize(("first", "last", "mscale"), [(12, 0, 1.0), (0, 24, 1.0), (7, 3, 1.3)])
+@pytest.mark.parametrize(("first", "last", "mscale"), [(12, 0, 1.0), (7, 3, 1.3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_bits_are_those_of_the_host(kernels, interleaved, first, last, mscale, dtype, monkeypatch):
     if kernels == "triton":
