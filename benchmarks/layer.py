@@ -10,7 +10,8 @@ one microbatch under full recompute. "released" has megatron-core 0.16's own att
 under the same layers, which computes the indexer's loss in every training step; its dispatcher,
 which refuses such layers, is told to build them, and its Hadamard rotation, which needs another
 package, is a matrix product. A figure is the median of 5 runs, divided by the layers; memory is the
-peak of the process, weights and gradients included. Writes layer.json.
+peak of the process, weights and gradients included. TFLOP/s are those of a step without its
+recompute, as ``flops`` counts them. Writes layer.json.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import flops
 import record
 import torch
 
@@ -63,7 +65,7 @@ def build(pattern: str, **settings):
         recompute_num_layers=1,
         **settings,
     )
-    return gpt_model(hf, config)
+    return hf, gpt_model(hf, config)
 
 
 @contextlib.contextmanager
@@ -113,7 +115,7 @@ def seconds(run) -> float:
     return statistics.median(times)
 
 
-def measure(model, length: int) -> dict[str, float]:
+def measure(model, hf: HFConfig, length: int) -> dict[str, float]:
     ids = torch.randint(1024, (1, length), device="cuda")
     positions = torch.arange(length, device="cuda")[None]
 
@@ -131,6 +133,7 @@ def measure(model, length: int) -> dict[str, float]:
     for name, run in (("forward", forward), ("step", step)):
         model.train(name == "step")
         found[f"{name}_ms"] = seconds(run) * 1e3 / LAYERS
+    found["step_tflops"] = flops.training_flops(hf, length) / LAYERS / found["step_ms"] / 1e9
     found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return found
 
@@ -146,16 +149,18 @@ def main() -> int:
     glm5_patch.require()
     rows = []
 
-    def add(model, layers: str, length: int, kernels: str) -> None:
+    def add(hf: HFConfig, model, layers: str, length: int, kernels: str) -> None:
         rows.append({"layers": layers, "length": length, "kernels": kernels})
         try:
-            rows[-1].update(measure(model, length))
+            rows[-1].update(measure(model, hf, length))
         except torch.OutOfMemoryError:
             print("{layers:22} {length:6} {kernels:8} out of memory".format(**rows[-1]), flush=True)
             return
         print(
             "{layers:22} {length:6} {kernels:8} forward {forward_ms:8.2f} ms, "
-            "step {step_ms:8.2f} ms a layer, {peak_gib:.1f} GiB".format(**rows[-1]),
+            "step {step_ms:8.2f} ms a layer ({step_tflops:.0f} TFLOP/s), {peak_gib:.1f} GiB".format(
+                **rows[-1]
+            ),
             flush=True,
         )
 
@@ -166,17 +171,17 @@ def main() -> int:
         runs["auto"] = options.lengths
     with single_process("cuda"):
         for layers, pattern in PATTERNS.items():
-            model = build(pattern)
+            hf, model = build(pattern)
             for kernels, lengths in runs.items():
                 os.environ["GLM5_PATCH_KERNELS"] = kernels
                 for length in lengths:
-                    add(model, layers, length, kernels)
+                    add(hf, model, layers, length, kernels)
             del model
         if glm5_patch.status()["dsa_spec"].state == "applied":
             with as_released():
-                model = build(PATTERNS["every layer computes"], dsa_indexer_loss_coeff=0.0)
+                hf, model = build(PATTERNS["every layer computes"], dsa_indexer_loss_coeff=0.0)
                 for length in short:
-                    add(model, "every layer computes", length, "released")
+                    add(hf, model, "every layer computes", length, "released")
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "layer.json"
     record.write(path, rows=rows)

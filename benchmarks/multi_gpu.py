@@ -10,11 +10,12 @@ schedule, modules of the local backend, gradients reduced beside the backward. "
 rank by itself. "tokens" and "heads" are what tensor parallelism shares out (GLM5_PATCH_TP). Experts
 are split between all ranks wherever there are several.
 
-A rate is of the median of the timed steps, per GPU and as a share of one GPU's; memory is the peak
-of the worst rank. At the first length the gradients of a step are compared with one GPU's twice:
-with the same keys and experts, recorded there and replayed here, which must agree; and with the
-split's own, where the selected keys that differ are counted: bf16 rounds near ties differently in
-every split, so that distance says nothing about an implementation.
+A rate is of the median of the timed steps, per GPU and as a share of one GPU's, and in TFLOP/s as
+``flops`` counts them; memory is the peak of the worst rank. The last lines are a table. At the
+first length the gradients of a step are compared with one GPU's twice: with the same keys and
+experts, recorded there and replayed here, which must agree; and with the split's own, where the
+selected keys that differ are counted: bf16 rounds near ties differently in every split, so that
+distance says nothing about an implementation.
 
 How far they may be apart on GPUs is measured in the same run: 1.25 times as far as one GPU's are
 from its own with every matrix product summed in two halves, each rounded, as a split of two does
@@ -37,6 +38,7 @@ from collections import defaultdict
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
+import flops
 import torch
 from split_model import MICROBATCHES, Model, Split, dtype_on, initialised, splits
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -254,7 +256,8 @@ class Comparison:
         }
 
     def _measured(self, model: Model, length: int) -> dict:
-        model.step(length)  # kernels compile, communicators connect
+        for _ in range(self.options.warmup):  # kernels compile, communicators connect
+            model.step(length)
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         seconds = statistics.median(self._timed(model, length) for _ in range(self.options.steps))
@@ -270,6 +273,7 @@ class Comparison:
         return {
             "tokens/s a GPU": round(rate),
             "of one GPU": round(rate / self.rates[length], 3),
+            **flops.rates(model.hf, length, rate),
             "peak GiB": round(peak.item(), 1),
         }
 
@@ -300,11 +304,20 @@ class Comparison:
         say(json.dumps({"split": model.split.name, "ms": {k: round(v) for k, v in spent.items()}}))
 
 
+def table(rows: list[dict]) -> str:
+    """Of all splits and lengths, in Markdown."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[str(row.get(name, "")) for name in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     lengths = "8192 32768; 3072 with --fp32, 64 on the CPU"
     parser.add_argument("--lengths", type=int, nargs="+", help=lengths)
     parser.add_argument("--steps", type=int, default=3, help="timed, of each split and length (3)")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before those timed (1)")
     parser.add_argument("--experts", type=int, default=8, help="routed experts (8)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--fp32", action="store_true", help="for the gradients, not for the rates")
@@ -332,6 +345,7 @@ def main() -> int:
         import record
 
         record.write(options.output / "multi_gpu.json", rows=comparison.rows)
+    say(table(comparison.rows))
     say("FAILED: " + "; ".join(comparison.failed) if comparison.failed else "all gradients agree")
     torch.distributed.destroy_process_group()
     return int(bool(comparison.failed))
