@@ -82,6 +82,7 @@ class HFCheckpoint(CheckpointFiles):
         self,
         model: torch.nn.Module | Sequence[torch.nn.Module],
         advance: Callable[[str], None] = lambda file: None,
+        only: Callable[[str], bool] = lambda parameter: True,
     ) -> CheckpointReport:
         """Load this rank's part of the tensors into every parameter and buffer.
 
@@ -93,6 +94,7 @@ class HFCheckpoint(CheckpointFiles):
                 ``Float16Module``), or the list of its virtual pipeline chunks.
             advance: called for each file when its tensors have been read, with its name and the
                 rate so far.
+            only: which parameters and buffers, by name; the others stay as they are.
 
         Raises:
             CheckpointError: a parameter of the model has no tensor, or one of another shape.
@@ -102,7 +104,7 @@ class HFCheckpoint(CheckpointFiles):
         with torch.no_grad():
             for chunk in chunks:
                 _keep_expert_bias_in_fp32(chunk)
-            reads = [read for chunk in chunks for read in self._reads(chunk)]
+            reads = [read for chunk in chunks for read in self._reads(chunk, only)]
         self._load(reads, advance)
         return report
 
@@ -152,8 +154,10 @@ class HFCheckpoint(CheckpointFiles):
             target = read.target[own.start - rows.start : own.stop - rows.start]
             yield _Read(read.source, (own, *others), target)
 
-    def _reads(self, model: torch.nn.Module) -> Iterator[_Read]:
+    def _reads(self, model: torch.nn.Module, only: Callable[[str], bool]) -> Iterator[_Read]:
         for part in parts(model, self.shapes):
+            if not only(part.parameter):
+                continue
             present = part.slices[0].stop - part.slices[0].start
             part.tensor[present:] = 0  # a padded vocabulary
             yield _Read(part.source, part.slices, part.tensor[:present])

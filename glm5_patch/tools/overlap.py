@@ -12,7 +12,6 @@ from ..errors import CheckpointError, GLM5PatchError
 from .report import Result, print_table, print_text, progress, say
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from ..checkpoint.reader import HFCheckpoint
@@ -105,37 +104,27 @@ def _overlaps(
     from ..ops.query_positions import common_keys
     from ..testing.cpu_host import single_process
     from ..testing.parity import recorded
-    from .verify import forward
+    from .layer_by_layer import LayerByLayer
+    from .verify import forward, to_load_into
 
     schedule = checkpoint.config.schedule
     computing, first = schedule.computing_layers, checkpoint.config.index_topk
     shared = torch.zeros(len(computing), len(computing))
     with single_process(options.device):
-        model = _model(checkpoint, options).eval()
-        with progress("sequences", len(ids)) as advance:
-            for sequence in ids:
-                with torch.no_grad(), recorded(model) as found:
-                    forward(model, sequence[None].to(options.device))
-                chosen = [found.topk_indices[number][:, first:] for number in computing]
-                for row, one in enumerate(chosen):
-                    for column, other in enumerate(chosen):
-                        same, of = common_keys(other, one)
-                        shared[row, column] += (same / of / len(ids)).cpu()
-                advance(f"{sequence.numel()} tokens")
+        settings = to_load_into(options.device, options.dtype)
+        model = LayerByLayer(checkpoint, options.device, settings)
+        with progress("layers", schedule.num_layers) as advance, torch.no_grad():
+            with model.loaded(advance) as running, recorded(running) as found:
+                forward(running, ids.to(options.device))
+        for sequence in range(len(ids)):
+            chosen = [found.topk_indices[number][sequence, None, first:] for number in computing]
+            for row, one in enumerate(chosen):
+                for column, other in enumerate(chosen):
+                    same, of = common_keys(other, one)
+                    shared[row, column] += (same / of / len(ids)).cpu()
     place = {number: n for n, number in enumerate(computing)}
     sources = [place[schedule.source(n)] for n in range(1, schedule.num_layers + 1)]
     return [[shared[one, other].item() for other in sources] for one in sources]
-
-
-def _model(checkpoint: HFCheckpoint, options: argparse.Namespace) -> torch.nn.Module:
-    from ..attention.build import gpt_model, transformer_config
-    from .verify import to_load_into
-
-    config = transformer_config(checkpoint.config, **to_load_into(options.device, options.dtype))
-    model = gpt_model(checkpoint.config, config)
-    with progress("loading", len(set(checkpoint.files.values()))) as advance:
-        checkpoint.load_into(model, advance)
-    return model
 
 
 def _pyplot() -> Any:

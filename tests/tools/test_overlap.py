@@ -12,7 +12,8 @@ from glm5_patch.config.schedule import IndexSchedule
 from glm5_patch.errors import CheckpointError
 from glm5_patch.testing.parity import recorded
 from glm5_patch.tools.cli import main
-from glm5_patch.tools.verify import forward
+from glm5_patch.tools.layer_by_layer import LayerByLayer
+from glm5_patch.tools.verify import forward, to_load_into
 from tests.tiny import megatron_config, saved
 from tests.tools.test_cli import command
 
@@ -119,3 +120,28 @@ def test_a_checkpoints_own_tokenizer_is_used(checkpoint, text, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match="the tokenizer of .* does not load"):
         _tokens(tmp_path, tmp_path / "text", 96)
+
+
+def test_one_layer_at_a_time_has_memory_and_selects_the_same(world, checkpoint):
+    ids = torch.randint(96, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    whole = gpt_model(checkpoint.config, megatron_config(checkpoint.config)).eval()
+    checkpoint.load_into(whole)
+    with torch.no_grad(), recorded(whole) as expected:
+        forward(whole, ids)
+    model, there, done = LayerByLayer(checkpoint, "cpu", to_load_into("cpu", "fp32")), [], []
+
+    def with_memory(layer, *_):
+        names = (name for name, p in model.model.named_parameters() if p.device.type != "meta")
+        there.append({name.split(".")[2] for name in names if name.startswith("decoder.layers.")})
+
+    assert all(p.device.type == "meta" for p in model.model.parameters())
+    with model.loaded(done.append) as running, torch.no_grad(), recorded(running) as found:
+        for layer in running.decoder.layers:
+            layer.self_attention.register_forward_hook(with_memory)
+        forward(running, ids)
+    assert there == [{str(number)} for number in range(5)]
+    assert done == [f"layer {number}" for number in range(1, 6)]
+    assert all(p.device.type == "meta" for p in model.model.parameters())
+    assert found.topk_indices.keys() == expected.topk_indices.keys()
+    for number, topk_indices in found.topk_indices.items():
+        assert torch.equal(topk_indices, expected.topk_indices[number])
