@@ -37,12 +37,35 @@ def _grad_enabled() -> bool:
     return torch.is_grad_enabled()
 
 
+MOST_KEYS_IN_16_BITS = 65535
+"""Of a document: its positions and the -1 of an empty place are as many numbers as 16 bits have."""
+_OFFSET = 32767
+"""-1 minus it is the smallest of them."""
+
+
 @dataclass
 class _Slot:
-    topk_indices: Tensor
+    kept: Tensor
+    """The top-k; once only recomputes read it, in 16 bits if its positions fit."""
     readers_left: int
     recomputed: bool
     """Some layer of the group runs in a checkpoint, so the backward pass needs the top-k too."""
+
+    @property
+    def topk_indices(self) -> Tensor:
+        """int32 [b, s, index_topk]."""
+        return self.kept.int().add_(_OFFSET) if self._is_shrunk else self.kept
+
+    def shrink(self, layout: Layout | None) -> None:
+        """Take half of the memory, if the forward has read it and its positions are sure to fit."""
+        if self.readers_left > 0 or self._is_shrunk or layout is None:
+            return
+        if layout.queries.most_keys <= MOST_KEYS_IN_16_BITS:
+            self.kept = (self.kept - _OFFSET).short()
+
+    @property
+    def _is_shrunk(self) -> bool:
+        return self.kept.element_size() == 2
 
 
 @dataclass
@@ -50,7 +73,8 @@ class TopkCarrier:
     """What the layers of one forward share: the top-k of the computing layers, and the layout.
 
     Top-k are int32 [b, s, index_topk], freed after the last skip layer that reads them, unless
-    a checkpoint will run one of the readers again; then they live as long as its graph.
+    a checkpoint will run one of the readers again; then they live as long as its graph, in 16 bits
+    if no document is longer than ``MOST_KEYS_IN_16_BITS``.
     """
 
     layout: Layout | None = None
@@ -82,7 +106,10 @@ class TopkCarrier:
         """Keep a computing layer's top-k for the layers that reuse it."""
         readers = len(schedule.consumers(layer_number))
         if readers or self._in_checkpoint or self.first_iteration is self:
-            self._slots[layer_number] = _Slot(topk_indices, readers, self._in_checkpoint)
+            slot = _Slot(topk_indices, readers, self._in_checkpoint)
+            self._slots[layer_number] = slot
+            if slot.recomputed:
+                slot.shrink(self.layout)
 
     def adopt(
         self, layer_number: int, source: int, index_topk: int, schedule: IndexSchedule
@@ -121,9 +148,12 @@ class TopkCarrier:
             raise _missing(layer_number, source, "published no top-k in this forward")
         slot.readers_left -= 1
         slot.recomputed |= self._in_checkpoint
-        if slot.readers_left <= 0 and not slot.recomputed:
+        topk_indices = slot.topk_indices
+        if slot.recomputed:
+            slot.shrink(self.layout)
+        elif slot.readers_left <= 0:
             del self._slots[source]
-        return slot.topk_indices
+        return topk_indices
 
     @property
     def held_layers(self) -> tuple[int, ...]:

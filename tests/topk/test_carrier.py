@@ -1,8 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from glm5_patch.config.schedule import IndexSchedule
 from glm5_patch.errors import MissingTopkError
+from glm5_patch.ops.query_positions import QueryPositions
 from glm5_patch.topk.carrier import carried, current_carrier, open_carrier, require_carrier
 
 SCHEDULE = IndexSchedule.from_types("FSSFS", 5)
@@ -81,3 +84,25 @@ def test_what_a_checkpoint_runs_again_shows_its_module():
         run = carried(lambda x: layer(x))
     assert layer in [cell.cell_contents for cell in run.__closure__]
     assert torch.equal(run(torch.ones(1)), layer(torch.ones(1)))
+
+
+@pytest.mark.parametrize(
+    ("longest", "bytes_of_a_key"), [(65535, 2), (65536, 4), (None, 4)], ids=["fits", "long", "open"]
+)
+def test_what_only_recomputes_read_takes_16_bits_if_positions_fit(longest, bytes_of_a_key):
+    keys = torch.tensor([[[0, 1, 32766, 32767, 32768, 65534, -1]]], dtype=torch.int32)
+    queries = QueryPositions(torch.zeros(1, dtype=torch.int64), longest=longest)
+    with open_carrier() as carrier:
+        carrier.layout = None if longest is None else SimpleNamespace(queries=queries)
+        carried(lambda: carrier.publish(1, keys, SCHEDULE))()
+        readers = [carried(lambda n=n: carrier.read(n, 1)) for n in (2, 3)]
+        assert readers[0]().data_ptr() == keys.data_ptr()  # no copy while the forward reads it
+        assert torch.equal(readers[1](), keys)
+        alone = carried(lambda: carrier.publish(4, keys, IndexSchedule.from_types("FSSF", 4)))
+        alone()
+    held = [slot.kept.element_size() for slot in carrier._slots.values()]
+    assert held == [bytes_of_a_key] * 2
+    for read in readers:  # the recompute
+        assert torch.equal(read(), keys) and read().dtype == torch.int32
+    assert torch.equal(carrier.published(4), keys)
+    assert [slot.kept.element_size() for slot in carrier._slots.values()] == held
