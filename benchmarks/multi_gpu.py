@@ -56,7 +56,7 @@ SPREAD = 1.25
 """On GPUs: the bound, as a multiple of one GPU's distance from itself with halved products."""
 KINDS = {
     "communication": "nccl",
-    "attention": "^(forward|backward|row_terms|add_pairs|project|rotate)$|flash|fmha|sdpa",
+    "attention": "^(forward|backward|row_terms|project|rotate)$|flash|fmha|sdpa",
     "selection and indexer loss": "^(scores|candidates|topk|head_sums|loss)$|sort",
     "matrix products": "gemm|nvjet|cutlass|xmma",
 }

@@ -160,8 +160,7 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-def test_the_deterministic_backward_in_pieces(interpreted, deterministic, monkeypatch):
-    monkeypatch.setattr(sparse_mla, "PAIR_BYTES", 11 * 2 * 6 * 80 * 4)  # 11 queries at a time
+def test_the_deterministic_backward(interpreted, deterministic):
     queries, tensors = layout([24]), inputs(24, 2, 4, SMALL, seed=3)
     topk = chosen_keys(queries, 2, 6, 3)
     for ours, theirs in zip(*both(tensors, topk, queries, SMALL)):

@@ -9,6 +9,7 @@ this record of them does not.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import tiles
+from ..exact_sums import ExactSums
 from ..fallback import compute
 from ..index_topk.reference import IndexerInputs
 from ..needs import Needs, Width
@@ -25,7 +27,7 @@ from ..registry import backend
 from ..sparse_attention.absorption import absorbed_inputs, in_blocks
 from ..sparse_attention.inputs import AbsorbedInputs, AttentionInputs
 from ..sparse_attention.reference import LOG2_E
-from ..sparse_attention.triton import TRITON, add_in_order, heads_of_a_program, precision
+from ..sparse_attention.triton import TRITON, heads_of_a_program, precision
 from .reference import EPSILON, LossSettings, SelectedKeys, sum_over_ranks
 
 VISIBLE_PLACES = 1 << 24
@@ -167,11 +169,20 @@ class _Loss(torch.autograd.Function):
     def forward(ctx, query, key, weights, targets: Iterable[_Target], settings: LossSettings):
         inputs = IndexerInputs(*(tensor.contiguous() for tensor in (query, key, weights)))
         gradients = IndexerInputs(*(torch.zeros_like(t, dtype=torch.float32) for t in inputs))
+        exact = None
+        if torch.are_deterministic_algorithms_enabled():
+            exact = ExactSums.zeros(key.shape, _bound(inputs, settings))
+            gradients = gradients._replace(key=exact.integers)
+        units = None if exact is None else exact.units
         loss, first = torch.zeros((), dtype=torch.float32, device=query.device), 0
         for target in targets:
             rows = slice(first, first + len(target.starts))
-            loss += _add_loss(_of_rows(inputs, rows), target, settings, _of_rows(gradients, rows))
+            loss += _add_loss(
+                _of_rows(inputs, rows), target, settings, _of_rows(gradients, rows), units
+            )
             first = rows.stop
+        if exact is not None:
+            gradients = gradients._replace(key=exact.value())
         ctx.save_for_backward(*(grad.to(like.dtype) for grad, like in zip(gradients, inputs)))
         return loss
 
@@ -185,27 +196,32 @@ def _of_rows(inputs: IndexerInputs, rows: slice) -> IndexerInputs:
     return inputs._replace(query=inputs.query[rows], weights=inputs.weights[rows])
 
 
+def _bound(inputs: IndexerInputs, settings: LossSettings) -> Tensor:
+    """No number of the key's gradient gets larger, fp32 []: the gradient of a score, before
+    ``loss_scale``, is a difference of two probabilities."""
+    norm = torch.linalg.vector_norm(inputs.query, math.inf, dim=-1, dtype=torch.float32)
+    of_heads = norm * inputs.weights.abs()  # [s, b, heads]
+    return of_heads.sum((0, 2)).amax() * abs(settings.index_scale * settings.loss_scale)
+
+
 def _add_loss(
-    inputs: IndexerInputs, target: _Target, settings: LossSettings, gradients: IndexerInputs
+    inputs: IndexerInputs,
+    target: _Target,
+    settings: LossSettings,
+    gradients: IndexerInputs,
+    units: Tensor | None,
 ) -> Tensor:
-    """The loss of some queries, a scalar; its gradients are added to ``gradients``."""
+    """The loss of some queries, a scalar; its gradients are added to ``gradients``, that of the key
+    in ``units``, see ``ExactSums``."""
     from . import triton_kernels as kernels
 
     (s, b, heads, dim), k = inputs.query.shape, target.topk_indices.shape[-1]
     scores = torch.empty_like(target.probabilities)
     loss = torch.empty((b, s), dtype=torch.float32, device=scores.device)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-
-    def launch(first: int, end: int, d_key: Tensor) -> None:
-        kernels.loss[((end - first) * b,)](
-            *inputs, *target, scores, loss, gradients.query, d_key, gradients.weights,
-            first, end, s, b, k, settings.index_scale, settings.loss_scale,
-            HEADS=heads, DIM=dim, KEYS=64, ATOMIC=not deterministic,
-            PRECISION=precision(inputs.query.dtype), EPS=EPSILON, num_warps=4,
-        )  # fmt: skip
-
-    if deterministic:
-        add_in_order(launch, target.topk_indices, target.starts, gradients.key, groups=1)
-    else:
-        launch(0, s, gradients.key)
+    kernels.loss[(s * b,)](
+        *inputs, *target, scores, loss, *gradients, units,
+        s, b, k, settings.index_scale, settings.loss_scale,
+        HEADS=heads, DIM=dim, KEYS=64, PRECISION=precision(inputs.query.dtype), EPS=EPSILON,
+        num_warps=4,
+    )  # fmt: skip
     return loss.sum() * settings.loss_scale

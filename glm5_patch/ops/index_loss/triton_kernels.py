@@ -14,7 +14,8 @@ STARTS, POSITIONS    int32 [s], the first and the last key that each query sees
 SUMS, TARGET, SCORES fp32 [b, s, k]
 LOSS                 fp32 [b, s]
 D_Q, D_WEIGHTS       fp32, as Q and WEIGHTS
-D_K                  fp32, as K
+D_K                  fp32, or int64 with UNITS, as K
+UNITS                fp32 [], see ``exact_sums``; or None
 ==================== ======================================================================
 
 Tiles: HEADS x KEYS (of one step).
@@ -98,13 +99,13 @@ def head_sums(
 
 @triton.jit
 def loss(
-    Q, K, WEIGHTS, TOPK, STARTS, POSITIONS, TARGET, SCORES, LOSS, D_Q, D_K, D_WEIGHTS,
-    first_row, end_row, rows, batch, k, scale, loss_scale,
+    Q, K, WEIGHTS, TOPK, STARTS, POSITIONS, TARGET, SCORES, LOSS, D_Q, D_K, D_WEIGHTS, UNITS,
+    rows, batch, k, scale, loss_scale,
     HEADS: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr,
-    ATOMIC: tl.constexpr, PRECISION: tl.constexpr, EPS: tl.constexpr,
+    PRECISION: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """KL(target || softmax(index scores)) of one query over its keys, and its gradients."""
-    row = end_row - 1 - tl.program_id(0) // batch
+    row = rows - 1 - tl.program_id(0) // batch
     b = tl.program_id(0) % batch
     query = (row * batch + b).to(tl.int64) * HEADS + tl.arange(0, HEADS)
     everyone = tl.arange(0, HEADS) >= 0
@@ -148,12 +149,7 @@ def loss(
         d_products = tl.where(products > 0, weights[:, None] * d_scores[None, :], 0.0).to(q.dtype)
         d_q = tl.dot(d_products, index_key, d_q, input_precision=PRECISION)
         part = tl.dot(tl.trans(d_products), q, input_precision=PRECISION) * loss_scale
-        if ATOMIC:
-            target_row = key
-        else:
-            pair = ((row - first_row) * batch + b).to(tl.int64) * k + place
-            target_row = pair * DIM
-        add_rows(D_K, target_row, 0, DIM, part, valid, ATOMIC)
+        add_rows(D_K, key, 0, DIM, part, valid, UNITS)
     tl.store(LOSS + b.to(tl.int64) * rows + row, loss)
     columns = tl.arange(0, DIM)
     tl.store(D_Q + query[:, None] * DIM + columns[None, :], d_q * loss_scale)

@@ -9,11 +9,12 @@ import warnings
 import torch
 from torch import Tensor
 
+from ..exact_sums import ExactSums
 from ..needs import Needs, Width
 from ..registry import OWN_KERNELS, backend
 from .inputs import AbsorbedInputs
 from .reference import LOG2_E
-from .triton import row_terms
+from .triton import room_for_latents, row_terms
 
 HEADS, LATENT, ROPE = 64, 512, 64
 WIDTH = LATENT + ROPE
@@ -90,7 +91,6 @@ def forward(absorbed: AbsorbedInputs) -> tuple[Tensor, Tensor]:
     rank=2,
     needs=needs(HEADS * (WIDTH + LATENT) + KEYS * WIDTH + 2 * HEADS * KEYS),
     load=load,
-    deterministic=False,
     asked_as=(OWN_KERNELS,),
 )
 def backward(
@@ -108,14 +108,17 @@ def key_gradients(
 
     query, latent, topk_indices, starts, positions, _, softmax_scale = absorbed
     s, b, heads, _ = query.shape
-    d_query = torch.empty_like(query)
-    d_latent = torch.zeros(latent.shape, dtype=torch.float32, device=latent.device)
+    d_query, (d_latent, units) = torch.empty_like(query), room_for_latents(absorbed, d_out)
     groups, part = heads // HEADS, 64
+    added = kernels.fours(part) if units is None else kernels.sectors(part)
     kernels.backward[(s * b, groups)](
-        query, latent, topk_indices, starts, positions, d_out, lse, terms, d_query, d_latent,
+        query, latent, topk_indices, starts, positions, d_out, lse, terms, d_query, d_latent, units,
         s, b, groups, topk_indices.shape[-1], softmax_scale, softmax_scale * LOG2_E,
-        PART=part, IN_FOURS=kernels.fours(part), ACCUMULATOR=kernels.accumulator(part), num_warps=8,
+        PART=part, ADDED=added, ACCUMULATOR=kernels.accumulator(part), num_warps=8,
     )  # fmt: skip
-    # Back from columns in fours, see gluon_kernels.
-    fours = d_latent.unflatten(-1, (WIDTH // 16, 4, 2, 2))
-    return d_query, fours.transpose(-3, -2).flatten(-4)
+    # Back from renamed columns, see gluon_kernels.
+    if units is None:
+        fours = d_latent.unflatten(-1, (WIDTH // 16, 4, 2, 2))
+        return d_query, fours.transpose(-3, -2).flatten(-4)
+    sectors = ExactSums(d_latent, units).value().unflatten(-1, (WIDTH // 8, 2, 4))
+    return d_query, sectors.transpose(-2, -1).flatten(-3)

@@ -53,7 +53,21 @@ def fours(columns: int) -> gl.DistributedLinearLayout:
     )
 
 
+def sectors(columns: int) -> gl.DistributedLinearLayout:
+    """Of an accumulator [64, columns] whose columns ``_in_sectors`` has renamed: four threads have
+    four neighbours, 32 bytes of 64-bit integers, for one transaction."""
+    further = [[0, 1 << bit] for bit in range(3, columns.bit_length() - 2)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 4], [8, 0], *further],
+        lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0], [0, columns // 2]],
+        block_bases=[],
+        shape=[64, columns],
+    )
+
+
 _ROPE_IN_FOURS = gl.constexpr(fours(ROPE))
+_ROPE_IN_SECTORS = gl.constexpr(sectors(ROPE))
 
 
 @gluon.jit
@@ -165,12 +179,23 @@ def _in_fours(tile, columns: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
+def _in_sectors(tile, columns: gl.constexpr, layout: gl.constexpr):
+    """Rename the columns of an accumulator: 2 r + e of every 8 becomes 4 e + r."""
+    tile = tile.reshape([_K, columns // 8, 4, 2]).permute((0, 1, 3, 2))
+    return gl.convert_layout(tile.reshape([_K, columns]), layout)
+
+
+@gluon.jit
 def _add_to_keys(
-    D_LATENTS, TOPK, first, count, start, batch, b,
+    D_LATENTS, UNITS, TOPK, first, count, start, batch, b,
     tile, column, columns: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
-    """Add ``tile`` [64, columns] to the gradient of a tile's keys, from ``column`` on."""
-    tile = _in_fours(tile, columns, layout)
+    """Add ``tile`` [64, columns] to the gradient of a tile's keys, from ``column`` on; with
+    ``UNITS`` as integers, see ``exact_sums``."""
+    if UNITS is not None:
+        tile = (_in_sectors(tile, columns, layout) * gl.load(UNITS)).to(gl.int64)
+    else:
+        tile = _in_fours(tile, columns, layout)
     by_key: gl.constexpr = gl.SliceLayout(1, layout)
     key = keys_of_tile(TOPK, first, count, start, batch, b, by_key)
     inside = first + gl.arange(0, _K, layout=by_key) < count
@@ -185,11 +210,13 @@ def _add_to_keys(
 
 @gluon.jit
 def backward(
-    Q, LATENTS, TOPK, STARTS, POSITIONS, D_OUT, LSE, TERMS, D_Q, D_LATENTS,
+    Q, LATENTS, TOPK, STARTS, POSITIONS, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS,
     rows, batch, groups, k, scale, scale_log2,
-    PART: gl.constexpr, ACCUMULATOR: gl.constexpr, IN_FOURS: gl.constexpr,
+    PART: gl.constexpr, ACCUMULATOR: gl.constexpr, ADDED: gl.constexpr,
 ):  # fmt: skip
-    """The gradient of the keys is computed, and added to memory, in PART columns at a time."""
+    """The gradient of the keys is computed, and added to memory, in PART columns at a time, whose
+    layout there is ADDED."""
+    ROPE_ADDED: gl.constexpr = _ROPE_IN_FOURS if UNITS is None else _ROPE_IN_SECTORS
     dtype: gl.constexpr = Q.dtype.element_ty
     by_row: gl.constexpr = gl.SliceLayout(1, ROWS)
     by_column: gl.constexpr = gl.SliceLayout(0, ROWS)
@@ -255,7 +282,7 @@ def backward(
             gather(LATENTS, key, latent, rope)
         key = keys_of_tile(TOPK, (tile + 2) * _K, count, start, batch, b, by_row)
         _add_to_keys(
-            D_LATENTS, TOPK, tile * _K, count, start, batch, b, part, _L, _R, _ROPE_IN_FOURS
+            D_LATENTS, UNITS, TOPK, tile * _K, count, start, batch, b, part, _L, _R, ROPE_ADDED
         )  # fmt: skip
         for number in gl.static_range(_L // PART):
             part = warpgroup_mma(
@@ -273,8 +300,8 @@ def backward(
             )
             part = warpgroup_mma_wait(num_outstanding=0, deps=[part])
             _add_to_keys(
-                D_LATENTS, TOPK, tile * _K, count, start, batch, b,
-                part, number * PART, PART, IN_FOURS,
+                D_LATENTS, UNITS, TOPK, tile * _K, count, start, batch, b,
+                part, number * PART, PART, ADDED,
             )  # fmt: skip
         gl.thread_barrier()
     latent_done, rope_done = warpgroup_mma_wait(num_outstanding=0, deps=[d_q_latent, d_q_rope])

@@ -6,19 +6,18 @@ The kernels are imported inside the functions: they need triton, this record of 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .. import tiles
+from ..exact_sums import ExactSums
 from ..needs import Needs, Width
 from ..registry import backend
 from .inputs import AbsorbedInputs
 from .reference import LOG2_E
-
-PAIR_BYTES = 512 << 20
-"""Upper bound of what the deterministic backward keeps of (query, key) pairs at a time."""
 
 TRITON = Needs(
     package="triton",
@@ -89,8 +88,7 @@ def backward(
     absorbed: AbsorbedInputs, out: Tensor, lse: Tensor, d_out: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.backward``, with the latent's gradient in fp32. Deterministic where
-    ``torch.use_deterministic_algorithms`` asks for it: a key's gradient is then added up in the
-    order of its queries, not as they come."""
+    ``torch.use_deterministic_algorithms`` asks for it, see ``room_for_latents``."""
     return key_gradients(absorbed, lse, row_terms(out, d_out), d_out)
 
 
@@ -116,27 +114,35 @@ def key_gradients(
     from . import triton_kernels as kernels
 
     query, latent, topk_indices, starts, positions, latent_dim, softmax_scale = absorbed
-    deterministic = torch.are_deterministic_algorithms_enabled()
     s, b, heads, width = query.shape
-    k = topk_indices.shape[-1]
     block = heads_of_a_program(heads, tiles.of_device(query.device).backward_heads)
-    groups = kernels.cdiv(heads, block)
-    d_query = torch.empty_like(query)
-    d_latent = torch.zeros(latent.shape, dtype=torch.float32, device=latent.device)
+    d_query, (d_latent, units) = torch.empty_like(query), room_for_latents(absorbed, d_out)
+    kernels.backward[(s * b, kernels.cdiv(heads, block))](
+        query, latent, topk_indices, starts, positions, d_out, lse, terms, d_query, d_latent, units,
+        s, b, heads, topk_indices.shape[-1], softmax_scale, softmax_scale * LOG2_E,
+        LATENT=latent_dim, ROPE=width - latent_dim, HEADS=block, KEYS=32,
+        PRECISION=precision(query.dtype), STAGES=2, num_warps=4,
+    )  # fmt: skip
+    return d_query, d_latent if units is None else ExactSums(d_latent, units).value()
 
-    def launch(first: int, end: int, d_keys: Tensor) -> None:
-        kernels.backward[((end - first) * b, groups)](
-            query, latent, topk_indices, starts, positions, d_out, lse, terms, d_query, d_keys,
-            first, end, s, b, heads, k, softmax_scale, softmax_scale * LOG2_E,
-            LATENT=latent_dim, ROPE=width - latent_dim, HEADS=block, KEYS=32,
-            ATOMIC=not deterministic, PRECISION=precision(query.dtype), STAGES=2, num_warps=4,
-        )  # fmt: skip
 
-    if deterministic:
-        add_in_order(launch, topk_indices, starts, d_latent, groups)
-    else:
-        launch(0, s, d_latent)
-    return d_query, d_latent
+def room_for_latents(absorbed: AbsorbedInputs, d_out: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Where programs add up the gradient of the latents: zeros, fp32, and None; or ``ExactSums``
+    where ``torch.use_deterministic_algorithms`` asks for the same bits every time.
+
+    Args:
+        d_out: of ``backward``.
+    """
+    latent = absorbed.latent
+    if not torch.are_deterministic_algorithms_enabled():
+        return torch.zeros(latent.shape, dtype=torch.float32, device=latent.device), None
+    norm = partial(torch.linalg.vector_norm, dim=-1, dtype=torch.float32)
+    # A probability is at most 1, and what comes out of the latents no longer than one of them.
+    of_logits = (
+        2 * absorbed.softmax_scale * norm(latent).amax() * norm(absorbed.query, ord=math.inf)
+    )
+    of_heads = norm(d_out) * (of_logits + 1)  # [s, b, n]
+    return ExactSums.zeros(latent.shape, of_heads.sum((0, 2)).amax())
 
 
 def flat_keys(absorbed: AbsorbedInputs) -> tuple[Tensor, Tensor]:
@@ -161,47 +167,3 @@ def heads_of_a_program(heads: int, at_most: int) -> int:
 def precision(dtype: torch.dtype) -> str:
     """What ``tl.dot`` does with fp32, which only products of 16-bit numbers have inside."""
     return "tf32" if dtype.itemsize == 2 else "ieee"
-
-
-def add_in_order(
-    launch: Callable[[int, int, Tensor], None],
-    topk_indices: Tensor,
-    starts: Tensor,
-    d_keys: Tensor,
-    groups: int,
-) -> None:
-    """Add to the gradients of keys what their queries contribute, in the order of the queries.
-
-    Args:
-        launch: computes the queries [first, end), given first, end, and where their contributions
-            go, fp32 [end - first, b, k, groups, width].
-        topk_indices: int32 [b, s, k].
-        starts: int32 [s].
-        d_keys: fp32 [t, b, width], added to.
-        groups: contributions that a query makes to each of its keys.
-    """
-    from . import triton_kernels as kernels
-
-    s, k = topk_indices.shape[1:]
-    t, b, width = d_keys.shape
-    rows = max(1, PAIR_BYTES // (b * k * groups * width * 4))
-    for first in range(0, s, rows):
-        end = min(first + rows, s)
-        pairs = torch.empty((end - first, b, k, groups, width), device=d_keys.device)
-        launch(first, end, pairs)
-        order, bounds = _pairs_of_each_key(topk_indices[:, first:end], starts[first:end], t)
-        kernels.add_pairs[(t * b,)](
-            pairs, order, bounds, d_keys, groups,
-            WIDTH=width, COLUMNS=kernels.next_power_of_2(width),
-        )  # fmt: skip
-
-
-def _pairs_of_each_key(topk_indices: Tensor, starts: Tensor, t: int) -> tuple[Tensor, Tensor]:
-    """Pairs [rows, b, k], flat, in the order of their keys, and where each key's begin."""
-    b = len(topk_indices)
-    batch = torch.arange(b, device=starts.device)[:, None, None]
-    key = (topk_indices.long() + starts[:, None]) * b + batch
-    key = torch.where(topk_indices < 0, t * b, key).transpose(0, 1).flatten()
-    key, order = key.sort(stable=True)
-    edges = torch.arange(t * b + 1, device=starts.device)
-    return order, torch.searchsorted(key, edges)

@@ -9,7 +9,8 @@ WIDTH = LATENT + ROPE.
 
 ==================== ======================================================================
 Q, D_Q               [s, b, n, WIDTH], absorbed queries and their gradient
-LATENTS, D_LATENTS   [t, b, WIDTH], keys and their gradient (fp32)
+LATENTS, D_LATENTS   [t, b, WIDTH], keys and their gradient (fp32, or int64 with UNITS)
+UNITS                fp32 [], see ``exact_sums``; or None
 TOPK                 int32 [b, s, k], counted from the query's document start, -1: no key
 STARTS, POSITIONS    int32 [s], the first and the last key that each query sees
 OUT, D_OUT           [s, b, n, LATENT]
@@ -50,10 +51,10 @@ def store_columns(base, offsets, first, WIDTH: tl.constexpr, tile, mask):
 
 
 @triton.jit
-def query_of_program(end_row, batch, heads, HEADS: tl.constexpr):
+def query_of_program(rows, batch, heads, HEADS: tl.constexpr):
     """Row and batch of this program, the places of its heads in [s, b, n], and which there are.
     The last rows come first: they have most keys."""
-    row = end_row - 1 - tl.program_id(0) // batch
+    row = rows - 1 - tl.program_id(0) // batch
     b = tl.program_id(0) % batch
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     return row, b, (row * batch + b).to(tl.int64) * heads + head, head < heads
@@ -178,38 +179,37 @@ def row_terms(OUT, D_OUT, TERMS, LATENT: tl.constexpr, ROWS: tl.constexpr, rows)
 
 @triton.jit
 def _add_to_keys(
-    D_LATENTS, target, first, WIDTH: tl.constexpr, d_logits, q, probs, d_out, valid,
-    ATOMIC: tl.constexpr, PRECISION: tl.constexpr,
+    D_LATENTS, key, first, WIDTH: tl.constexpr, d_logits, q, probs, d_out, valid, UNITS,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What a query adds to the gradient of its keys, in WIDTH columns of the latent: as keys by
     ``d_logits`` [KEYS, HEADS] and ``q`` [HEADS, WIDTH], as values by ``probs`` and ``d_out``."""
     part = tl.dot(d_logits, q, input_precision=PRECISION)
     part = tl.dot(probs, d_out, part, input_precision=PRECISION)
-    add_rows(D_LATENTS, target, first, WIDTH, part, valid, ATOMIC)
+    add_rows(D_LATENTS, key, first, WIDTH, part, valid, UNITS)
 
 
 @triton.jit
-def add_rows(D_LATENTS, target, first, WIDTH: tl.constexpr, tile, valid, ATOMIC: tl.constexpr):
-    """Add ``tile`` [KEYS, WIDTH] to the rows at ``target``, or write it where they are its own."""
-    place = D_LATENTS + target[:, None] + (first + tl.arange(0, WIDTH))[None, :]
-    if ATOMIC:
-        tl.atomic_add(place, tile, mask=valid[:, None], sem="relaxed")
-    else:
-        tl.store(place, tile, mask=valid[:, None])
+def add_rows(D_LATENTS, key, first, WIDTH: tl.constexpr, tile, valid, UNITS):
+    """Add ``tile`` [KEYS, WIDTH] to the rows at ``key``; with ``UNITS`` as integers, see
+    ``exact_sums``."""
+    place = D_LATENTS + key[:, None] + (first + tl.arange(0, WIDTH))[None, :]
+    if UNITS is not None:
+        tile = (tile * tl.load(UNITS)).to(tl.int64)
+    tl.atomic_add(place, tile, mask=valid[:, None], sem="relaxed")
 
 
 @triton.jit
 def backward(
-    Q, LATENTS, TOPK, STARTS, POSITIONS, D_OUT, LSE, TERMS, D_Q, D_LATENTS,
-    first_row, end_row, rows, batch, heads, k, scale, scale_log2,
+    Q, LATENTS, TOPK, STARTS, POSITIONS, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS,
+    rows, batch, heads, k, scale, scale_log2,
     LATENT: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
-    ATOMIC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one query, and what it adds to those of its keys: to D_LATENTS by atomics, or
-    to its own rows of [queries of this launch, b, k, head groups, WIDTH]."""
+    """Gradients of one query, and what it adds to those of its keys."""
     WIDTH: tl.constexpr = LATENT + ROPE
     PART: tl.constexpr = LATENT // 4
-    row, b, query, own = query_of_program(end_row, batch, heads, HEADS)
+    row, b, query, own = query_of_program(rows, batch, heads, HEADS)
     q_0 = load_columns(Q, query * WIDTH, 0, PART, own)  # [HEADS, PART]
     q_1 = load_columns(Q, query * WIDTH, PART, PART, own)
     q_2 = load_columns(Q, query * WIDTH, 2 * PART, PART, own)
@@ -254,73 +254,27 @@ def backward(
         d_q_2 = tl.dot(d_logits, latent_2, d_q_2, input_precision=PRECISION)
         d_q_3 = tl.dot(d_logits, latent_3, d_q_3, input_precision=PRECISION)
         d_q_rope = tl.dot(d_logits, rope, d_q_rope, input_precision=PRECISION)
-        if ATOMIC:
-            target = key
-        else:
-            pair = ((row - first_row) * batch + b).to(tl.int64) * k + first + tl.arange(0, KEYS)
-            target = (pair * tl.num_programs(1) + tl.program_id(1)) * WIDTH
         d_logits = tl.trans(d_logits)
         probs = tl.trans(probs)
         _add_to_keys(
-            D_LATENTS, target, 0, PART, d_logits, q_0, probs, d_out_0, valid, ATOMIC, PRECISION
-        )
+            D_LATENTS, key, 0, PART, d_logits, q_0, probs, d_out_0, valid, UNITS, PRECISION
+        )  # fmt: skip
         _add_to_keys(
-            D_LATENTS, target, PART, PART, d_logits, q_1, probs, d_out_1, valid, ATOMIC, PRECISION
-        )
+            D_LATENTS, key, PART, PART, d_logits, q_1, probs, d_out_1, valid, UNITS, PRECISION
+        )  # fmt: skip
         _add_to_keys(
-            D_LATENTS,
-            target,
-            2 * PART,
-            PART,
-            d_logits,
-            q_2,
-            probs,
-            d_out_2,
-            valid,
-            ATOMIC,
-            PRECISION,
-        )
+            D_LATENTS, key, 2 * PART, PART, d_logits, q_2, probs, d_out_2, valid, UNITS, PRECISION
+        )  # fmt: skip
         _add_to_keys(
-            D_LATENTS,
-            target,
-            3 * PART,
-            PART,
-            d_logits,
-            q_3,
-            probs,
-            d_out_3,
-            valid,
-            ATOMIC,
-            PRECISION,
-        )
+            D_LATENTS, key, 3 * PART, PART, d_logits, q_3, probs, d_out_3, valid, UNITS, PRECISION
+        )  # fmt: skip
         part = tl.dot(d_logits, q_rope, input_precision=PRECISION)
-        add_rows(D_LATENTS, target, LATENT, ROPE, part, valid, ATOMIC)
+        add_rows(D_LATENTS, key, LATENT, ROPE, part, valid, UNITS)
     store_columns(D_Q, query * WIDTH, 0, PART, d_q_0, own)
     store_columns(D_Q, query * WIDTH, PART, PART, d_q_1, own)
     store_columns(D_Q, query * WIDTH, 2 * PART, PART, d_q_2, own)
     store_columns(D_Q, query * WIDTH, 3 * PART, PART, d_q_3, own)
     store_columns(D_Q, query * WIDTH, LATENT, ROPE, d_q_rope, own)
-
-
-@triton.jit
-def add_pairs(
-    PAIRS, ORDER, BOUNDS, D_LATENTS, groups,
-    WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Add to one key's gradient what its queries left, in their order.
-
-    PAIRS: fp32 [queries * b * k, groups, WIDTH], the rows that ``backward`` wrote. ORDER: the
-    numbers of the pairs, sorted by key; BOUNDS [t * b + 1]: where each key's begin.
-    """
-    key = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, COLUMNS)
-    inside = columns < WIDTH
-    total = tl.load(D_LATENTS + key * WIDTH + columns, mask=inside)
-    for number in range(tl.load(BOUNDS + key), tl.load(BOUNDS + key + 1)):
-        pair = tl.load(ORDER + number).to(tl.int64) * groups
-        for group in range(groups):
-            total += tl.load(PAIRS + (pair + group) * WIDTH + columns, mask=inside)
-    tl.store(D_LATENTS + key * WIDTH + columns, total, mask=inside)
 
 
 @triton.jit
