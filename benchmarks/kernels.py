@@ -235,15 +235,8 @@ def kernels_of(heads: int, length: int, peers: Peers):
     if cudnn := library("sparse_attention.backward", "cudnn", call):
         theirs = lambda: cudnn.compute(absorbed, out, lse, d_out)
         yield measure("kernel, backward", "cuDNN", length, heads, theirs, backward)
-    if heads == 64 and length <= 16384:
-        yield measure(
-            "kernel, backward",
-            "plugin, deterministic",
-            length,
-            heads,
-            lambda: deterministic(sparse_mla.key_gradients, absorbed, lse, terms, d_out),
-            backward,
-        )
+    again = lambda: deterministic(ours.key_gradients, absorbed, lse, terms, d_out)
+    yield measure("kernel, backward", "plugin, deterministic", length, heads, again, backward)
     if peers.sparse_mla is not None:
         q = query.transpose(0, 1).contiguous().requires_grad_()
         kv = batch.latent.transpose(0, 1).contiguous().requires_grad_()
