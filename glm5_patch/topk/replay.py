@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -15,27 +13,26 @@ from ..errors import GLM5PatchError
 from ..ops.fallback import compute
 from ..ops.index_topk.reference import IndexerInputs
 from ..ops.query_positions import QueryPositions, query_blocks, visible_topk
-from .codec import Frame, Marks
+from ..ops.recorded_keys.frame import Frame
+from ..ops.recorded_keys.operation import recorded_keys, upload
+from .ahead import Ahead, Decoded
 from .context import replay
-from .record import TopkRecording, workers
+from .record import LayerName, TopkRecording
 from .tokens import Layout
 
 
 class Replayed(NamedTuple):
     """What recordings say of one layer."""
 
-    topk_indices: Tensor
-    """int32 [b, s, k] of this rank's queries, ascending, then -1."""
-    missing: Tensor | None
-    """bool [b, s]: which queries are not recorded, so that the indexer must select their keys. None
-    where every query is recorded, on all ranks."""
+    decoded: Decoded
+    """The recorded keys; the indexer must select those of the queries that are missing."""
     report: ReplayReport | None
     """Where to count how many of these keys the indexer would have selected."""
 
     @property
     def wants_scores(self) -> bool:
         """Whether the layer's index scores are needed; the same on all ranks."""
-        return self.missing is not None or self.report is not None
+        return self.decoded.missing is not None or self.report is not None
 
 
 class ReplayReport:
@@ -43,28 +40,42 @@ class ReplayReport:
     rank's queries. Only queries that have a choice count."""
 
     def __init__(self) -> None:
-        self._counts: dict[int, Tensor] = {}  # int64 [2]: kept, all
+        self._counts: dict[LayerName, Tensor] = {}  # int64 [2]: kept, all
 
     @property
     def counts(self) -> dict[int, tuple[int, int]]:
         """Layer number -> how many recorded keys the layer's indexer would have selected, and how
         many there are. To sum them up over ranks, add them up first and divide then."""
-        return {n: tuple(found.tolist()) for n, found in sorted(self._counts.items())}
+        return self._counts_of(is_mtp=False)
+
+    @property
+    def mtp_counts(self) -> dict[int, tuple[int, int]]:
+        """Likewise by the depth of multi-token prediction."""
+        return self._counts_of(is_mtp=True)
 
     @property
     def shares(self) -> dict[int, float]:
         """Layer number -> share of the recorded keys that its indexer would have selected; 1.0
         where no query has a choice."""
-        return {n: kept / all_ if all_ else 1.0 for n, (kept, all_) in self.counts.items()}
+        return _shares(self.counts)
+
+    @property
+    def mtp_shares(self) -> dict[int, float]:
+        """Likewise by the depth of multi-token prediction."""
+        return _shares(self.mtp_counts)
+
+    def _counts_of(self, is_mtp: bool) -> dict[int, tuple[int, int]]:
+        found = sorted((name.number, n) for name, n in self._counts.items() if name[0] == is_mtp)
+        return {number: tuple(counts.tolist()) for number, counts in found}
 
     @torch.no_grad()
     def add(
         self,
-        layer_number: int,
+        name: LayerName,
         inputs: IndexerInputs,
         scale: float,
         queries: QueryPositions,
-        replayed: Replayed,
+        decoded: Decoded,
         real: Tensor | None = None,
     ) -> None:
         """Compare the recorded keys of one layer with its scores.
@@ -73,25 +84,25 @@ class ReplayReport:
         equal scores, mostly 0 after ReLU, it says nothing which are selected.
 
         Args:
-            layer_number: of the layer.
+            name: of the layer.
             inputs: what the scores of its indexer are made of.
             scale: of the products of the indexer's queries and keys.
             queries: of this rank.
-            replayed: the recorded keys.
+            decoded: the recorded keys.
             real: int64, the queries that are not padding; None: all of them.
         """
         inputs = IndexerInputs(*(tensor.detach().contiguous() for tensor in inputs))
-        topk_indices = replayed.topk_indices
+        topk_indices = decoded.topk_indices
         b, s, k = topk_indices.shape
         counted = (queries.local_positions >= k).expand(b, -1)
-        if replayed.missing is not None:
-            counted = counted & ~replayed.missing
+        if decoded.missing is not None:
+            counted = counted & ~decoded.missing
         if real is not None:
             is_real = torch.zeros(s, dtype=torch.bool, device=counted.device)
             is_real[real] = True
             counted = counted & is_real
         keys = torch.arange(queries.keys, device=counted.device)
-        found = self._counts.setdefault(layer_number, torch.zeros(2, dtype=torch.int64))
+        found = topk_indices.new_zeros(2, dtype=torch.int64)
         for block in query_blocks(s, b * queries.keys * 4):
             scores = compute("index_scores", inputs.call, inputs, queries, block, scale)
             starts, places = queries.starts[block, None], queries.places[block, None]
@@ -101,14 +112,32 @@ class ReplayReport:
             columns = topk_indices[:, block].clamp_min(0).long() + starts
             recorded = counted[:, block, None] & (topk_indices[:, block] >= 0)
             kept = (scores.gather(-1, columns) >= lowest) & recorded
-            found += torch.stack([kept.sum(), recorded.sum()]).cpu()
+            found += torch.stack([kept.sum(), recorded.sum()])
+        self._counts[name] = self._counts[name] + found if name in self._counts else found
+
+
+def _shares(counts: dict[int, tuple[int, int]]) -> dict[int, float]:
+    return {n: kept / all_ if all_ else 1.0 for n, (kept, all_) in counts.items()}
 
 
 class Replay:
     """The recordings of one microbatch."""
 
-    def __init__(self, recordings: Sequence[TopkRecording | None], report: bool) -> None:
-        self.recordings = list(recordings)
+    def __init__(
+        self, recordings: Sequence[TopkRecording | None], report: bool, require_mtp: bool
+    ) -> None:
+        if isinstance(recordings, TopkRecording) or not isinstance(recordings, Iterable):
+            raise GLM5PatchError(
+                f"recordings is a {type(recordings).__name__}; give a list, with one TopkRecording "
+                "or None for each sequence of the batch or each document of the pack"
+            )
+        self.recordings, self.require_mtp = list(recordings), require_mtp
+        for number, one in enumerate(self.recordings):
+            if one is not None and not isinstance(one, TopkRecording):
+                raise GLM5PatchError(
+                    f"recording {number} of the batch is a {type(one).__name__}; give a "
+                    "TopkRecording, as topk_from_array and TopkRecording.load return, or None"
+                )
         self.report = ReplayReport() if report else None
         given = [one for one in self.recordings if one is not None]
         for name, values in (
@@ -130,10 +159,13 @@ class ForwardReplay:
     """A replay in one forward of one stack of layers; its rows stand in one layout."""
 
     def __init__(self, replay: Replay) -> None:
-        self._report = replay.report
+        self._replay = replay
         self._recordings = replay.recordings
         self._documents: list[_Document] | None = None
-        self._inflating: dict[int, list[list[Future]]] = {}
+        self._ahead: Ahead | None = None
+        self._ended = False
+        self.layers: Sequence[LayerName] = ()
+        """The computing layers of the stack, if it tells: each is decoded beside the one before."""
 
     def check(self, layout: Layout, b: int, index_topk: int, computing: Sequence[int]) -> None:
         """Compare the recordings with a batch, at the first layer of a forward.
@@ -167,47 +199,76 @@ class ForwardReplay:
             )
         ]
 
-    def keys(self, layer_number: int, queries: QueryPositions, b: int, k: int) -> Replayed:
-        """The keys of one layer.
+    def replays(self, name: LayerName) -> bool:
+        """Whether a layer replays. One of multi-token prediction does where it is recorded.
+
+        Raises:
+            GLM5PatchError: it is not, and ``require_mtp`` asks for it.
+        """
+        if not name.is_mtp:
+            return True
+        lacking = [
+            number
+            for number, one in enumerate(self._recordings)
+            if one is not None and name.number not in one.mtp_layers
+        ]
+        if lacking and self._replay.require_mtp:
+            raise GLM5PatchError(
+                f"recording {lacking[0]} of the batch has no {name}, and require_mtp=True; record "
+                "a model with mtp_num_layers, or set require_mtp=False to let the layer select"
+            )
+        return any(one is not None and name.number in one.mtp_layers for one in self._recordings)
+
+    def keys(self, name: LayerName, queries: QueryPositions, b: int, k: int) -> Replayed:
+        """The keys of one layer, after ``check``.
 
         Args:
-            layer_number: a computing layer.
+            name: of the layer.
             queries: of this rank.
             b: sequences of the batch.
             k: places of the top-k.
         """
-        device = queries.starts.device
-        inflating = self._inflating.pop(layer_number, None) or self._inflate(layer_number)
-        following = self._following(layer_number)
-        if following is not None and following not in self._inflating:
-            self._inflating[following] = self._inflate(following)
-        # Where no more keys are visible than are selected, these are the keys.
-        topk_indices = visible_topk(queries._replace(longest=k), b).clone()
-        local = queries.local_positions
-        missing = torch.zeros((b, len(local)), dtype=torch.bool, device=device)
-        complete = True
-        for document, frames in zip(self._documents, inflating):
-            complete &= document.is_covered(layer_number)
-            document.mark_missing(missing)
-            for marks in frames:
-                document.fill(marks.result(), topk_indices, missing, k)
-        return Replayed(topk_indices, None if complete else missing, self._report)
+        if self._ahead is None:
+            decode = lambda name: self._decode(name, queries, b, k)
+            self._ahead = Ahead(decode, queries.starts.device)
+        self._ahead.begin(name)
+        following = min((other for other in self.layers if other > name), default=None)
+        if following is not None and not self._ended:
+            self._ahead.begin(following)
+        return Replayed(self._ahead.take(name), self._replay.report)
 
     def end_forward(self) -> None:
-        """Drop what was to be decompressed for a layer of the next pipeline stage."""
-        for future in itertools.chain(*itertools.chain(*self._inflating.values())):
-            future.cancel()
-        self._inflating.clear()
+        """Drop what no layer took. In a recompute, layers run last to first, and none is decoded
+        beside another."""
+        self._ended = True
+        if self._ahead is not None:
+            self._ahead.drop()
 
-    def _inflate(self, layer_number: int) -> list[list[Future]]:
-        return [
-            [workers().submit(frame.inflate) for frame in document.frames(layer_number)]
-            for document in self._documents
-        ]
-
-    def _following(self, layer_number: int) -> int | None:
-        layers = {n for one in self._recordings if one is not None for n in one.layers}
-        return min((n for n in layers if n > layer_number), default=None)
+    def _decode(self, name: LayerName, queries: QueryPositions, b: int, k: int) -> Decoded:
+        """All documents of the batch. Nothing here waits for the device."""
+        device, s = queries.starts.device, len(queries.starts)
+        # Where no more keys are visible than are selected, these are the keys.
+        topk_indices = visible_topk(queries._replace(longest=k), b).clone()
+        missing = torch.zeros((b, s), dtype=torch.bool)
+        frames, wanted, places, rows = [], [], [], 0
+        complete = True
+        for document in self._documents:
+            complete &= document.is_covered(name)
+            document.mark_missing(missing)
+            for frame, of_rows, positions in document.frames(name):
+                frames.append(frame.unpack())
+                wanted.append(positions - frame.first + rows)
+                places.append(of_rows + document.batch * s)
+                rows += frame.rows
+        if frames:
+            place = torch.cat(places)
+            missing.view(-1)[place] = False
+            keys = recorded_keys(frames, torch.cat(wanted), k, device)
+            topk_indices.view(-1, k)[upload(place, device)] = keys
+        if complete:
+            return Decoded(topk_indices, None, None)
+        missing_rows = missing.any(0).nonzero().squeeze(1)
+        return Decoded(topk_indices, upload(missing, device), upload(missing_rows, device))
 
 
 class _Document:
@@ -227,37 +288,26 @@ class _Document:
         positions, order = positions.sort()
         self.rows, self.positions = rows[order], positions  # int64, on the CPU
 
-    def is_covered(self, layer_number: int) -> bool:
+    def is_covered(self, name: LayerName) -> bool:
         """Whether the recording covers the queries of all ranks; every rank answers alike."""
         if self.recording is None:
             return self.length <= self.index_topk
-        return self.recording.covers(layer_number, self.length)
-
-    def frames(self, layer_number: int) -> list[Frame]:
-        """Those with queries of this rank."""
-        frames = () if self.recording is None else self.recording.layers[layer_number]
-        return [frame for frame in frames if len(self._of(frame)[0])]
+        return self.recording.covers(name, self.length)
 
     def mark_missing(self, missing: Tensor) -> None:
         """Nothing is recorded yet of the queries with a choice; padding needs no keys of its
         own."""
         rows = self.rows[(self.positions >= self.index_topk) & (self.positions < self.length)]
-        missing[self.batch, rows.to(missing.device)] = True
+        missing[self.batch, rows] = True
 
-    def fill(self, marks: Marks, topk_indices: Tensor, missing: Tensor, k: int) -> None:
-        """Write the recorded queries of a frame."""
-        rows, positions = self._of(marks.frame)
-        device = topk_indices.device
-        keys = marks.keys(k, device)[(positions - marks.frame.first).to(device)]
-        rows = rows.to(device)
-        topk_indices[self.batch, rows] = keys
-        missing[self.batch, rows] = False
-
-    def _of(self, frame: Frame) -> tuple[Tensor, Tensor]:
-        """The queries of a frame that this rank has: rows and positions."""
-        end = min(frame.first + frame.rows, self.recording.length)
-        begin, end = torch.searchsorted(self.positions, torch.tensor([frame.first, end])).tolist()
-        return self.rows[begin:end], self.positions[begin:end]
+    def frames(self, name: LayerName) -> Iterator[tuple[Frame, Tensor, Tensor]]:
+        """The frames of a layer with queries of this rank, and the rows and positions of these."""
+        for frame in () if self.recording is None else self.recording.frames(name):
+            end = min(frame.first + frame.rows, self.recording.length)
+            bounds = torch.tensor([frame.first, end])
+            begin, end = torch.searchsorted(self.positions, bounds).tolist()
+            if begin < end:
+                yield frame, self.rows[begin:end], self.positions[begin:end]
 
 
 def _check(
@@ -289,7 +339,7 @@ def _check(
 
 @contextmanager
 def replay_topk(
-    recordings: Sequence[TopkRecording | None], *, report: bool = False
+    recordings: Sequence[TopkRecording | None], *, report: bool = False, require_mtp: bool = False
 ) -> Iterator[ReplayReport | None]:
     """Let computing layers attend to recorded keys instead of what their indexers select.
 
@@ -297,7 +347,7 @@ def replay_topk(
     schedules, the call in ``forward_step_func``. Every rank gets the whole recordings, and takes
     its layers and its queries from them. A recompute replays the same keys, also outside the block.
     Queries that are not recorded select by the indexer, which also computes its loss as without
-    replay. Multi-token prediction selects for itself.
+    replay. So do layers of multi-token prediction that are not recorded.
 
     Args:
         recordings: one for each sequence of the batch or each document of the pack, in order; None
@@ -305,16 +355,19 @@ def replay_topk(
             and the same ``report``: ranks that disagree wait for each other forever.
         report: count how many of the recorded keys the model's own indexers would have selected.
             Every computing layer then computes its index scores, and once more to compare.
+        require_mtp: a layer of multi-token prediction that a recording lacks is an error.
 
     Yields:
         The counts, if they were asked for: ``shares`` by layer, and ``counts`` of the keys that
-        the layer's indexer would have selected, and of all.
+        the layer's indexer would have selected, and of all; ``mtp_shares`` and ``mtp_counts``.
 
     Raises:
-        GLM5PatchError: the recordings differ in ``index_topk`` or layers. In the forward, at its
-            first layer: they do not fit the batch or the model.
+        GLM5PatchError: ``recordings`` is no list of them, or they differ in ``index_topk`` or
+            layers. In the forward, at its
+            first layer: they do not fit the batch or the model. In a layer of multi-token
+            prediction: it is not recorded, and ``require_mtp`` asks for it.
     """
-    found = Replay(recordings, report)
+    found = Replay(recordings, report, require_mtp)
     token = replay.set(found)
     try:
         yield found.report

@@ -8,6 +8,7 @@ from glm5_patch.ops.index_loss.reference import LossSettings, SelectedKeys
 from glm5_patch.ops.index_topk.reference import IndexerInputs
 from glm5_patch.ops.needs import Call
 from glm5_patch.ops.query_positions import QueryPositions
+from glm5_patch.ops.recorded_keys.frame import Frame
 from glm5_patch.ops.registry import backends, names, table, why_not
 from glm5_patch.ops.rotation.reference import Rotation
 from glm5_patch.ops.sparse_attention.absorption import absorbed_inputs
@@ -116,6 +117,10 @@ def run(operation, compute, reference, generator):
         scores = compute(indexer(generator), queries, slice(0, 6), 0.2)
         seen = torch.arange(S, device=DEVICE) <= queries.places[:, None]
         return (scores.masked_fill(~seen, 0.0),)
+    if operation == "recorded_keys":
+        keys = torch.rand(4, S, generator=generator).argsort(1)[:, :K].numpy()
+        wanted = torch.tensor([2, 0, 3])
+        return (compute([Frame.encode(S, keys).unpack()], wanted, K, DEVICE),)
     scores = torch.randn(6, S, generator=generator).to(DEVICE)
     return (compute(scores, *queries.spans(), S, K),)
 
@@ -151,7 +156,7 @@ def test_triton_is_walked_where_it_can_run(monkeypatch):
 def test_every_operation_has_a_reference():
     operations = {one.operation for one in backends()}
     assert operations == {one.operation for one in backends() if one.name == "torch"}
-    assert len(operations) == 11
+    assert len(operations) == 12
 
 
 def test_the_switch_knows_the_backends(monkeypatch):

@@ -37,6 +37,9 @@ def with_carrier(wrapped, instance, args, kwargs, crosses_stages: bool = False):
     with open_carrier() as carrier:
         if carrier.replay is not None or carrier.recorder is not None:
             _refuse_to_replay_other_attention(instance)
+        if carrier.replay is not None:
+            sources = [core.topk_source for _, core in _cores(instance)]
+            carrier.replay.layers = [source.name for source in sources if source.computes]
         if not crosses_stages:
             return wrapped(*args, **kwargs)
         from .stage_ends import send, take

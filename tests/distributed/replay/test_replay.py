@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 
-from tests.distributed.cases import Case
+from tests.distributed.cases import MTP, Case
 from tests.distributed.replay.cases import CASES, SOME
 from tests.distributed.run import Worlds
 
@@ -16,8 +16,15 @@ LOSS = 5e-6
 
 def found_by(cases, folder):
     """Case -> what each rank found; and what the rollout says."""
+    kinds = {(case.thd, case.model): case.settings for case in cases}
     alone = [
-        Case(f"rollout, thd={thd}", thd=thd, even_packs=thd) for thd in {case.thd for case in cases}
+        Case(
+            f"rollout, thd={thd}, {model}",
+            thd=thd,
+            even_packs=thd,
+            settings={name: settings[name] for name in MTP if name in settings},
+        )
+        for (thd, model), settings in kinds.items()
     ]
     worlds = {1: [asdict(case) for case in alone]}
     for case in cases:
