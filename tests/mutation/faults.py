@@ -357,15 +357,15 @@ FAULTS = (
     Fault(
         "a recompute selects its top-k again",
         "topk/source.py",
-        "None if carrier is None else carrier.published(self.layer_number)",
+        "None if saved_in is None else saved_in.published(self.layer_number)",
         "None",
         "tests/topk/test_source.py",
     ),
     Fault(
         "a layer of multi-token prediction publishes its top-k",
         "topk/source.py",
-        "carrier = first\n",
-        "pass\n",
+        "saved_in = carrier if carrier.is_of_mtp else None",
+        "pass",
         "tests/topk/test_source.py",
     ),
     Fault(
