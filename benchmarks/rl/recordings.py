@@ -1,6 +1,6 @@
 """Bytes of recorded keys of a small model, before and after its selections settle. On a CPU.
 
-    python benchmarks/recordings.py [--steps 150]
+    python benchmarks/rl/recordings.py [--steps 150]
 
 Random selections hardly compress. So a GLM-5 of 4 layers learns text whose tokens depend on far
 earlier ones, with the indexer's loss, and every few steps the selections of new text are recorded:

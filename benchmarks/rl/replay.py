@@ -1,6 +1,6 @@
 """What recorded keys take: bytes of host memory, and time to compress and to decode them.
 
-    python benchmarks/replay.py [--length 8192] [--shares 0 0.4 0.65 0.83 0.95]
+    python benchmarks/rl/replay.py [--length 8192] [--shares 0 0.4 0.65 0.83 0.95]
 
 Each query keeps a share of the keys of the one before it, any of them, and takes others at random,
 top-k 2048. That is the worst case for this share: nothing but the query before helps to tell what

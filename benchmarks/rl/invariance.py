@@ -1,6 +1,6 @@
 """Whether a query's bits depend on the rest of the batch, on a GPU.
 
-    python benchmarks/invariance.py [--length 4096]
+    python benchmarks/rl/invariance.py [--length 4096]
 
 GLM-5's own shape, bf16: heads of 192 + 64 and 256, latent 512 + 64, index heads 32 of 128, top-k
 2048. For each backend that can compute here, one document is computed alone, in packs, before other
