@@ -97,7 +97,7 @@ class Ahead:
         if ready is None:
             return self._decode(name), None
         # The current device and stream are the thread's own.
-        with torch.cuda.device(self._device), torch.cuda.stream(_stream_of(self._device)) as _:
-            stream = torch.cuda.current_stream()
+        stream = _stream_of(self._device)
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
             stream.wait_event(ready)
             return self._decode(name), stream.record_event()

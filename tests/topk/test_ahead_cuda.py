@@ -1,4 +1,4 @@
-"""Keys decoded in another stream of a GPU: nothing waits, and nothing is used before it is there."""
+"""Keys decoded in another stream of a GPU: nothing waits, and none is used before it is there."""
 
 import pytest
 import torch

@@ -23,7 +23,7 @@ FRAME_ROWS = 256
 REFERENCES = 3
 CLASSES = 1 << REFERENCES
 """Bit n of the number of a class says whether reference n selects its positions."""
-COMPARED = 4096
+COMPARED = 2048
 """Positions, drawn at random, at which the queries of a frame are compared."""
 LARGEST_SHIFT = 31
 
