@@ -32,7 +32,6 @@ _HEAD = struct.Struct("<II")
 _FLIPPED = 128
 _OF_A_ROW = REFERENCES + (CLASSES + 1) * 4 + CLASSES
 """Bytes that the table has for each row."""
-_ONES = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
 
 
 class Frame(NamedTuple):
@@ -120,7 +119,7 @@ class Frame(NamedTuple):
         bits = int(found.unary_bits.sum()), int((found.counts * found.shifts).sum())
         if (len(found.unary), len(found.low)) != tuple(-(-size // 8) for size in bits):
             raise ValueError("its length is not that of its marks")
-        if int(_ONES[found.unary].sum(dtype=np.int64)) != found.marks:
+        if int.from_bytes(found.unary, "little").bit_count() != found.marks:
             raise ValueError("its marks are not as many as its table says")
         return found
 

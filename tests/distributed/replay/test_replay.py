@@ -16,15 +16,18 @@ LOSS = 5e-6
 
 def found_by(cases, folder):
     """Case -> what each rank found; and what the rollout says."""
-    kinds = {(case.thd, case.model): case.settings for case in cases}
+    kinds: dict[tuple[bool, str], list[Case]] = {}
+    for case in cases:
+        kinds.setdefault((case.thd, case.model), []).append(case)
     alone = [
         Case(
             f"rollout, thd={thd}, {model}",
             thd=thd,
             even_packs=thd,
-            settings={name: settings[name] for name in MTP if name in settings},
+            microbatches=max(case.microbatches for case in of_kind),
+            settings={n: v for n, v in of_kind[0].settings.items() if n in MTP},
         )
-        for (thd, model), settings in kinds.items()
+        for (thd, model), of_kind in kinds.items()
     ]
     worlds = {1: [asdict(case) for case in alone]}
     for case in cases:
