@@ -42,7 +42,7 @@ CASES = {
 
 def frames_and_keys():
     """Frames of documents of one index_topk, and all their keys."""
-    parts = [(70, selections(70, 8, 24, 0.8)), (400, selections(400, 3, 24, 0.3, seed=1))]
+    parts = [(70, selections(70, 5, 24, 0.8)), (400, selections(400, 2, 24, 0.3, seed=1))]
     frames = [Frame.encode(first, keys).unpack() for first, keys in parts]
     return frames, torch.from_numpy(np.concatenate([keys for _, keys in parts])).int()
 
@@ -60,7 +60,7 @@ def test_keys_in_any_order_come_back_ascending(case):
 
 def test_queries_of_several_frames_are_decoded_in_any_order():
     frames, keys = frames_and_keys()
-    wanted = torch.tensor([10, 3, 8, 0])
+    wanted = torch.tensor([6, 3, 5, 0])
     assert torch.equal(reference(frames, wanted, 24, "cpu"), keys[wanted])
     assert reference([], torch.arange(0), 24, "cpu").shape == (0, 24)
 
@@ -74,7 +74,7 @@ def test_triton_decodes_the_same(monkeypatch, at_once):
         monkeypatch.setenv("GLM5_PATCH_KERNELS", "triton")
     monkeypatch.setattr(on_gpu, "GROUP_BYTES", at_once)
     frames, keys = frames_and_keys()
-    wanted = torch.tensor([10, 3, 8, 0, *range(4, 7)])
+    wanted = torch.tensor([6, 3, 5, 0, 4])
     found = recorded_keys(frames, wanted, 24, DEVICE)
     assert torch.equal(found.cpu(), keys[wanted])
 

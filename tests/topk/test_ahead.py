@@ -108,9 +108,13 @@ def test_a_recompute_decodes_one_layer_at_a_time_from_the_last(replayed):
         assert replay._ahead.begun == ()
 
 
-@pytest.mark.parametrize("settings", [{}, FULL], ids=["no recompute", "full recompute"])
-def test_a_step_decodes_each_layer_once(world, our_core, tmp_path, monkeypatch, settings):
-    model = megatron_model(saved(tmp_path), **settings).train()
+@pytest.fixture(scope="module")
+def model(world, our_core, tmp_path_factory):
+    return megatron_model(saved(tmp_path_factory.mktemp("hf")), **FULL)
+
+
+def test_a_step_under_full_recompute_decodes_each_layer_once(model, monkeypatch):
+    model.train()
     ids, decode, names = tokens(0, 1, LENGTH), ForwardReplay._decode, []
     with torch.no_grad(), record_topk() as recorder:
         forward(model, ids)
@@ -122,8 +126,7 @@ def test_a_step_decodes_each_layer_once(world, our_core, tmp_path, monkeypatch, 
     assert [name.number for name in names] == [1, 2, 3, 7]
 
 
-def test_damaged_keys_of_a_later_layer_are_an_error_of_the_forward(world, our_core, tmp_path):
-    model = megatron_model(saved(tmp_path))
+def test_damaged_keys_of_a_later_layer_are_an_error_of_the_forward(model):
     ids = tokens(0, 1, LENGTH)
     with torch.no_grad(), record_topk() as recorder:
         forward(model, ids)

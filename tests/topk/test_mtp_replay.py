@@ -99,7 +99,9 @@ def test_a_model_without_mtp_ignores_its_keys(world, our_core, checkpoint, rollo
     assert [first, second] == without_mtp(rollout)
 
 
-@pytest.mark.parametrize("settings", [{}, FULL], ids=["no recompute", "full recompute"])
+@pytest.mark.parametrize(
+    "settings", [pytest.param({}, marks=pytest.mark.nightly), FULL], ids=["no recompute", "full"]
+)
 def test_a_step_replays_an_mtp_layer_and_counts_it_once(checkpoint, model, rollout, settings):
     model = megatron_model(checkpoint, **MTP, **settings).train()
     core = model.mtp.layers[0].get_submodule(
