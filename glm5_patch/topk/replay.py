@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from ..errors import GLM5PatchError
-from ..ops.fallback import compute
-from ..ops.index_topk.reference import IndexerInputs
-from ..ops.query_positions import QueryPositions, query_blocks, visible_topk
+from ..ops.query_positions import QueryPositions, visible_topk
 from ..ops.recorded_keys.frame import Frame
 from ..ops.recorded_keys.operation import recorded_keys, upload
 from .ahead import Ahead, Decoded
 from .context import replay
 from .record import LayerName, TopkRecording
+from .replay_report import ReplayReport
 from .tokens import Layout
 
 
@@ -33,91 +32,6 @@ class Replayed(NamedTuple):
     def wants_scores(self) -> bool:
         """Whether the layer's index scores are needed; the same on all ranks."""
         return self.decoded.missing is not None or self.report is not None
-
-
-class ReplayReport:
-    """Counts of recorded keys by layer, over the forwards of one ``replay_topk`` block and of this
-    rank's queries. Only queries that have a choice count."""
-
-    def __init__(self) -> None:
-        self._counts: dict[LayerName, Tensor] = {}  # int64 [2]: kept, all
-
-    @property
-    def counts(self) -> dict[int, tuple[int, int]]:
-        """Layer number -> how many recorded keys the layer's indexer would have selected, and how
-        many there are. To sum them up over ranks, add them up first and divide then."""
-        return self._counts_of(is_mtp=False)
-
-    @property
-    def mtp_counts(self) -> dict[int, tuple[int, int]]:
-        """Likewise by the depth of multi-token prediction."""
-        return self._counts_of(is_mtp=True)
-
-    @property
-    def shares(self) -> dict[int, float]:
-        """Layer number -> share of the recorded keys that its indexer would have selected; 1.0
-        where no query has a choice."""
-        return _shares(self.counts)
-
-    @property
-    def mtp_shares(self) -> dict[int, float]:
-        """Likewise by the depth of multi-token prediction."""
-        return _shares(self.mtp_counts)
-
-    def _counts_of(self, is_mtp: bool) -> dict[int, tuple[int, int]]:
-        found = sorted((name.number, n) for name, n in self._counts.items() if name[0] == is_mtp)
-        return {number: tuple(counts.tolist()) for number, counts in found}
-
-    @torch.no_grad()
-    def add(
-        self,
-        name: LayerName,
-        inputs: IndexerInputs,
-        scale: float,
-        queries: QueryPositions,
-        decoded: Decoded,
-        real: Tensor | None = None,
-    ) -> None:
-        """Compare the recorded keys of one layer with its scores.
-
-        A key counts as selected if its score is at least the lowest that would be selected: of
-        equal scores, mostly 0 after ReLU, it says nothing which are selected.
-
-        Args:
-            name: of the layer.
-            inputs: what the scores of its indexer are made of.
-            scale: of the products of the indexer's queries and keys.
-            queries: of this rank.
-            decoded: the recorded keys.
-            real: int64, the queries that are not padding; None: all of them.
-        """
-        inputs = IndexerInputs(*(tensor.detach().contiguous() for tensor in inputs))
-        topk_indices = decoded.topk_indices
-        b, s, k = topk_indices.shape
-        counted = (queries.local_positions >= k).expand(b, -1)
-        if decoded.missing is not None:
-            counted = counted & ~decoded.missing
-        if real is not None:
-            is_real = torch.zeros(s, dtype=torch.bool, device=counted.device)
-            is_real[real] = True
-            counted = counted & is_real
-        keys = torch.arange(queries.keys, device=counted.device)
-        found = topk_indices.new_zeros(2, dtype=torch.int64)
-        for block in query_blocks(s, b * queries.keys * 4):
-            scores = compute("index_scores", inputs.call, inputs, queries, block, scale)
-            starts, places = queries.starts[block, None], queries.places[block, None]
-            visible = (keys >= starts) & (keys <= places)
-            scores = scores.masked_fill(~visible, float("-inf"))  # [b, block, t]
-            lowest = scores.topk(k, sorted=False)[0].amin(-1, keepdim=True)
-            columns = topk_indices[:, block].clamp_min(0).long() + starts
-            recorded = counted[:, block, None] & (topk_indices[:, block] >= 0)
-            kept = (scores.gather(-1, columns) >= lowest) & recorded
-            found += torch.stack([kept.sum(), recorded.sum()])
-        self._counts[name] = self._counts[name] + found if name in self._counts else found
-
-
-def _shares(counts: dict[int, tuple[int, int]]) -> dict[int, float]:
-    return {n: kept / all_ if all_ else 1.0 for n, (kept, all_) in counts.items()}
 
 
 class Replay:
@@ -150,9 +64,17 @@ class Replay:
                     "record them by one model"
                 )
 
+        self._left: ForwardReplay | None = None
+
     def begin(self) -> ForwardReplay:
         """For one forward."""
         return ForwardReplay(self)
+
+    def leave(self, forward: ForwardReplay | None) -> ForwardReplay | None:
+        """Keep a forward whose keys of multi-token prediction are decoded for the next stack, and
+        return the one that was kept."""
+        left, self._left = self._left, forward
+        return left
 
 
 class ForwardReplay:
@@ -165,7 +87,8 @@ class ForwardReplay:
         self._ahead: Ahead | None = None
         self._ended = False
         self.layers: Sequence[LayerName] = ()
-        """The computing layers of the stack, if it tells: each is decoded beside the one before."""
+        """The computing layers of the stack and of multi-token prediction after it, if it tells:
+        each is decoded beside the one before."""
 
     def check(self, layout: Layout, b: int, index_topk: int, computing: Sequence[int]) -> None:
         """Compare the recordings with a batch, at the first layer of a forward.
@@ -198,6 +121,20 @@ class ForwardReplay:
                 self._recordings, lengths, layout.documents.rows(b)
             )
         ]
+        left = self._replay.leave(None)
+        if left is not None:
+            if left.rows_are_those_of(self):
+                self._ahead, left._ahead = left._ahead, None
+            left.drop()
+
+    def rows_are_those_of(self, other: ForwardReplay) -> bool:
+        """Whether two forwards of the same recordings have the same queries in the same places."""
+        return len(self._documents) == len(other._documents) and all(
+            one.batch == two.batch
+            and torch.equal(one.rows, two.rows)
+            and torch.equal(one.positions, two.positions)
+            for one, two in zip(self._documents, other._documents)
+        )
 
     def replays(self, name: LayerName) -> bool:
         """Whether a layer replays. One of multi-token prediction does where it is recorded.
@@ -232,15 +169,25 @@ class ForwardReplay:
             decode = lambda name: self._decode(name, queries, b, k)
             self._ahead = Ahead(decode, queries.starts.device)
         self._ahead.begin(name)
-        following = min((other for other in self.layers if other > name), default=None)
+        recorded = {name for one in self._recordings if one is not None for name in one.names}
+        following = min((n for n in self.layers if n > name and n in recorded), default=None)
         if following is not None and not self._ended:
             self._ahead.begin(following)
         return Replayed(self._ahead.take(name), self._replay.report)
 
     def end_forward(self) -> None:
-        """Drop what no layer took. In a recompute, layers run last to first, and none is decoded
-        beside another."""
+        """Leave what is decoded of multi-token prediction to the next stack, and drop the rest. In
+        a recompute, layers run last to first, and none is decoded beside another."""
         self._ended = True
+        if self._ahead is not None and any(name.is_mtp for name in self._ahead.begun):
+            left = self._replay.leave(self)
+            if left is not None:
+                left.drop()
+        else:
+            self.drop()
+
+    def drop(self) -> None:
+        """Forget what was begun."""
         if self._ahead is not None:
             self._ahead.drop()
 
@@ -363,9 +310,8 @@ def replay_topk(
 
     Raises:
         GLM5PatchError: ``recordings`` is no list of them, or they differ in ``index_topk`` or
-            layers. In the forward, at its
-            first layer: they do not fit the batch or the model. In a layer of multi-token
-            prediction: it is not recorded, and ``require_mtp`` asks for it.
+            layers. In the forward, at its first layer: they do not fit the batch or the model. In a
+            layer of multi-token prediction: it is not recorded, and ``require_mtp`` asks for it.
     """
     found = Replay(recordings, report, require_mtp)
     token = replay.set(found)
@@ -373,3 +319,6 @@ def replay_topk(
         yield found.report
     finally:
         replay.reset(token)
+        left = found.leave(None)
+        if left is not None:
+            left.drop()

@@ -8,7 +8,8 @@ import torch
 
 from glm5_patch.checkpoint.reader import HFCheckpoint
 from glm5_patch.errors import GLM5PatchError
-from glm5_patch.topk.record import TopkRecording, record_topk
+from glm5_patch.topk.ahead import Ahead
+from glm5_patch.topk.record import LayerName, TopkRecording, record_topk
 from glm5_patch.topk.replay import replay_topk
 from tests.distributed.cases import FULL
 from tests.tiny import add_mtp_layer, megatron_model, packed, saved, tokens
@@ -79,6 +80,22 @@ def test_an_mtp_layer_replays_in_every_layout(model, rollout):
     for found, one in (*zip(again, rollout), (of_pack[1], rollout[1]), (of_pack[2], rollout[0])):
         positions, keys = one.keys(1, mtp=True)
         assert torch.equal(found.keys(1, mtp=True)[1][: len(positions)], keys)
+
+
+def test_an_mtp_layer_is_decoded_beside_the_last_decoder_layer(model, rollout, monkeypatch):
+    names, waited, begin, take = [], [], Ahead.begin, Ahead.take
+    monkeypatch.setattr(Ahead, "begin", lambda a, name: names.append(name) or begin(a, name))
+    monkeypatch.setattr(Ahead, "take", lambda a, name: waited.append(a.begun) or take(a, name))
+    ids = tokens(0, 2, LENGTH)
+    for _ in range(2):  # two forwards of a block
+        recordings_of(model, ids, replayed=rollout)
+    last, mtp = LayerName(False, 7), LayerName(True, 1)
+    assert names[:9] == [LayerName(False, n) for n in (1, 2, 2, 3, 3, 7)] + [last, mtp, mtp]
+    assert waited[3:5] == [(last, mtp), (mtp,)]
+    with replay_topk(rollout) as _, torch.no_grad():  # a stack that no MTP layer follows
+        model.decoder(torch.randn(LENGTH, 2, 64), None)
+    other = [rollout[1], rollout[0]]
+    assert recordings_of(model, ids.flip(0), replayed=other) == other
 
 
 def test_an_mtp_layer_that_is_not_recorded_selects_for_itself(model, rollout):
