@@ -85,7 +85,7 @@ def _decode(group: list[Unpacked], of_rows: np.ndarray, to_rows: np.ndarray, fou
         to_rows=to_rows,
     )
     marks = max(1, int(begins[-1]))
-    sums, ranks = torch.empty((2, marks), dtype=torch.int32, device=device)
+    sums, ranks = (torch.empty(marks, dtype=torch.int32, device=device) for _ in range(2))
     kernels.ranks[(sum(rows),)](
         tensors["unary"], tensors["unary_begins"], tensors["low"], tensors["low_begins"],
         tensors["shifts"], tensors["begins"], sums, ranks, 32 * len(tensors["unary"]),
@@ -95,9 +95,8 @@ def _decode(group: list[Unpacked], of_rows: np.ndarray, to_rows: np.ndarray, fou
     below = torch.empty((len(group), CLASSES, words), dtype=torch.int32, device=device)
     kernels.resolve[(len(group),)](
         tensors["first_rows"], tensors["references"], tensors["flips"], tensors["begins"],
-        ranks, bits, below, words,
-        WORDS=min(512, kernels.next_power_of_2(words)), STEPS=(words - 1).bit_length(),
-        MARKS=1024, num_warps=8,
+        ranks, bits, below, words, 1 << max(0, (words - 1).bit_length() - 1),
+        WORDS=256, MARKS=1024, num_warps=8,
     )  # fmt: skip
     kernels.expand[(len(of_rows),)](
         bits, tensors["of_rows"], tensors["to_rows"], found, words, k, WORDS=32, num_warps=4
@@ -105,10 +104,12 @@ def _decode(group: list[Unpacked], of_rows: np.ndarray, to_rows: np.ndarray, fou
 
 
 def _on(device, **arrays: np.ndarray) -> dict[str, Tensor]:
-    """Arrays as int32 on a device, in one copy."""
-    flat = np.concatenate([array.reshape(-1) for array in arrays.values()], dtype=np.int32)
-    parts = upload(torch.from_numpy(flat), device).split([array.size for array in arrays.values()])
-    return dict(zip(arrays, parts))
+    """Arrays as int32 on a device, in one copy. Each begins at a multiple of 16 bytes: Triton
+    compiles a kernel again for other addresses."""
+    padded = [np.pad(array.reshape(-1), (0, -array.size % 4)) for array in arrays.values()]
+    flat = np.concatenate(padded, dtype=np.int32)
+    parts = upload(torch.from_numpy(flat), device).split([array.size for array in padded])
+    return {name: part[: arrays[name].size] for name, part in zip(arrays, parts)}
 
 
 def _before(sizes: Sequence[int]) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Triton kernels that decode frames: bits to ranks, ranks to positions, positions to top-k.
 
-All numbers are int32. Bits are in words of 32, the low bit first. See ``frame`` for the terms.
+No length is a constant of theirs, so batches of other lengths compile nothing. All numbers are
+int32. Bits are in words of 32, the low bit first. See ``frame`` for the terms.
 
 ============ ==============================================================================
 UNARY        words, the upper parts of the gaps
@@ -28,7 +29,6 @@ import triton.language as tl
 
 from .frame import CLASSES, REFERENCES
 
-next_power_of_2 = triton.next_power_of_2
 assert (REFERENCES, CLASSES) == (3, 8)
 
 
@@ -41,7 +41,7 @@ def _segment(BEGINS, row, mark):
     return row * 8 + found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["unary_bits"])
 def ranks(
     UNARY, UNARY_BEGINS, LOW, LOW_BEGINS, SHIFTS, BEGINS, SUMS, RANKS, unary_bits,
     BITS: tl.constexpr, MARKS: tl.constexpr,
@@ -128,13 +128,13 @@ def _inverted(bit):
     return bit - 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["words", "half"])
 def resolve(
-    FIRST_ROWS, REFERENCES, FLIPS, BEGINS, RANKS, BITS, BELOW, words,
-    WORDS: tl.constexpr, STEPS: tl.constexpr, MARKS: tl.constexpr,
+    FIRST_ROWS, REFERENCES, FLIPS, BEGINS, RANKS, BITS, BELOW, words, half,
+    WORDS: tl.constexpr, MARKS: tl.constexpr,
 ):  # fmt: skip
     """BITS of all rows of a frame, row after row, since a row refers to earlier ones. WORDS words,
-    then MARKS marks, are worked on at once; STEPS halvings find one of ``words``."""
+    then MARKS marks, are worked on at once. ``half``: the largest power of two below ``words``."""
     frame = tl.program_id(0)
     BELOW += frame.to(tl.int64) * 8 * words
     row, end_row = tl.load(FIRST_ROWS + frame), tl.load(FIRST_ROWS + frame + 1)
@@ -171,11 +171,12 @@ def resolve(
             rank = tl.load(RANKS + mark, mask=inside, other=0)
             own = _segment(BEGINS, row, mark) - row * 8
             at = tl.zeros((MARKS,), tl.int32)
-            for step in tl.static_range(STEPS):
-                further = at + (1 << (STEPS - 1 - step))
-                there = inside & (further < words)
-                below = tl.load(BELOW + own * words + further, mask=there, other=2147483647)
-                at = tl.where(below <= rank, further, at)
+            step = half
+            while step > 0:  # the last word before which there are no more than ``rank``
+                there = inside & (at + step < words)
+                below = tl.load(BELOW + own * words + at + step, mask=there, other=2147483647)
+                at = tl.where(below <= rank, at + step, at)
+                step = step >> 1
             rank -= tl.load(BELOW + own * words + at, mask=inside, other=0)
             word = (
                 (_word(BITS, row, up_0, words, at, inside) ^ _inverted(own & 1))
@@ -187,7 +188,7 @@ def resolve(
         row += 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["words"])
 def expand(BITS, OF_ROWS, TO_ROWS, KEYS, words, k, WORDS: tl.constexpr):
     """KEYS[TO_ROWS[i]], int32 [k], from BITS[OF_ROWS[i]]; WORDS words at once."""
     line = BITS + tl.load(OF_ROWS + tl.program_id(0)).to(tl.int64) * words
