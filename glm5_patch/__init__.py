@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from .patching.ledger import Status
     from .testing.cpu_host import single_process
     from .testing.parity import recorded, topk_overlap
-    from .topk.formats import (
+    from .topk.record import TopkRecording, record_topk
+    from .topk.recordings.formats import (
         topk_from_array,
         topk_from_sglang,
         topk_from_sglang_log,
         topk_from_vllm,
     )
-    from .topk.record import TopkRecording, record_topk
     from .topk.replay import replay_topk
     from .training.figures import (
         IndexerCallback,
@@ -110,10 +110,10 @@ _LAZY = {
     "set_latent_norm_epsilon": "attention.build",
     "set_phase": "training.phases",
     "single_process": "testing.cpu_host",
-    "topk_from_array": "topk.formats",
-    "topk_from_sglang": "topk.formats",
-    "topk_from_sglang_log": "topk.formats",
-    "topk_from_vllm": "topk.formats",
+    "topk_from_array": "topk.recordings.formats",
+    "topk_from_sglang": "topk.recordings.formats",
+    "topk_from_sglang_log": "topk.recordings.formats",
+    "topk_from_vllm": "topk.recordings.formats",
     "topk_overlap": "testing.parity",
     "transformer_config": "attention.build",
     "write_figures": "training.figures",

@@ -10,7 +10,8 @@
                               ``auto`` (the plugin's; the host's if ``dsa_kernel_backend`` asks
                               for its kernels)
 ``GLM5_PATCH_KERNELS=torch``  select the backend of sparse attention: ``auto``, ``triton``,
-                              ``gluon``, ``cudnn``, ``flash_mla``, ``torch``
+                              ``gluon``, ``cudnn``, ``flash_mla``, ``deep_gemm``,
+                              ``torch``
 ``GLM5_PATCH_TP=heads``       select what the ranks of tensor parallelism share out: ``tokens``,
                               ``heads``, or ``auto`` (tokens under sequence parallelism)
 ============================= =====================================================
@@ -35,7 +36,7 @@ KERNELS = "GLM5_PATCH_KERNELS"
 ATTENTION = "GLM5_PATCH_ATTENTION"
 TENSOR_PARALLEL = "GLM5_PATCH_TP"
 
-_KERNELS = ("auto", "triton", "gluon", "cudnn", "flash_mla", "torch")
+_KERNELS = ("auto", "triton", "gluon", "cudnn", "flash_mla", "deep_gemm", "torch")
 _ATTENTION = ("auto", "plugin", "host")
 _TENSOR_PARALLEL = ("auto", "tokens", "heads")
 _ON = ("1", "true", "on", "yes")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config.fields import FP8
 from ..ops.index_topk.fp8 import fp8_inputs
-from ..ops.index_topk.operation import index_topk
+from ..ops.index_topk.operation import fp8_index_topk, index_topk
 from ..ops.index_topk.reference import IndexerInputs, block_scores
 from ..ops.query_positions import QueryPositions, visible_keys
 from ..ops.rotation.operation import rotate
@@ -104,17 +104,22 @@ class LightningIndexer(DSAIndexer):
         """The ``index_topk`` best visible keys of each query, int32 [b, s, k], as of
         ``ops.index_topk``."""
         k = min(self.index_topk, queries.keys)
-        inputs, scale = self.scoring(inputs)
-        return index_topk(inputs, queries, k, scale)
+        if self.config.dsa_indexer_precision == FP8:
+            return fp8_index_topk(inputs, queries, k, self.softmax_scale, self._rotates_for_fp8)
+        return index_topk(inputs, queries, k, self.softmax_scale)
 
     def scoring(self, inputs: IndexerInputs) -> tuple[IndexerInputs, float]:
         """What the scores are made of in the precision in which this layer selects, and the scale
         of the products of queries and keys."""
         if self.config.dsa_indexer_precision != FP8:
             return inputs, self.softmax_scale
-        rotate = not self.config.dsa_indexer_rotate_activation
         with torch.no_grad():
-            return fp8_inputs(inputs, self.softmax_scale, rotate), 1.0
+            return fp8_inputs(inputs, self.softmax_scale, self._rotates_for_fp8), 1.0
+
+    @property
+    def _rotates_for_fp8(self) -> bool:
+        """Whether the rounding applies the Hadamard matrix, because nothing has yet."""
+        return not self.config.dsa_indexer_rotate_activation
 
     def forward(self, x, qr, mask=None, packed_seq_params=None) -> Tensor:
         """The host's slots: top-k of each query, see ``select``. The mask is causal, and only that.

@@ -1,7 +1,7 @@
 """Computing an operation, with the fallback for a library that is wrong or fails.
 
-What a library (cuDNN, FlashMLA) computes is compared with this package's own result the first time
-that a shape class is met. A library that differs or fails is not used any more.
+What a library (cuDNN, FlashMLA, DeepGEMM) computes is compared with this package's own result the
+first time that a shape class is met. A library that differs or fails is not used any more.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ def _compare(library: Backend, own: Backend, call: Call, args: tuple) -> Any:
     except Exception as error:  # it may not compile here
         _refuse(library, f"{what} failed: {type(error).__name__}: {error}")
         return expected
-    differences = [_difference(*pair) for pair in zip(_tensors(found), _tensors(expected))]
+    if library.difference is not None:
+        differences = [library.difference(found, expected, *args)]
+    else:
+        differences = [_difference(*pair) for pair in zip(_tensors(found), _tensors(expected))]
     most = library.most_difference
     wrong = [difference for difference in differences if not difference <= most]  # or not a number
     if not wrong:

@@ -48,6 +48,9 @@ class Backend:
     most_difference: float | None = None
     """Of a library: by how much its results may differ from this package's own, relative, in the
     Frobenius norm. None: it is this package's own, and not compared."""
+    difference: Callable[..., float] | None = None
+    """Of a library: measures that instead, from its result, this package's own, and the arguments
+    of the operation."""
     deterministic: bool = True
     """Whether it may run under ``torch.use_deterministic_algorithms``."""
     optional: bool = False

@@ -23,6 +23,7 @@ _DISTRIBUTIONS = (
     "wrapt",
     "nvidia-cudnn-frontend",
     "flash_mla",
+    "deep_gemm",
 )
 _SHARED_OUT = {
     "auto": "tokens under sequence parallelism, else heads",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from ..config.schedule import IndexSchedule
     from ..ops.index_loss.served import ServedLoss
-    from .record import TopkRecorder
+    from .record import LayerName, TopkRecorder
     from .replay import ForwardReplay
     from .stages import StageTopk
     from .tokens import Layout
@@ -88,23 +88,28 @@ class TopkCarrier:
     first_iteration: TopkCarrier | None = None
     """Of an MTP layer whose iterations share one top-k: the carrier that has it, maybe this one."""
     iteration: int = 0
-    """Of such a layer: how many iterations of this forward came before."""
+    """Of an MTP layer that is applied several times: how many iterations came before."""
+    is_of_mtp: bool = False
+    """Whether it belongs to an application of an MTP layer."""
     served_losses: dict[int, ServedLoss] = field(default_factory=dict)
     """By the computing layer: what the layers that use its top-k add to its indexer's loss."""
     records_gradients: bool = field(default_factory=_grad_enabled)
     """Whether the forward does. A checkpoint switches that off inside, and its recompute on."""
     recorder: TopkRecorder | None = field(default_factory=current_recorder)
     """Of the ``record_topk`` block that the forward runs in."""
-    recorded: set[int] = field(default_factory=set)
+    recorded: set[LayerName] = field(default_factory=set)
     """Layers that the recorder has; a recompute records none again."""
     replay: ForwardReplay | None = field(default_factory=begin_replay)
     """Of the ``replay_topk`` block that the forward runs in; a recompute keeps it."""
     _slots: dict[int, _Slot] = field(default_factory=dict)
     _in_checkpoint: bool = False
 
-    def publish(self, layer_number: int, topk_indices: Tensor, schedule: IndexSchedule) -> None:
-        """Keep a computing layer's top-k for the layers that reuse it."""
-        readers = len(schedule.consumers(layer_number))
+    def publish(
+        self, layer_number: int, topk_indices: Tensor, schedule: IndexSchedule | None
+    ) -> None:
+        """Keep a computing layer's top-k for its recompute and the layers that reuse it; without a
+        schedule, no layer does."""
+        readers = 0 if schedule is None else len(schedule.consumers(layer_number))
         if readers or self._in_checkpoint or self.first_iteration is self:
             slot = _Slot(topk_indices, readers, self._in_checkpoint)
             self._slots[layer_number] = slot

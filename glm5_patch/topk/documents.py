@@ -75,7 +75,10 @@ class Documents:
     def rows(self, b: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Of each sequence of a batch of b, or each document of a pack: which sequence, which of
         this rank's queries are of it, and their positions in it; int64, on the CPU."""
-        local = self._queries.local_positions.cpu()
+        if not self.packed and self._queries.positions is None:
+            local = torch.arange(self._queries.keys)  # the host need not wait for a GPU
+        else:
+            local = self._queries.local_positions.cpu()
         if not self.packed:
             yield from ((batch, torch.arange(len(local)), local) for batch in range(b))
             return

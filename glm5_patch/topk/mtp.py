@@ -21,26 +21,34 @@ _building: ContextVar[Any] = ContextVar("glm5_patch_building_mtp", default=None)
 class _Iterations:
     """The applications of one MTP layer in one forward."""
 
-    first: TopkCarrier | None = None
-    count: int = 0
+    def __init__(self, share: bool) -> None:
+        self.share = share
+        self.first: TopkCarrier | None = None
+        self.count = 0
 
 
 _iterations: ContextVar[_Iterations | None] = ContextVar("glm5_patch_mtp_iterations", default=None)
 
 
+def is_repeated(config: Any) -> bool:
+    """Whether one MTP layer is applied several times."""
+    return bool(
+        getattr(config, "mtp_use_repeated_layer", False) and (config.mtp_num_layers or 0) > 1
+    )
+
+
 def shares_iterations(config: Any) -> bool:
     """Whether one MTP layer is applied several times, and they share one top-k."""
-    return bool(
-        getattr(config, "mtp_use_repeated_layer", False)
-        and (config.mtp_num_layers or 0) > 1
-        and getattr(config, "dsa_indexer_share_for_mtp_iteration", False)
+    return is_repeated(config) and bool(
+        getattr(config, "dsa_indexer_share_for_mtp_iteration", False)
     )
 
 
 @contextmanager
-def sharing_iterations() -> Iterator[None]:
-    """For one forward of an MTP block: every iteration after the first reuses its top-k."""
-    token = _iterations.set(_Iterations())
+def iterations(config: Any) -> Iterator[None]:
+    """For one forward of an MTP block whose layer is applied several times: count, and let every
+    iteration after the first reuse its top-k if they share it."""
+    token = _iterations.set(_Iterations(shares_iterations(config)))
     try:
         yield
     finally:
@@ -48,16 +56,18 @@ def sharing_iterations() -> Iterator[None]:
 
 
 def link_iteration(carrier: TopkCarrier) -> None:
-    """Let the carrier of a later iteration find that of the first one. A recompute, which runs
-    outside the forward, keeps its carrier and so the link."""
-    iterations = _iterations.get()
-    if iterations is None:
+    """Tell the carrier of an MTP layer which iteration it is, and where the first one's top-k is. A
+    recompute, which runs outside the forward, keeps its carrier and so both."""
+    carrier.is_of_mtp = True
+    found = _iterations.get()
+    if found is None:
         return
-    if iterations.first is None:
-        iterations.first = carrier
-    carrier.first_iteration = iterations.first
-    carrier.iteration = iterations.count
-    iterations.count += 1
+    if found.first is None:
+        found.first = carrier
+    if found.share:
+        carrier.first_iteration = found.first
+    carrier.iteration = found.count
+    found.count += 1
 
 
 @contextmanager

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -12,103 +10,48 @@ import torch
 from torch import Tensor
 
 from ..errors import GLM5PatchError
-from ..ops.fallback import compute
-from ..ops.index_topk.reference import IndexerInputs
-from ..ops.query_positions import QueryPositions, query_blocks, visible_topk
-from .codec import Frame, Marks
+from ..ops.query_positions import QueryPositions, visible_topk
+from ..ops.recorded_keys.frame import Frame
+from ..ops.recorded_keys.operation import recorded_keys, upload
+from .ahead import Ahead, Decoded
 from .context import replay
-from .record import TopkRecording, workers
+from .record import LayerName, TopkRecording
+from .replay_report import ReplayReport
 from .tokens import Layout
 
 
 class Replayed(NamedTuple):
     """What recordings say of one layer."""
 
-    topk_indices: Tensor
-    """int32 [b, s, k] of this rank's queries, ascending, then -1."""
-    missing: Tensor | None
-    """bool [b, s]: which queries are not recorded, so that the indexer must select their keys. None
-    where every query is recorded, on all ranks."""
+    decoded: Decoded
+    """The recorded keys; the indexer must select those of the queries that are missing."""
     report: ReplayReport | None
     """Where to count how many of these keys the indexer would have selected."""
 
     @property
     def wants_scores(self) -> bool:
         """Whether the layer's index scores are needed; the same on all ranks."""
-        return self.missing is not None or self.report is not None
-
-
-class ReplayReport:
-    """Counts of recorded keys by layer, over the forwards of one ``replay_topk`` block and of this
-    rank's queries. Only queries that have a choice count."""
-
-    def __init__(self) -> None:
-        self._counts: dict[int, Tensor] = {}  # int64 [2]: kept, all
-
-    @property
-    def counts(self) -> dict[int, tuple[int, int]]:
-        """Layer number -> how many recorded keys the layer's indexer would have selected, and how
-        many there are. To sum them up over ranks, add them up first and divide then."""
-        return {n: tuple(found.tolist()) for n, found in sorted(self._counts.items())}
-
-    @property
-    def shares(self) -> dict[int, float]:
-        """Layer number -> share of the recorded keys that its indexer would have selected; 1.0
-        where no query has a choice."""
-        return {n: kept / all_ if all_ else 1.0 for n, (kept, all_) in self.counts.items()}
-
-    @torch.no_grad()
-    def add(
-        self,
-        layer_number: int,
-        inputs: IndexerInputs,
-        scale: float,
-        queries: QueryPositions,
-        replayed: Replayed,
-        real: Tensor | None = None,
-    ) -> None:
-        """Compare the recorded keys of one layer with its scores.
-
-        A key counts as selected if its score is at least the lowest that would be selected: of
-        equal scores, mostly 0 after ReLU, it says nothing which are selected.
-
-        Args:
-            layer_number: of the layer.
-            inputs: what the scores of its indexer are made of.
-            scale: of the products of the indexer's queries and keys.
-            queries: of this rank.
-            replayed: the recorded keys.
-            real: int64, the queries that are not padding; None: all of them.
-        """
-        inputs = IndexerInputs(*(tensor.detach().contiguous() for tensor in inputs))
-        topk_indices = replayed.topk_indices
-        b, s, k = topk_indices.shape
-        counted = (queries.local_positions >= k).expand(b, -1)
-        if replayed.missing is not None:
-            counted = counted & ~replayed.missing
-        if real is not None:
-            is_real = torch.zeros(s, dtype=torch.bool, device=counted.device)
-            is_real[real] = True
-            counted = counted & is_real
-        keys = torch.arange(queries.keys, device=counted.device)
-        found = self._counts.setdefault(layer_number, torch.zeros(2, dtype=torch.int64))
-        for block in query_blocks(s, b * queries.keys * 4):
-            scores = compute("index_scores", inputs.call, inputs, queries, block, scale)
-            starts, places = queries.starts[block, None], queries.places[block, None]
-            visible = (keys >= starts) & (keys <= places)
-            scores = scores.masked_fill(~visible, float("-inf"))  # [b, block, t]
-            lowest = scores.topk(k, sorted=False)[0].amin(-1, keepdim=True)
-            columns = topk_indices[:, block].clamp_min(0).long() + starts
-            recorded = counted[:, block, None] & (topk_indices[:, block] >= 0)
-            kept = (scores.gather(-1, columns) >= lowest) & recorded
-            found += torch.stack([kept.sum(), recorded.sum()]).cpu()
+        return self.decoded.missing is not None or self.report is not None
 
 
 class Replay:
     """The recordings of one microbatch."""
 
-    def __init__(self, recordings: Sequence[TopkRecording | None], report: bool) -> None:
-        self.recordings = list(recordings)
+    def __init__(
+        self, recordings: Sequence[TopkRecording | None], report: bool, require_mtp: bool
+    ) -> None:
+        if isinstance(recordings, TopkRecording) or not isinstance(recordings, Iterable):
+            raise GLM5PatchError(
+                f"recordings is a {type(recordings).__name__}; give a list, with one TopkRecording "
+                "or None for each sequence of the batch or each document of the pack"
+            )
+        self.recordings, self.require_mtp = list(recordings), require_mtp
+        for number, one in enumerate(self.recordings):
+            if one is not None and not isinstance(one, TopkRecording):
+                raise GLM5PatchError(
+                    f"recording {number} of the batch is a {type(one).__name__}; give a "
+                    "TopkRecording, as topk_from_array and TopkRecording.load return, or None"
+                )
         self.report = ReplayReport() if report else None
         given = [one for one in self.recordings if one is not None]
         for name, values in (
@@ -121,19 +64,31 @@ class Replay:
                     "record them by one model"
                 )
 
+        self._left: ForwardReplay | None = None
+
     def begin(self) -> ForwardReplay:
         """For one forward."""
         return ForwardReplay(self)
+
+    def leave(self, forward: ForwardReplay | None) -> ForwardReplay | None:
+        """Keep a forward whose keys of multi-token prediction are decoded for the next stack, and
+        return the one that was kept."""
+        left, self._left = self._left, forward
+        return left
 
 
 class ForwardReplay:
     """A replay in one forward of one stack of layers; its rows stand in one layout."""
 
     def __init__(self, replay: Replay) -> None:
-        self._report = replay.report
+        self._replay = replay
         self._recordings = replay.recordings
         self._documents: list[_Document] | None = None
-        self._inflating: dict[int, list[list[Future]]] = {}
+        self._ahead: Ahead | None = None
+        self._ended = False
+        self.layers: Sequence[LayerName] = ()
+        """The computing layers of the stack and of multi-token prediction after it, if it tells:
+        each is decoded beside the one before."""
 
     def check(self, layout: Layout, b: int, index_topk: int, computing: Sequence[int]) -> None:
         """Compare the recordings with a batch, at the first layer of a forward.
@@ -166,48 +121,101 @@ class ForwardReplay:
                 self._recordings, lengths, layout.documents.rows(b)
             )
         ]
+        left = self._replay.leave(None)
+        if left is not None:
+            if left.rows_are_those_of(self):
+                self._ahead, left._ahead = left._ahead, None
+            left.drop()
 
-    def keys(self, layer_number: int, queries: QueryPositions, b: int, k: int) -> Replayed:
-        """The keys of one layer.
+    def rows_are_those_of(self, other: ForwardReplay) -> bool:
+        """Whether two forwards of the same recordings have the same queries in the same places."""
+        return len(self._documents) == len(other._documents) and all(
+            one.batch == two.batch
+            and torch.equal(one.rows, two.rows)
+            and torch.equal(one.positions, two.positions)
+            for one, two in zip(self._documents, other._documents)
+        )
+
+    def replays(self, name: LayerName) -> bool:
+        """Whether a layer replays. One of multi-token prediction does where it is recorded.
+
+        Raises:
+            GLM5PatchError: it is not, and ``require_mtp`` asks for it.
+        """
+        if not name.is_mtp:
+            return True
+        lacking = [
+            number
+            for number, one in enumerate(self._recordings)
+            if one is not None and name.number not in one.mtp_layers
+        ]
+        if lacking and self._replay.require_mtp:
+            raise GLM5PatchError(
+                f"recording {lacking[0]} of the batch has no {name}, and require_mtp=True; record "
+                "a model with mtp_num_layers, or set require_mtp=False to let the layer select"
+            )
+        return any(one is not None and name.number in one.mtp_layers for one in self._recordings)
+
+    def keys(self, name: LayerName, queries: QueryPositions, b: int, k: int) -> Replayed:
+        """The keys of one layer, after ``check``.
 
         Args:
-            layer_number: a computing layer.
+            name: of the layer.
             queries: of this rank.
             b: sequences of the batch.
             k: places of the top-k.
         """
-        device = queries.starts.device
-        inflating = self._inflating.pop(layer_number, None) or self._inflate(layer_number)
-        following = self._following(layer_number)
-        if following is not None and following not in self._inflating:
-            self._inflating[following] = self._inflate(following)
-        # Where no more keys are visible than are selected, these are the keys.
-        topk_indices = visible_topk(queries._replace(longest=k), b).clone()
-        local = queries.local_positions
-        missing = torch.zeros((b, len(local)), dtype=torch.bool, device=device)
-        complete = True
-        for document, frames in zip(self._documents, inflating):
-            complete &= document.is_covered(layer_number)
-            document.mark_missing(missing)
-            for marks in frames:
-                document.fill(marks.result(), topk_indices, missing, k)
-        return Replayed(topk_indices, None if complete else missing, self._report)
+        if self._ahead is None:
+            decode = lambda name: self._decode(name, queries, b, k)
+            self._ahead = Ahead(decode, queries.starts.device)
+        self._ahead.begin(name)
+        recorded = {name for one in self._recordings if one is not None for name in one.names}
+        following = min((n for n in self.layers if n > name and n in recorded), default=None)
+        if following is not None and not self._ended:
+            self._ahead.begin(following)
+        return Replayed(self._ahead.take(name), self._replay.report)
 
     def end_forward(self) -> None:
-        """Drop what was to be decompressed for a layer of the next pipeline stage."""
-        for future in itertools.chain(*itertools.chain(*self._inflating.values())):
-            future.cancel()
-        self._inflating.clear()
+        """Leave what is decoded of multi-token prediction to the next stack, and drop the rest. In
+        a recompute, layers run last to first, and none is decoded beside another."""
+        self._ended = True
+        if self._ahead is not None and any(name.is_mtp for name in self._ahead.begun):
+            left = self._replay.leave(self)
+            if left is not None:
+                left.drop()
+        else:
+            self.drop()
 
-    def _inflate(self, layer_number: int) -> list[list[Future]]:
-        return [
-            [workers().submit(frame.inflate) for frame in document.frames(layer_number)]
-            for document in self._documents
-        ]
+    def drop(self) -> None:
+        """Forget what was begun."""
+        if self._ahead is not None:
+            self._ahead.drop()
 
-    def _following(self, layer_number: int) -> int | None:
-        layers = {n for one in self._recordings if one is not None for n in one.layers}
-        return min((n for n in layers if n > layer_number), default=None)
+    def _decode(self, name: LayerName, queries: QueryPositions, b: int, k: int) -> Decoded:
+        """All documents of the batch. Nothing here waits for the device."""
+        device, s = queries.starts.device, len(queries.starts)
+        # Where no more keys are visible than are selected, these are the keys.
+        topk_indices = visible_topk(queries._replace(longest=k), b).clone()
+        missing = torch.zeros((b, s), dtype=torch.bool)
+        frames, wanted, places, rows = [], [], [], 0
+        complete = True
+        for document in self._documents:
+            complete &= document.is_covered(name)
+            document.mark_missing(missing)
+            for frame, of_rows, positions in document.frames(name):
+                frames.append(frame.unpack())
+                wanted.append(positions - frame.first + rows)
+                places.append(of_rows + document.batch * s)
+                rows += frame.rows
+        if frames:
+            place = torch.cat(places)
+            missing.view(-1)[place] = False
+            keys = recorded_keys(frames, torch.cat(wanted), k, device)
+            topk_indices.view(-1, k)[upload(place, device)] = keys
+        if complete:
+            return Decoded(topk_indices, None, None)
+        missing_rows = missing.any(0).nonzero().squeeze(1)
+        return Decoded(topk_indices, upload(missing, device), upload(missing_rows, device))
 
 
 class _Document:
@@ -227,37 +235,26 @@ class _Document:
         positions, order = positions.sort()
         self.rows, self.positions = rows[order], positions  # int64, on the CPU
 
-    def is_covered(self, layer_number: int) -> bool:
+    def is_covered(self, name: LayerName) -> bool:
         """Whether the recording covers the queries of all ranks; every rank answers alike."""
         if self.recording is None:
             return self.length <= self.index_topk
-        return self.recording.covers(layer_number, self.length)
-
-    def frames(self, layer_number: int) -> list[Frame]:
-        """Those with queries of this rank."""
-        frames = () if self.recording is None else self.recording.layers[layer_number]
-        return [frame for frame in frames if len(self._of(frame)[0])]
+        return self.recording.covers(name, self.length)
 
     def mark_missing(self, missing: Tensor) -> None:
         """Nothing is recorded yet of the queries with a choice; padding needs no keys of its
         own."""
         rows = self.rows[(self.positions >= self.index_topk) & (self.positions < self.length)]
-        missing[self.batch, rows.to(missing.device)] = True
+        missing[self.batch, rows] = True
 
-    def fill(self, marks: Marks, topk_indices: Tensor, missing: Tensor, k: int) -> None:
-        """Write the recorded queries of a frame."""
-        rows, positions = self._of(marks.frame)
-        device = topk_indices.device
-        keys = marks.keys(k, device)[(positions - marks.frame.first).to(device)]
-        rows = rows.to(device)
-        topk_indices[self.batch, rows] = keys
-        missing[self.batch, rows] = False
-
-    def _of(self, frame: Frame) -> tuple[Tensor, Tensor]:
-        """The queries of a frame that this rank has: rows and positions."""
-        end = min(frame.first + frame.rows, self.recording.length)
-        begin, end = torch.searchsorted(self.positions, torch.tensor([frame.first, end])).tolist()
-        return self.rows[begin:end], self.positions[begin:end]
+    def frames(self, name: LayerName) -> Iterator[tuple[Frame, Tensor, Tensor]]:
+        """The frames of a layer with queries of this rank, and the rows and positions of these."""
+        for frame in () if self.recording is None else self.recording.frames(name):
+            end = min(frame.first + frame.rows, self.recording.length)
+            bounds = torch.tensor([frame.first, end])
+            begin, end = torch.searchsorted(self.positions, bounds).tolist()
+            if begin < end:
+                yield frame, self.rows[begin:end], self.positions[begin:end]
 
 
 def _check(
@@ -289,7 +286,7 @@ def _check(
 
 @contextmanager
 def replay_topk(
-    recordings: Sequence[TopkRecording | None], *, report: bool = False
+    recordings: Sequence[TopkRecording | None], *, report: bool = False, require_mtp: bool = False
 ) -> Iterator[ReplayReport | None]:
     """Let computing layers attend to recorded keys instead of what their indexers select.
 
@@ -297,7 +294,7 @@ def replay_topk(
     schedules, the call in ``forward_step_func``. Every rank gets the whole recordings, and takes
     its layers and its queries from them. A recompute replays the same keys, also outside the block.
     Queries that are not recorded select by the indexer, which also computes its loss as without
-    replay. Multi-token prediction selects for itself.
+    replay. So do layers of multi-token prediction that are not recorded.
 
     Args:
         recordings: one for each sequence of the batch or each document of the pack, in order; None
@@ -305,18 +302,23 @@ def replay_topk(
             and the same ``report``: ranks that disagree wait for each other forever.
         report: count how many of the recorded keys the model's own indexers would have selected.
             Every computing layer then computes its index scores, and once more to compare.
+        require_mtp: a layer of multi-token prediction that a recording lacks is an error.
 
     Yields:
         The counts, if they were asked for: ``shares`` by layer, and ``counts`` of the keys that
-        the layer's indexer would have selected, and of all.
+        the layer's indexer would have selected, and of all; ``mtp_shares`` and ``mtp_counts``.
 
     Raises:
-        GLM5PatchError: the recordings differ in ``index_topk`` or layers. In the forward, at its
-            first layer: they do not fit the batch or the model.
+        GLM5PatchError: ``recordings`` is no list of them, or they differ in ``index_topk`` or
+            layers. In the forward, at its first layer: they do not fit the batch or the model. In a
+            layer of multi-token prediction: it is not recorded, and ``require_mtp`` asks for it.
     """
-    found = Replay(recordings, report)
+    found = Replay(recordings, report, require_mtp)
     token = replay.set(found)
     try:
         yield found.report
     finally:
         replay.reset(token)
+        left = found.leave(None)
+        if left is not None:
+            left.drop()

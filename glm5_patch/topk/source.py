@@ -16,9 +16,11 @@ from ..ops.query_positions import QueryPositions
 from .carrier import OUTSIDE, TopkCarrier, current_carrier, require_carrier
 from .context import current_recorder, replay_is_asked_for
 from .mtp import mtp_depth, shares_iterations
+from .record import LayerName
 from .tokens import Layout
 
 if TYPE_CHECKING:
+    from .ahead import Decoded
     from .replay import ForwardReplay, Replayed
 
 
@@ -69,9 +71,6 @@ class TopkSource:
         """How many layers, or iterations of this one, attend to the top-k of ``source``."""
         if self.is_mtp and shares_iterations(config):
             self.users = config.mtp_num_layers
-        self.decoder_layer = None if self.is_mtp else self.schedule.attention_number(layer_number)
-        """The number that recordings know it by: as ``layer_number``, but of a HybridModel, which
-        counts MLPs as layers, the number in the same GPTModel."""
         self.requires_replay = getattr(config, REPLAY, False) and not self.is_mtp
 
     @property
@@ -83,6 +82,16 @@ class TopkSource:
     def computes(self) -> bool:
         """Whether the layer has an indexer."""
         return self.source == self.layer_number
+
+    @property
+    def name(self) -> LayerName:
+        """What recordings call the layer, in the forward that is running. Of a HybridModel, which
+        counts MLPs as layers, the number is that in the same GPTModel. Each iteration of an MTP
+        layer that is applied several times is a depth of its own."""
+        if not self.is_mtp:
+            return LayerName(False, self.schedule.attention_number(self.layer_number))
+        carrier = current_carrier()
+        return LayerName(True, self.mtp_depth + (0 if carrier is None else carrier.iteration))
 
     def carrier(self) -> TopkCarrier:
         """The carrier of the forward that is running. Raises MissingTopkError where there is
@@ -130,25 +139,27 @@ class TopkSource:
         carrier, b = current_carrier(), hidden_states.shape[1]
         if attends_to_every_key(self.config):
             self._refuse_recordings(carrier)
-        recorder = None if carrier is None or self.is_mtp else carrier.recorder
+        recorder = None if carrier is None else carrier.recorder
         if not self.computes:
             if recorder is not None:
                 recorder.begin(layout, self.index_topk, b)
             return Selection(self._carried(every_key_fits), None)
-        replay = self._replay(carrier, layout, b)
-        if self.is_mtp:
-            first = None if carrier is None else carrier.first_iteration
+        saved_in = carrier
+        if self.is_mtp and carrier is not None:
+            first = carrier.first_iteration
             if first is not carrier and first is not None:
                 topk_indices = None if every_key_fits else first.published(self.layer_number)
                 return Selection(topk_indices, None)
-            carrier = first
+            # Under a decoder's carrier its number may be that of another layer.
+            saved_in = carrier if carrier.is_of_mtp else None
+        replay = self._replay(carrier, layout, b)
         # In a recompute the forward pass has published: both passes must attend to the same keys,
         # and a second selection costs time.
-        topk_indices = None if carrier is None else carrier.published(self.layer_number)
+        topk_indices = None if saved_in is None else saved_in.published(self.layer_number)
         selects = topk_indices is None and not every_key_fits
         replayed = None
         if selects and replay is not None:
-            replayed = replay.keys(self.decoder_layer, layout.queries, b, self.index_topk)
+            replayed = replay.keys(self.name, layout.queries, b, self.index_topk)
         wants_scores = selects and (replayed is None or replayed.wants_scores)
         inputs = None
         if wants_scores or wants_inputs:
@@ -157,11 +168,12 @@ class TopkSource:
             topk_indices = self._completed(indexer, inputs, layout, replayed)
         elif selects:
             topk_indices = _select(indexer, inputs, layout)  # int32 [b, s, k]
-        if selects and carrier is not None:
-            carrier.publish(self.layer_number, topk_indices, self.schedule)
-        if recorder is not None and self.layer_number not in carrier.recorded:
-            carrier.recorded.add(self.layer_number)
-            recorder.add(self.decoder_layer, topk_indices, layout, self.index_topk, b)
+        if selects and saved_in is not None:
+            schedule = None if self.is_mtp else self.schedule
+            saved_in.publish(self.layer_number, topk_indices, schedule)
+        if recorder is not None and self.name not in carrier.recorded:
+            carrier.recorded.add(self.name)
+            recorder.add(self.name, topk_indices, layout, self.index_topk, b)
         return Selection(topk_indices, inputs)
 
     def _refuse_recordings(self, carrier: TopkCarrier | None) -> None:
@@ -173,9 +185,7 @@ class TopkSource:
             )
 
     def _replay(self, carrier: TopkCarrier | None, layout: Layout, b: int) -> ForwardReplay | None:
-        """The recordings that this forward replays, if any, compared with its batch."""
-        if self.is_mtp:
-            return None
+        """The recordings that this layer replays, if any, compared with its batch."""
         if carrier is None:
             asks = self.requires_replay or replay_is_asked_for() or current_recorder() is not None
             if asks:
@@ -187,24 +197,26 @@ class TopkSource:
         if carrier.replay is not None:
             computing = map(self.schedule.attention_number, self.schedule.computing_layers)
             carrier.replay.check(layout, b, self.index_topk, tuple(computing))
-        elif self.requires_replay:
+            return carrier.replay if carrier.replay.replays(self.name) else None
+        if self.requires_replay:
             raise GLM5PatchError(
                 f"layer {self.layer_number}: {REPLAY}=True, and the forward runs without "
                 f"recordings; call the model in a replay_topk block, or set {REPLAY}=False"
             )
-        return carrier.replay
+        return None
 
     def _completed(
         self, indexer: Indexer, inputs: IndexerInputs | None, layout: Layout, replayed: Replayed
     ) -> Tensor:
         """The recorded top-k, int32 [b, s, k], compared with the indexer's if a report is wanted;
         where nothing is recorded, the indexer selects."""
+        decoded = replayed.decoded
         if replayed.report is not None:
             scoring = indexer.scoring(inputs)
-            replayed.report.add(self.decoder_layer, *scoring, layout.queries, replayed, layout.real)
-        if replayed.missing is not None:
-            _select_missing(indexer, inputs, layout, replayed)
-        return replayed.topk_indices
+            replayed.report.add(self.name, *scoring, layout.queries, decoded, layout.real)
+        if decoded.missing is not None:
+            _select_missing(indexer, inputs, layout, decoded)
+        return decoded.topk_indices
 
     def _carried(self, every_key_fits: bool) -> Tensor | None:
         # Required of short sequences too, so that a stack without a carrier fails at once.
@@ -217,16 +229,16 @@ class TopkSource:
 
 
 def _select_missing(
-    indexer: Indexer, inputs: IndexerInputs, layout: Layout, replayed: Replayed
+    indexer: Indexer, inputs: IndexerInputs, layout: Layout, decoded: Decoded
 ) -> None:
     """Let the indexer select for the queries that are not recorded, in place."""
-    rows = replayed.missing.any(0).nonzero().squeeze(1)
+    rows = decoded.missing_rows
     if not len(rows):
         return
     inputs = inputs._replace(query=inputs.query[rows], weights=inputs.weights[rows])
     selected = indexer.select(inputs, layout.queries.of_queries(rows))  # int32 [b, rows, k]
-    missing = replayed.missing[:, rows, None]
-    topk_indices = replayed.topk_indices
+    missing = decoded.missing[:, rows, None]
+    topk_indices = decoded.topk_indices
     topk_indices[:, rows] = torch.where(missing, selected, topk_indices[:, rows])
 
 

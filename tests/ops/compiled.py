@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -23,6 +24,8 @@ from glm5_patch.ops.index_loss.reference import LossSettings
 from glm5_patch.ops.index_topk import triton as index_topk
 from glm5_patch.ops.index_topk.reference import IndexerInputs
 from glm5_patch.ops.query_positions import QueryPositions
+from glm5_patch.ops.recorded_keys import triton as recorded_keys
+from glm5_patch.ops.recorded_keys.frame import Frame
 from glm5_patch.ops.rotation import triton as rotation
 from glm5_patch.ops.rotation.reference import Rotation
 from glm5_patch.ops.sparse_attention import triton as sparse_attention
@@ -66,6 +69,7 @@ def compile_all(capability: int, shared_memory: int) -> None:
     for heads in (64, 16, 8):
         _attention(heads)
     _indexer()
+    _recorded_keys()
     for name, figures in found.items():
         print(json.dumps({"kernel": name, **figures}), flush=True)
 
@@ -111,6 +115,12 @@ def _indexer() -> None:
         torch.use_deterministic_algorithms(deterministic)
         index_loss.loss_of_target(inputs, index_loss.SelectedKeys(topk, queries), target, settings)
     torch.use_deterministic_algorithms(False)
+
+
+def _recorded_keys() -> None:
+    keys = np.stack([np.arange(row, row + TOPK) for row in range(3)])
+    frame = Frame.encode(KEYS, keys).unpack()
+    recorded_keys.recorded_keys([frame], torch.arange(3), TOPK, "cpu")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ def test_every_kernel_compiles_and_fits(capability):
     kernels = [json.loads(line) for line in compiled.stdout.splitlines() if line.startswith("{")]
     names = {kernel["kernel"].split("-")[0] for kernel in kernels}
     assert {"forward", "backward", "project", "head_sums", "loss", "scores", "topk"} <= names
+    assert {"ranks", "resolve", "expand"} <= names
     too_much = [one for one in kernels if one["shared"] > SHARED_MEMORY[capability]]
     assert not too_much
 

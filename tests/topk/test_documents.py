@@ -5,12 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from glm5_patch import record_topk, replay_topk
+from glm5_patch import record_topk
 from glm5_patch.config.schedule import IndexSchedule
 from glm5_patch.errors import GLM5PatchError
 from glm5_patch.ops.query_positions import QueryPositions
 from glm5_patch.tools.verify import forward
-from glm5_patch.topk.carrier import carried, open_carrier
 from glm5_patch.topk.documents import Documents
 from glm5_patch.topk.record import TopkRecorder
 from tests.distributed.cases import RECOMPUTE
@@ -64,20 +63,6 @@ def test_a_stage_without_a_computing_layer_records_its_documents(world, tmp_path
     found = documents(packed([16, 32]))
     recorder.begin(SimpleNamespace(documents=found), 6, 1)
     assert [(one.length, one.layers) for one in recorder.recordings] == [(16, {}), (32, {})]
-
-
-def test_a_prefetched_layer_is_kept_over_the_checkpoints_of_a_forward(world, tmp_path):
-    """Each checkpointed function opens the carrier of its forward again."""
-    checkpoint = saved(tmp_path)
-    model = megatron_model(checkpoint)
-    ids = tokens(0, 1, 30)
-    with record_topk() as recorder:
-        forward(model, ids)
-    with replay_topk(recorder.recordings), open_carrier() as carrier:
-        carrier.replay._inflating[7] = []
-        carried(lambda: None)()
-        assert carrier.replay._inflating == {7: []}
-    assert carrier.replay._inflating == {}
 
 
 def test_a_layer_outside_a_forward_is_told_so(world, tmp_path):

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from glm5_patch.errors import GLM5PatchError
-from glm5_patch.topk.formats import (
+from glm5_patch.topk.record import LayerName
+from glm5_patch.topk.recordings.formats import (
     sglang_request_hash,
     topk_from_array,
     topk_from_sglang,
@@ -72,7 +73,7 @@ def test_a_prompt_that_sglang_did_not_record_is_left_to_the_indexer():
     keys[:12] = -1
     recording = topk_from_sglang(sglang_answer(keys), TOKENS, CONFIG)
     assert_read(recording, keys, first=12)
-    assert not recording.covers(1, TOKENS - 1)
+    assert not recording.covers(LayerName(False, 1), TOKENS - 1)
 
 
 @pytest.mark.parametrize("start", [0, 11])
@@ -185,10 +186,72 @@ def test_arrays_of_other_kinds_are_refused(array):
         topk_from_vllm(encoded(array), CONFIG)
 
 
-@pytest.mark.parametrize("first", [-1, 0.5])
-def test_an_array_before_the_document_is_refused(first):
-    with pytest.raises(GLM5PatchError, match="layer 1.*position"):
-        topk_from_array(selections(), CONFIG, first=first)
+@pytest.mark.parametrize("value", [-1, 0.5, None, "3", True])
+def test_a_wrong_start_of_an_array_is_refused(value):
+    for name in ("first", "mtp_layers"):
+        with pytest.raises(GLM5PatchError, match=f"{name}={value!r}; give an integer"):
+            topk_from_array(selections(), CONFIG, **{name: value})
+    with pytest.raises(GLM5PatchError, match=f"prompt_start={value!r}; give an integer"):
+        topk_from_vllm(encoded(selections()), CONFIG, prompt_start=value)
+
+
+@pytest.mark.parametrize("of", [0, 1], ids=["computing layers", "all layers"])
+def test_an_array_with_layers_of_multi_token_prediction(of):
+    keys, of_mtp = selections(), selections()[:, ::-1]
+    decoder = keys[:, [0, 0, 1, 1]] if of else keys
+    read = topk_from_array(np.concatenate([decoder, of_mtp], 1), CONFIG, mtp_layers=2)
+    assert_read(read, keys)
+    for depth in (1, 2):
+        expected = np.sort(of_mtp[K:, depth - 1], axis=-1)
+        assert torch.equal(read.keys(depth, mtp=True)[1], torch.from_numpy(expected))
+    with pytest.raises(GLM5PatchError, match="4 layers, 1 of them of multi-token prediction, for"):
+        topk_from_array(np.concatenate([keys, of_mtp], 1), CONFIG, mtp_layers=1)
+
+
+def test_tensors_and_lists_are_arrays():
+    keys = selections()
+    assert_read(topk_from_array(torch.from_numpy(keys), CONFIG), keys)
+    assert_read(topk_from_array(keys.tolist(), CONFIG), keys)
+    with pytest.raises(GLM5PatchError, match="keys is a list that NumPy takes no array from"):
+        topk_from_array([[[1, 2]], [[1]]], CONFIG)
+    with pytest.raises(GLM5PatchError, match="config is a dict; give the HFConfig"):
+        topk_from_array(keys, {"index_topk": K})
+
+
+def test_a_document_without_a_token_that_was_fed_has_an_empty_recording():
+    """As long as a document of one token, and of none."""
+    empty = selections()[:0]
+    for read in (
+        topk_from_array(empty, CONFIG),
+        topk_from_vllm(encoded(empty), CONFIG),
+        topk_from_sglang({"indexer_topk": ""}, 1, CONFIG),
+        topk_from_sglang({"indexer_topk": "", "indexer_topk_num_layers": 4}, 1, CONFIG),
+    ):
+        assert (read.length, read.layers) == (0, {1: (), 3: ()})
+
+
+CHANGES = {
+    "a key after the query": lambda row: np.where(row == row.max(), 29, row),
+    "a key twice": lambda row: np.where(row == row.max(), row[row >= 0].min(), row),
+    "too few keys": lambda row: np.where(row == row.max(), -1, row),
+    "a key below -1": lambda row: np.where(row == row.max(), -2, row),
+}
+
+
+@pytest.mark.parametrize("says", CHANGES)
+@pytest.mark.parametrize("position", [2, 20], ids=["every key is seen", "with a choice"])
+def test_wrong_keys_of_one_query_are_refused_in_every_form(tmp_path, says, position):
+    keys = selections()
+    keys[position, 1] = CHANGES[says](keys[position, 1])
+    sglang_log(tmp_path / "log", {"one": (1, keys)})
+    for read in (
+        lambda: topk_from_array(keys, CONFIG),
+        lambda: topk_from_sglang(sglang_answer(keys), TOKENS + 1, CONFIG),
+        lambda: topk_from_vllm(encoded(keys), CONFIG),
+        lambda: topk_from_sglang_log(tmp_path / "log", CONFIG),
+    ):
+        with pytest.raises(GLM5PatchError, match=f"layer 3, position {position}: {says}"):
+            read()
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from glm5_patch.errors import GLM5PatchError
-from glm5_patch.topk import codec
-from glm5_patch.topk.record import HEAD, MAGIC, TopkRecording
+from glm5_patch.ops.recorded_keys.frame import Frame
+from glm5_patch.topk.record import LayerName, TopkRecording
+from glm5_patch.topk.recordings.file import FAMILY, HEAD, MAGIC
 
 K = 6
 
@@ -30,13 +31,14 @@ def neighbours(length: int, seed: int = 0, new: int = 1) -> np.ndarray:
 
 def recording(length: int = 40, **changes) -> TopkRecording:
     layers = {n: (np.arange(K, length), neighbours(length, seed=n)) for n in (1, 3)}
-    return TopkRecording.of_keys(K, length, layers | changes)
+    mtp_layers = {1: (np.arange(K, length), neighbours(length, seed=4))}
+    return TopkRecording.of_keys(K, length, layers | changes, mtp_layers)
 
 
 @pytest.mark.parametrize("new", [1, K], ids=["of neighbours", "of strangers"])
 @pytest.mark.parametrize("rows_of_a_frame", [1, 7, 256])
 def test_the_keys_come_back(new, rows_of_a_frame, monkeypatch):
-    monkeypatch.setattr("glm5_patch.topk.record.FRAME_ROWS", rows_of_a_frame)
+    monkeypatch.setattr("glm5_patch.topk.recordings.checks.FRAME_ROWS", rows_of_a_frame)
     rows = neighbours(60, new=new)
     shuffled = np.random.default_rng(0).permuted(rows, axis=1)
     made = TopkRecording.of_keys(K, 60, {2: (np.arange(K, 60), shuffled)})
@@ -47,10 +49,9 @@ def test_the_keys_come_back(new, rows_of_a_frame, monkeypatch):
 
 def test_neighbours_take_less_than_their_keys():
     rows = neighbours(400)
-    frame = codec.Frame.encode(K, rows[:256])
-    alone = len(codec.Frame.encode(K, neighbours(400, new=K)[:256]).data)
+    frame = Frame.encode(K, rows[:256])
+    alone = len(Frame.encode(K, neighbours(400, new=K)[:256]).data)
     assert len(frame.data) < 0.8 * alone
-    assert recording(400).nbytes < 2 * rows.size * 4 / 4
 
 
 def test_queries_that_see_few_keys_are_not_stored():
@@ -60,13 +61,13 @@ def test_queries_that_see_few_keys_are_not_stored():
         keys[position, :seen] = np.arange(position + 1)[-seen:]
     made = TopkRecording.of_keys(K, 10, {1: (np.arange(10), keys)})
     assert made.keys(1)[0].tolist() == list(range(K, 10))
-    assert made.covers(1, 10) and not made.covers(1, 11)
+    assert made.covers(LayerName(False, 1), 10) and not made.covers(LayerName(False, 1), 11)
 
 
 def test_a_recording_of_some_positions_covers_no_more():
     rows = neighbours(40)
     made = TopkRecording.of_keys(K, 40, {1: (np.arange(20, 40), rows[20 - K :])})
-    assert made.covers(1, K) and not made.covers(1, 40)
+    assert made.covers(LayerName(False, 1), K) and not made.covers(LayerName(False, 1), 40)
 
 
 def test_parts_are_merged():
@@ -78,10 +79,12 @@ def test_parts_are_merged():
         for n in (1, 3)
         for own in (even, ~even)
     ]
+    parts.append(TopkRecording(K, 40, {}, whole.mtp_layers))  # of the last stage
     merged = TopkRecording.merge([*parts, parts[0]])
-    for layer in (1, 3):
-        for ours, theirs in zip(merged.keys(layer), whole.keys(layer)):
+    for layer, mtp in ((1, False), (3, False), (1, True)):
+        for ours, theirs in zip(merged.keys(layer, mtp=mtp), whole.keys(layer, mtp=mtp)):
             assert torch.equal(ours, theirs)
+    assert merged.layers.keys() == {1, 3} and merged.mtp_layers == whole.mtp_layers
     with pytest.raises(GLM5PatchError, match="layer 1: two parts have other keys for position 6"):
         other = {1: (positions, neighbours(40, seed=9))}
         TopkRecording.merge([whole, TopkRecording.of_keys(K, 40, other)])
@@ -113,7 +116,10 @@ def refused(path: Path, content: bytes, says: str) -> None:
         TopkRecording.load(path)
 
 
-DAMAGED = "recording is (not a recording|cut off or damaged: .*; copy it or record it again)"
+DAMAGED = (
+    "recording is (not a recording|a recording of another version of glm5-patch: .*; record it "
+    "again|cut off or damaged: .*; copy it or record it again)"
+)
 
 
 def test_a_file_cut_off_or_changed_anywhere_is_refused(saved, tmp_path):
@@ -124,6 +130,11 @@ def test_a_file_cut_off_or_changed_anywhere_is_refused(saved, tmp_path):
             flipped = bytes([saved[place] ^ bit])
             refused(path, saved[:place] + flipped + saved[place + 1 :], DAMAGED)
     refused(path, saved + b"\0", DAMAGED)
+
+
+def test_a_file_of_the_first_version_says_so(tmp_path):
+    says = "is a recording of another version of glm5-patch: its format is b'K', this one reads"
+    refused(tmp_path / "recording", FAMILY + b"K" + bytes(100), says)
 
 
 def with_header(saved: bytes, change) -> bytes:
@@ -148,7 +159,7 @@ def test_a_wrong_number_in_the_header_is_refused(saved, tmp_path, field, value):
     refused(tmp_path / "recording", content, f"recording is .*damaged: {field}=.* not an integer")
 
 
-@pytest.mark.parametrize("field", ["index_topk", "length", "layers"])
+@pytest.mark.parametrize("field", ["index_topk", "length", "layers", "mtp_layers"])
 def test_a_header_without_a_field_is_refused(saved, tmp_path, field):
     def drop(header):
         return {name: value for name, value in header.items() if name != field}
@@ -173,8 +184,9 @@ def test_a_header_without_a_field_is_refused(saved, tmp_path, field):
     ],
 )
 def test_wrong_layers_in_the_header_are_refused(saved, tmp_path, layers):
-    content = with_header(saved, lambda header: header | {"layers": layers})
-    refused(tmp_path / "recording", content, "damaged: layers(=| has ).*not")
+    for kind in ("layers", "mtp_layers"):
+        content = with_header(saved, lambda header, kind=kind: header | {kind: layers})
+        refused(tmp_path / "recording", content, f"damaged: {kind}(=| has ).*not")
 
 
 @pytest.mark.parametrize("place", [0, 1, 2], ids=["position", "rows", "bytes"])
@@ -206,13 +218,21 @@ def test_frames_of_other_lengths_than_the_file_are_refused(saved, tmp_path):
     refused(tmp_path / "recording", with_header(saved, change), "bytes, its header says")
 
 
+def test_wrong_frames_of_an_mtp_layer_are_refused(saved, tmp_path):
+    def change(header):
+        header["mtp_layers"]["1"][0][1] = 0
+        return header
+
+    refused(tmp_path / "recording", with_header(saved, change), "MTP layer 1 has a frame")
+
+
 @pytest.mark.parametrize("rows", [1, 7, 200])
 def test_a_frame_with_the_data_of_another_is_refused(rows):
     frame = recording().layers[1][0]
     with pytest.raises(GLM5PatchError, match="the data of positions 6 to .* is damaged"):
-        frame._replace(rows=rows).inflate()
+        frame._replace(rows=rows).unpack()
     with pytest.raises(GLM5PatchError, match="the data of positions 6 to 39 .* is damaged"):
-        frame._replace(data=frame.data[:-rows]).inflate()
+        frame._replace(data=frame.data[:-rows]).unpack()
 
 
 def test_writers_of_one_file_do_not_share_a_temporary_file(tmp_path, monkeypatch):
@@ -244,6 +264,18 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
 def test_positions_that_no_document_has_are_refused(positions, says):
     with pytest.raises(GLM5PatchError, match=f"recording, layer 3: {says}"):
         TopkRecording.of_keys(K, 40, {3: (np.array(positions), neighbours(40))})
+
+
+@pytest.mark.parametrize("value", [-1, 2.5, None, "6", True])
+def test_numbers_that_are_none_are_refused(value):
+    rows = {3: (np.arange(K, 40), neighbours(40))}
+    for name, given in (
+        ("index_topk", (value, 40, rows)),
+        ("length", (K, value, rows)),
+        ("layer number", (K, 40, {value: rows[3]})),
+    ):
+        with pytest.raises(GLM5PatchError, match=f"{name}={value!r}; give an integer"):
+            TopkRecording.of_keys(*given)
 
 
 def test_keys_that_are_no_integers_are_refused():

@@ -210,6 +210,21 @@ def test_a_recording_that_does_not_fit_is_refused(change, length, says, model, r
             forward(model, tokens(0, 2, length))
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (lambda r: r[0], "recordings is a TopkRecording; give a list"),
+        (lambda r: None, "recordings is a NoneType; give a list"),
+        (lambda r: [r[0], r[1].keys(1)[1].numpy()], "recording 1 of the batch is a ndarray; give"),
+        (lambda r: "recordings", "recording 0 of the batch is a str"),
+    ],
+)
+def test_what_is_no_list_of_recordings_is_refused(given, says, rollout):
+    with pytest.raises(GLM5PatchError, match=says):
+        with replay_topk(given(rollout)):
+            pass
+
+
 def test_a_recording_of_another_document_of_a_pack_is_refused(model, rollout):
     ids, bounds = tokens(0, 1, LENGTH + 9), packed([LENGTH + 5, 4])
     with pytest.raises(GLM5PatchError, match="recording 0 of the batch has 30 positions"):

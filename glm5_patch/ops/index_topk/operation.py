@@ -27,3 +27,18 @@ def index_topk(inputs: IndexerInputs, queries: QueryPositions, k: int, scale: fl
         where fewer keys are visible.
     """
     return compute("index_topk", inputs.call, inputs, queries, k, scale)
+
+
+def fp8_index_topk(
+    inputs: IndexerInputs, queries: QueryPositions, k: int, scale: float, rotate: bool
+) -> Tensor:
+    """``index_topk`` in the arithmetic in which sglang and vLLM serve GLM-5, see ``fp8``.
+
+    Args:
+        inputs, queries, k, scale: as of ``index_topk``.
+        rotate: whether to apply the Hadamard matrix; inputs may be rotated already.
+
+    Returns:
+        As ``index_topk``.
+    """
+    return compute("index_topk.fp8", inputs.call, inputs, queries, k, scale, rotate)

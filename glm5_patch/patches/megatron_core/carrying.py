@@ -37,6 +37,8 @@ def with_carrier(wrapped, instance, args, kwargs, crosses_stages: bool = False):
     with open_carrier() as carrier:
         if carrier.replay is not None or carrier.recorder is not None:
             _refuse_to_replay_other_attention(instance)
+        if carrier.replay is not None:
+            carrier.replay.layers = _computing_layers(instance)
         if not crosses_stages:
             return wrapped(*args, **kwargs)
         from .stage_ends import send, take
@@ -109,6 +111,19 @@ def opens_carriers(stack_class: type) -> Finding:
     if first is second:
         return Finding(True, f"what replaced {name} gives two forwards one top-k carrier")
     return Finding(False, f"what replaced {name} opens a top-k carrier for each forward")
+
+
+def _computing_layers(stack) -> list:
+    """Names of the computing layers of a stack, and of multi-token prediction if it follows or is
+    the stack."""
+    from ...topk.record import LayerName
+
+    sources = [core.topk_source for _, core in _cores(stack)]
+    names = [source.name for source in sources if source.computes]
+    if getattr(stack, "post_process", True):
+        depths = getattr(stack.config, "mtp_num_layers", None) or 0
+        names += [LayerName(True, depth) for depth in range(1, depths + 1)]
+    return names
 
 
 def _open_loss_log(stack) -> None:

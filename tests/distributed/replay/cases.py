@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from tests.distributed.cases import CONTIGUOUS, CP, FULL, INTERLEAVED, SP, UNEVEN, Case
+from tests.distributed.cases import CONTIGUOUS, CP, FULL, INTERLEAVED, MTP, SP, UNEVEN, Case
 from tests.distributed.stage_cases import first
 
 
@@ -35,11 +35,15 @@ def _cases():
             name = f"TP {tp}, CP {cp}, PP {pp}, EP {ep}, recompute {mode}"
             yield _case(name, tp, cp, pp, ep, settings=settings)
     pack = dict(thd=True)
-    yield _case("TP 2, CP 2, recompute full, thd", 2, 2, settings={**SP, **CP, **FULL}, **pack)
+    for name, mtp in (("", {}), (", MTP", MTP)):
+        settings = {**SP, **CP, **FULL, **mtp}
+        yield _case(f"TP 2, CP 2, recompute full, thd{name}", 2, 2, settings=settings, **pack)
+        settings = {**first(4), **FULL, **mtp}
+        yield _case(
+            f"PP 2 from layer 5, recompute full, thd{name}", pp=2, settings=settings, **pack
+        )
     settings = {**CP, **CONTIGUOUS, **FULL}
     yield _case("CP 2, contiguous, recompute full, thd", cp=2, settings=settings, **pack)
-    settings = {**first(4), **FULL}
-    yield _case("PP 2 from layer 5, recompute full, thd", pp=2, settings=settings, **pack)
     for layout in ("", ", thd"):
         settings = {**SP, **CP, **FULL}
         name = f"TP 2, heads, CP 2, recompute full{layout}"
@@ -51,7 +55,7 @@ def _cases():
 
 CASES = tuple(_cases())
 _SOME = """
-TP 2, CP 2, recompute full, thd
-PP 2 from layer 5, recompute full, thd
+TP 2, CP 2, recompute full, thd, MTP
+PP 2 from layer 5, recompute full, thd, MTP
 """
 SOME = tuple(case for case in CASES if case.name in _SOME.splitlines())

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 
-from tests.distributed.cases import Case
+from tests.distributed.cases import MTP, Case
 from tests.distributed.replay.cases import CASES, SOME
 from tests.distributed.run import Worlds
 
@@ -16,8 +16,18 @@ LOSS = 5e-6
 
 def found_by(cases, folder):
     """Case -> what each rank found; and what the rollout says."""
+    kinds: dict[tuple[bool, str], list[Case]] = {}
+    for case in cases:
+        kinds.setdefault((case.thd, case.model), []).append(case)
     alone = [
-        Case(f"rollout, thd={thd}", thd=thd, even_packs=thd) for thd in {case.thd for case in cases}
+        Case(
+            f"rollout, thd={thd}, {model}",
+            thd=thd,
+            even_packs=thd,
+            microbatches=max(case.microbatches for case in of_kind),
+            settings={n: v for n, v in of_kind[0].settings.items() if n in MTP},
+        )
+        for (thd, model), of_kind in kinds.items()
     ]
     worlds = {1: [asdict(case) for case in alone]}
     for case in cases:

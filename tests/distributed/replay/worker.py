@@ -19,7 +19,6 @@ from megatron.core import parallel_state
 
 from glm5_patch.attention.attention import CrossLayerDSAttention
 from glm5_patch.testing import cpu_host
-from glm5_patch.testing.parity import decoder_layer
 from glm5_patch.topk.record import TopkRecording, record_topk
 from glm5_patch.topk.replay import replay_topk
 from tests.distributed import schedule
@@ -53,7 +52,7 @@ def passes(case: Case, chunks, recordings, reverse: bool, forward_only: bool):
     running = []
 
     def observe(core, _, topk_indices):
-        layer = decoder_layer(core)
+        layer = core.topk_source.name
         if running:
             topk.setdefault(running[-1], {})[layer] = topk_indices
         else:  # in the backward, which takes the microbatches of a layer in order
@@ -97,15 +96,15 @@ def attentions(chunks) -> list[CrossLayerDSAttention]:
     return [m for chunk in chunks for m in chunk.modules() if isinstance(m, CrossLayerDSAttention)]
 
 
-def recording_paths(folder: Path, thd: bool, number: int) -> list[Path]:
-    documents = len(EVEN_PACKS[number % len(EVEN_PACKS)]) if thd else BATCH
-    kind = "thd" if thd else "bshd"
+def recording_paths(folder: Path, case: Case, number: int) -> list[Path]:
+    documents = len(EVEN_PACKS[number % len(EVEN_PACKS)]) if case.thd else BATCH
+    kind = f"{case.model}-{'thd' if case.thd else 'bshd'}"
     return [folder / f"{kind}-{number}-{document}.topk" for document in range(documents)]
 
 
-def losses_path(folder: Path, thd: bool) -> Path:
+def losses_path(folder: Path, case: Case) -> Path:
     """Microbatch -> the losses of its tokens, as one process replays it."""
-    return folder / f"{'thd' if thd else 'bshd'}-losses.pt"
+    return folder / f"{case.model}-{'thd' if case.thd else 'bshd'}-losses.pt"
 
 
 def roll_out(case: Case, folder: Path) -> dict:
@@ -123,7 +122,7 @@ def roll_out(case: Case, folder: Path) -> dict:
             with torch.no_grad(), record_topk() as recorder:
                 model(ids, positions, None, labels=labels, packed_seq_params=pack)
             for recording, path in zip(
-                recorder.recordings, recording_paths(folder, case.thd, number), strict=True
+                recorder.recordings, recording_paths(folder, case, number), strict=True
             ):
                 recording.save(path)
             everything.append(recorder.recordings)
@@ -136,15 +135,16 @@ def roll_out(case: Case, folder: Path) -> dict:
                     losses[number] = model(
                         ids, positions, None, labels=labels, packed_seq_params=pack
                     )
-        torch.save(losses, losses_path(folder, case.thd))
-        return {"shares": {str(n): share for n, share in report.shares.items()}}
+        torch.save(losses, losses_path(folder, case))
+        shares = {str(n): share for n, share in report.shares.items()}
+        return {"shares": shares | {f"MTP {n}": share for n, share in report.mtp_shares.items()}}
 
 
 def replay(case: Case, folder: Path) -> dict:
     """What differs between the two passes, between what was recorded and what is attended to, and
     from one process; how far the losses of the tokens are from those of one process."""
     recordings = {
-        number: [TopkRecording.load(path) for path in recording_paths(folder, case.thd, number)]
+        number: [TopkRecording.load(path) for path in recording_paths(folder, case, number)]
         for number in range(case.microbatches)
     }
     with model_parallel(case):
@@ -160,12 +160,12 @@ def replay(case: Case, folder: Path) -> dict:
             if what == "recompute" and not case.settings.items() >= FULL.items():
                 continue
             wrong += [
-                f"microbatch {number}, layer {layer}: other keys in the {what}"
+                f"microbatch {number}, {layer}: other keys in the {what}"
                 for number, of_layers in without[2].items()
                 for layer, keys in of_layers.items()
                 if not torch.equal(keys, topk[number][layer])
             ]
-        alone = torch.load(losses_path(folder, case.thd))
+        alone = torch.load(losses_path(folder, case))
         return {
             "wrong": wrong + unlike(recordings, without[1]),
             "outputs": len(without[0]),
@@ -189,12 +189,12 @@ def unlike(recordings, found) -> list[str]:
         parts = [chunk for rank in everyone for chunk in rank.get(number, ())]
         for document, recording in enumerate(documents):
             merged = TopkRecording.merge([part[document] for part in parts])
-            if merged.layers.keys() != recording.layers.keys():
-                wrong.append(f"microbatch {number}: layers {sorted(merged.layers)}")
-            for layer in recording.layers:
-                pairs = zip(merged.keys(layer), recording.keys(layer))
-                if not all(torch.equal(ours, theirs) for ours, theirs in pairs):
-                    wrong.append(f"microbatch {number}, document {document}, layer {layer}")
+            if merged.names != recording.names:
+                wrong.append(f"microbatch {number}: layers {merged.names}")
+            for name in recording.names:
+                whole = (one.keys(name.number, mtp=name.is_mtp) for one in (merged, recording))
+                if not all(torch.equal(ours, theirs) for ours, theirs in zip(*whole)):
+                    wrong.append(f"microbatch {number}, document {document}, {name}")
     return wrong
 
 

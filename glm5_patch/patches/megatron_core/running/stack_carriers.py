@@ -105,11 +105,11 @@ def _with_iteration(wrapped, instance, args, kwargs):
 
 
 def _all_iterations(wrapped, instance, args, kwargs):
-    from ....topk.mtp import shares_iterations, sharing_iterations
+    from ....topk.mtp import is_repeated, iterations
 
-    if not shares_iterations(instance.config):
+    if not is_repeated(instance.config):
         return wrapped(*args, **kwargs)
-    with sharing_iterations():
+    with iterations(instance.config):
         return wrapped(*args, **kwargs)
 
 

@@ -1,13 +1,14 @@
 """Bytes of recorded keys of a small model, before and after its selections settle. On a CPU.
 
-    python benchmarks/recordings.py [--steps 150]
+    python benchmarks/rl/recordings.py [--steps 150]
 
 Random selections hardly compress. So a GLM-5 of 4 layers learns text whose tokens depend on far
 earlier ones, with the indexer's loss, and every few steps the selections of new text are recorded:
 sequences of 1024 tokens, 64 keys a query. It prints the compressed size of the queries that have a
-choice as a share of their keys in int32, and how many keys a query shares with the one before it.
-The share depends on the density of the keys (here 1 in 16 at the end of a sequence, as 2048 in
-32,768), and not on their number.
+choice, and how many keys a query shares with the one before it. Marks take a share of the keys in
+int32 that depends on their density (here 1 in 16 at the end of a sequence, as 2048 in 32,768), and
+not on their number. The table takes about the same bytes a query for any number of keys. Both
+together are what a query of GLM-5.2 takes that selects as alike.
 """
 
 from __future__ import annotations
@@ -84,17 +85,24 @@ def measure(trained, step: int, loss: float) -> None:
     with torch.no_grad(), record_topk() as recorder:
         trained(ids, torch.arange(LENGTH).expand_as(ids), None)
     (recording,) = recorder.recordings
-    rows = 4 * TOPK * (LENGTH - TOPK)
+    queries = LENGTH - TOPK
+    sizes = []
     for number, frames in recording.layers.items():
         keys = recording.keys(number)[1]
         shared = torch.isin(keys[1:] + torch.arange(len(keys) - 1)[:, None] * LENGTH,
                             keys[:-1] + torch.arange(len(keys) - 1)[:, None] * LENGTH)  # fmt: skip
-        size = sum(len(frame.data) for frame in frames)
+        unpacked = [frame.unpack() for frame in frames]
+        marks = sum(len(one.unary) + len(one.low) for one in unpacked) / (4 * TOPK * queries)
+        table = sum(len(frame.data) for frame in frames) / queries - 4 * TOPK * marks
+        sizes.append(4 * 2048 * marks + table)
         print(
-            f"step {step:4}, loss {loss:.2f}, layer {number}: {100 * size / rows:.1f} % of int32, "
+            f"step {step:4}, loss {loss:.2f}, layer {number}: marks {100 * marks:.2f} % of int32, "
+            f"table {table:.1f} bytes a query; with 2048 keys {sizes[-1]:.0f} bytes; "
             f"{100 * shared.float().mean():.0f} % of the keys are the neighbour's",
             flush=True,
         )
+    mean = sum(sizes) / len(sizes)
+    print(f"step {step:4}: {21 * mean / 1024:.1f} KiB a token of 21 layers", flush=True)
 
 
 def main() -> None:

@@ -16,16 +16,19 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..config.huggingface import HFConfig
-from ..config.schedule import IndexSchedule
-from ..errors import GLM5PatchError
-from .record import TopkRecording
+from ...config.huggingface import HFConfig
+from ...config.schedule import IndexSchedule
+from ...errors import GLM5PatchError
+from ..record import TopkRecording
+from .checks import as_array, check_integer
 
 SGLANG_MAGIC = b"SGLTOPK1"
 _STEP, _REQUEST = struct.Struct("<QII"), struct.Struct("<QI")
 
 
-def topk_from_array(keys: np.ndarray, config: Any, *, first: int = 0) -> TopkRecording:
+def topk_from_array(
+    keys: np.ndarray, config: Any, *, first: int = 0, mtp_layers: int = 0
+) -> TopkRecording:
     """Read a recording from an array, such as miles' ``sample.rollout_indexer_topk``.
 
     Args:
@@ -33,12 +36,16 @@ def topk_from_array(keys: np.ndarray, config: Any, *, first: int = 0) -> TopkRec
             decoder layers, or the computing layers alone. A row of -1 alone is not recorded.
         config: the ``HFConfig`` or the ``TransformerConfig`` of the model.
         first: position of the first token of the array.
+        mtp_layers: so many layers of multi-token prediction follow the others, by depth.
 
     Raises:
         GLM5PatchError: the array does not fit the model, a skip layer has other keys than its
             source, or a query has keys that it can't have.
     """
     schedule, index_topk = _model(config)
+    check_integer("first", first, 0)
+    check_integer("mtp_layers", mtp_layers, 0)
+    keys = as_array("keys", keys)
     if keys.dtype.kind not in "iu":
         raise GLM5PatchError(f"an array of {keys.dtype}; the keys must be integers")
     if keys.ndim != 3 or keys.shape[2] != index_topk:
@@ -47,21 +54,29 @@ def topk_from_array(keys: np.ndarray, config: Any, *, first: int = 0) -> TopkRec
             f"and the model has index_topk={index_topk}"
         )
     computing, length = schedule.computing_layers, first + len(keys)
-    if keys.shape[1] == schedule.num_layers:
+    columns = keys.shape[1] - mtp_layers
+    of_mtp = keys[:, max(0, columns) :]
+    if columns == schedule.num_layers:
         for number in range(1, schedule.num_layers + 1):
             _check_shared(keys, number, schedule.source(number))
         keys = keys[:, [number - 1 for number in computing]]
-    elif keys.shape[1] != len(computing):
+    elif columns != len(computing):
+        beside = f", {mtp_layers} of them of multi-token prediction," if mtp_layers else ""
         raise GLM5PatchError(
-            f"an array of {keys.shape[1]} layers for a model of {schedule.num_layers}, of which "
-            f"{len(computing)} compute their top-k; give all layers, or the computing ones"
+            f"an array of {keys.shape[1]} layers{beside} for a model of {schedule.num_layers}, of "
+            f"which {len(computing)} compute their top-k; give all layers, or the computing ones"
         )
-    positions = np.arange(first, length)
-    layers = {}
-    for column, number in enumerate(computing):
-        recorded = (keys[:, column] >= 0).any(1)
-        layers[number] = positions[recorded], keys[recorded, column]
-    return TopkRecording.of_keys(index_topk, length, layers)
+    layers, depths = (
+        {number: _recorded(first, columns[:, column]) for column, number in enumerate(numbers)}
+        for columns, numbers in ((keys, computing), (of_mtp, range(1, mtp_layers + 1)))
+    )
+    return TopkRecording.of_keys(index_topk, length, layers, depths)
+
+
+def _recorded(first: int, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and keys of the queries of one layer that are not empty."""
+    rows = np.flatnonzero((keys != -1).any(1))
+    return first + rows, keys[rows]
 
 
 def topk_from_sglang(meta_info: Mapping[str, Any], tokens: int, config: Any) -> TopkRecording:
@@ -95,9 +110,11 @@ def topk_from_sglang(meta_info: Mapping[str, Any], tokens: int, config: Any) -> 
     if not isinstance(tokens, (int, np.integer)) or tokens < 1:
         raise GLM5PatchError(f"tokens={tokens!r}; give the number of tokens of prompt and response")
     numbers = np.frombuffer(content, dtype="<i4")
-    _, index_topk = _model(config)
+    schedule, index_topk = _model(config)
     layers = meta_info.get("indexer_topk_num_layers")
-    if layers is None:
+    if layers is None and tokens == 1:
+        layers = len(schedule.computing_layers)  # of no token
+    elif layers is None:
         layers = len(numbers) // (max(1, tokens - 1) * index_topk)
     elif type(layers) is not int or layers < 1:
         raise GLM5PatchError(
@@ -127,6 +144,7 @@ def topk_from_vllm(indexer_topk: str, config: Any, *, prompt_start: int = 0) -> 
     Raises:
         GLM5PatchError: as of ``topk_from_array``; it is not base64 of an ``.npy`` file.
     """
+    check_integer("prompt_start", prompt_start, 0)
     content = io.BytesIO(_decode(indexer_topk))
     try:
         keys = np.lib.format.read_array(content, allow_pickle=False)
@@ -260,4 +278,9 @@ def _model(config: Any) -> tuple[IndexSchedule, int]:
     """Which layers of a model compute, and how many keys they select."""
     if isinstance(config, HFConfig):
         return config.schedule, config.index_topk
+    if not hasattr(config, "dsa_indexer_topk"):
+        raise GLM5PatchError(
+            f"config is a {type(config).__name__}; give the HFConfig or the TransformerConfig of "
+            "the model"
+        )
     return IndexSchedule.from_megatron(config).of_attention, config.dsa_indexer_topk

@@ -1,6 +1,6 @@
-"""Whether a query's bits depend on the rest of the batch, on a GPU; and what decoding costs.
+"""Whether a query's bits depend on the rest of the batch, on a GPU.
 
-    python benchmarks/invariance.py [--length 4096]
+    python benchmarks/rl/invariance.py [--length 4096]
 
 GLM-5's own shape, bf16: heads of 192 + 64 and 256, latent 512 + 64, index heads 32 of 128, top-k
 2048. For each backend that can compute here, one document is computed alone, in packs, before other
@@ -8,7 +8,7 @@ documents, padded, as the beginning of a longer one, in a batch of two, and as a
 (zigzag and contiguous). Top-k, attention output and the index losses of three queries are compared
 bit by bit. It prints one line for each backend, and exits with 1 if one differs or fails; a backend
 that is not installed is passed over. Then it prints milliseconds of the selection, with many equal
-scores and in fp8 too, and of decoding a recording.
+scores and in fp8 too.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ from glm5_patch.ops.registry import backends
 from glm5_patch.ops.sparse_attention.inputs import AttentionInputs, MLADims
 from glm5_patch.ops.sparse_attention.operation import sparse_attention
 from glm5_patch.testing.parity import kept_share
-from glm5_patch.topk.codec import Frame
-from glm5_patch.topk.record import TopkRecording
 
 DIMS = MLADims(latent=512, nope=192, rope=64, value=256)
 HEADS, INDEX_HEADS, INDEX_DIM, TOPK = 64, 32, 128, 2048
@@ -160,7 +158,7 @@ def compare(length: int, dtype: torch.dtype) -> list[str]:
 
 
 def times(length: int) -> None:
-    """Milliseconds of selection and of decoding a recording."""
+    """Milliseconds of selection."""
     whole = Batch([document(0, length, torch.bfloat16)], torch.empty(0, device="cuda"))
     run = lambda inputs: index_topk(inputs, whole.queries, TOPK, INDEX_DIM**-0.5)
     usual = do_bench(lambda: run(whole.inputs))
@@ -171,20 +169,6 @@ def times(length: int) -> None:
     in_fp8 = lambda: index_topk(fp8_inputs(whole.inputs, INDEX_DIM**-0.5), whole.queries, TOPK, 1.0)
     share = kept_share(in_fp8(), run(whole.inputs))
     print(f"in fp8: {do_bench(in_fp8):.2f} ms; {100 * share:.2f} % of the keys are those of bf16")
-    topk = run(whole.inputs)[0]
-    positions = torch.arange(TOPK, length)
-    recording = TopkRecording.of_keys(
-        TOPK, length, {1: (positions.numpy(), topk[TOPK:].cpu().numpy())}
-    )
-    frames: tuple[Frame, ...] = recording.layers[1]
-    marks = [frame.inflate() for frame in frames]
-    if not torch.equal(torch.cat([one.keys(TOPK, "cuda") for one in marks]), topk[TOPK:]):
-        sys.exit("a recording gives other keys back")
-    decode = do_bench(lambda: [one.keys(TOPK, "cuda") for one in marks])
-    print(
-        f"decoding one layer of {len(positions)} queries, on the GPU: {decode:.2f} ms; "
-        f"{recording.nbytes / len(positions):.0f} bytes a query and layer of random selections"
-    )
 
 
 def is_installed(name: str) -> bool:
