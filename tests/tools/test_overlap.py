@@ -12,7 +12,7 @@ from glm5_patch.config.schedule import IndexSchedule
 from glm5_patch.errors import CheckpointError
 from glm5_patch.testing.parity import recorded
 from glm5_patch.tools.cli import main
-from glm5_patch.tools.layer_by_layer import LayerByLayer
+from glm5_patch.tools.overlap.layer_by_layer import LayerByLayer
 from glm5_patch.tools.verify import forward, to_load_into
 from tests.tiny import megatron_config, saved
 from tests.tools.test_cli import command

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..attention.build import gpt_model, transformer_config
+from ...attention.build import gpt_model, transformer_config
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..checkpoint.reader import HFCheckpoint
+    from ...checkpoint.reader import HFCheckpoint
 
 META = torch.device("meta")
 

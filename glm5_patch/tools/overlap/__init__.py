@@ -7,15 +7,15 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config.index_pattern import Pattern, best_pattern
-from ..errors import CheckpointError, GLM5PatchError
-from .report import Result, print_table, print_text, progress, say
+from ...config.index_pattern import Pattern, best_pattern
+from ...errors import CheckpointError, GLM5PatchError
+from ..report import Result, print_table, print_text, progress, say
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..checkpoint.reader import HFCheckpoint
-    from ..config.huggingface import HFConfig
+    from ...checkpoint.reader import HFCheckpoint
+    from ...config.huggingface import HFConfig
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> Result:
         _pyplot()
         if not Path(options.heat_map).absolute().parent.is_dir():
             raise GLM5PatchError(f"--heat-map {options.heat_map}: its directory does not exist")
-    from ..checkpoint.reader import HFCheckpoint
+    from ...checkpoint.reader import HFCheckpoint
 
     checkpoint = HFCheckpoint(Path(options.checkpoint))
     hf = checkpoint.config
@@ -101,11 +101,11 @@ def _overlaps(
     that see more keys than they select."""
     import torch
 
-    from ..ops.query_positions import common_keys
-    from ..testing.cpu_host import single_process
-    from ..testing.parity import recorded
+    from ...ops.query_positions import common_keys
+    from ...testing.cpu_host import single_process
+    from ...testing.parity import recorded
+    from ..verify import forward, to_load_into
     from .layer_by_layer import LayerByLayer
-    from .verify import forward, to_load_into
 
     schedule = checkpoint.config.schedule
     computing, first = schedule.computing_layers, checkpoint.config.index_topk
