@@ -16,6 +16,9 @@ from ..env import installed_version
 from .report import Result
 from .status import environment
 
+VERDICTS = {0: "passed", 1: "failed", 2: "unusable"}
+"""By the exit code of the command."""
+
 
 def write_card(path: Path, arguments: Sequence[str], result: Result) -> None:
     """Keep what a command found, and where, in a YAML file that appears whole or not at all.
@@ -36,7 +39,7 @@ def write_card(path: Path, arguments: Sequence[str], result: Result) -> None:
     card = {
         "command": shlex.join(["glm5-patch", *arguments]),
         "date": date.today().isoformat(),
-        "verdict": "failed" if result.code else "passed",
+        "verdict": VERDICTS[result.code],
         "machine": {
             "platform": versions_of.pop("platform"),
             "processors": os.cpu_count(),

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import GLM5PatchError
-from .report import Result
+from .report import Result, notes_said, say
 
 OWN_MODELS = ("gpt", "hybrid")
 UNUSABLE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -69,7 +69,7 @@ def _run(argv: list[str]) -> int:
     if as_json:
         print(json.dumps({"error": message}))
     else:
-        print(f"glm5-patch: {message}", file=sys.stderr)
+        say(f"glm5-patch: {message}")
     return UNUSABLE
 
 
@@ -339,7 +339,14 @@ def _verify(options: argparse.Namespace) -> Result:
     else:
         from .verify import run
 
-    result = run(options)
+    try:
+        with notes_said():
+            result = run(options)
+    except GLM5PatchError as error:
+        if card is not None:
+            refused = Result(UNUSABLE, {"error": str(error)}, lambda: None)
+            write_card(card, options.arguments, refused)
+        raise
     if card is not None:
         write_card(card, options.arguments, result)
     return result
@@ -349,12 +356,11 @@ def _demo(options: argparse.Namespace) -> Result:
     _before_torch(options)
     from .demo import run
 
-    return run(options)
+    with notes_said():
+        return run(options)
 
 
 def _before_torch(options: argparse.Namespace) -> None:
-    from .report import say
-
     say(f"glm5-patch {options.command}: importing torch, megatron-core and transformers")
     # cuBLAS reads it once. A parity check in TF32 would be no check.
     os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
@@ -385,8 +391,6 @@ def _plan(options: argparse.Namespace) -> Result:
 
 
 def _overlap(options: argparse.Namespace) -> Result:
-    from .report import say
-
     say("glm5-patch overlap: importing torch and megatron-core")
     from .overlap import run
 

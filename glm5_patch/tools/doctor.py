@@ -218,7 +218,10 @@ def probe() -> Iterator[Finding]:
         else:
             yield Finding(f"host {host}", True, _version(own[0].distribution, bool(found)))
     yield Finding(
-        "hosts", bool(present), f"{len(present)} patches have one", "install megatron-core"
+        "hosts",
+        bool(present),
+        f"{len(present)} of {len(MACHINE.patches)} patches have theirs here",
+        "install megatron-core",
     )
     core = sys.modules.get("megatron.core.transformer.transformer_config")
     if core is not None:

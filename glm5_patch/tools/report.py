@@ -1,10 +1,13 @@
 """What a command prints: tables, progress and lines, for a terminal of 80 columns or for a pipe.
 
-On a terminal ``rich`` draws tables and bars in colour if it is installed. It is not a dependency.
+On a terminal ``rich`` colours tables and draws bars if it is installed. It is not a dependency:
+without it, or with ``NO_COLOR`` set, the same words are printed plainly.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
 import sys
 import textwrap
@@ -12,12 +15,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TextIO
 
+from ..env import logger
+
 _COLOURS = {
     "applied": "green",
     "ok": "green",
     "not_needed": "cyan",
     "armed": "yellow",
     "disabled": "yellow",
+    "allowed": "yellow",
     "failed": "red",
     "PROBLEM": "red",
     "FAILED": "red",
@@ -38,21 +44,47 @@ class Result(NamedTuple):
 
 
 def say(line: str) -> None:
-    """Print a line of progress on stderr, unbuffered."""
-    print(line, file=sys.stderr, flush=True)
+    """Print a line of progress on stderr, unbuffered; folded on a terminal, whole in a log."""
+    print(_folded(line) if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def notes_said() -> Iterator[None]:
+    """Say what the package logs, at INFO and above, unless ``GLM5_PATCH_LOG`` asks for a log."""
+    if logger.handlers:
+        yield
+        return
+    handler = _Saying()
+    level, propagates = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # a host's handler would write it again
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagates
+
+
+class _Saying(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record))
 
 
 def print_text(text: str, indent: str = "") -> None:
     """A line on stdout, folded at words; continued lines are indented by two more spaces."""
-    print(
-        textwrap.fill(
-            text,
-            _width(),
-            initial_indent=indent,
-            subsequent_indent=indent + "  ",
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+    print(_folded(text, indent))
+
+
+def _folded(text: str, indent: str = "") -> str:
+    return textwrap.fill(
+        text,
+        _width(),
+        initial_indent=indent,
+        subsequent_indent=indent + "  ",
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 
@@ -71,23 +103,33 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     A pipe gets no column heads. The first line of each row starts with its first cell, so ``grep``
     and ``awk`` find it.
     """
-    console = _console(sys.stdout)
-    if console is None:
-        widths = _widths(rows, _width())
-        for row in rows:
-            cells = [_fold(cell, width) for cell, width in zip(row, widths)]
-            for number in range(max(map(len, cells))):
-                line = (cell[number] if number < len(cell) else "" for cell in cells)
-                print("  ".join(map(str.ljust, line, widths)).rstrip())
+    if not rows:
         return
+    heads = sys.stdout.isatty()
+    widths = _widths([columns, *rows] if heads else rows, _width())
+    folded = [[_fold(cell, width) for cell, width in zip(row, widths)] for row in rows]
+    console = _console(sys.stdout)
+    if console is not None:
+        _draw(console, columns, folded, widths)
+        return
+    for row in [[[head] for head in columns], *folded] if heads else folded:
+        for number in range(max(map(len, row))):
+            line = (cell[number] if number < len(cell) else "" for cell in row)
+            print("  ".join(map(str.ljust, line, widths)).rstrip())
+
+
+def _draw(console, columns: Sequence[str], rows: list[list[list[str]]], widths: list[int]) -> None:
+    """Rows of folded cells in colour, with rich."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    table = Table()
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    # The box has a space between columns; the padding is the second one.
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    for column, width in zip(columns, widths):
+        table.add_column(column, width=width, no_wrap=True)
     for row in rows:
-        table.add_row(*(Text(cell, style=_COLOURS.get(cell, "")) for cell in row))
+        table.add_row(*(Text("\n".join(cell), style=_COLOURS.get(cell[0], "")) for cell in row))
     console.print(table)
 
 
@@ -99,19 +141,21 @@ def _widths(rows: Sequence[Sequence[str]], total: int) -> list[int]:
     """The natural widths of the columns if they fit; else the widest ones get one smaller width."""
     natural = [max(1, *map(len, column)) for column in zip(*rows)]
     total -= 2 * (len(natural) - 1)
-    cap = max(natural, default=0)
+    cap = max(natural)
     while sum(min(width, cap) for width in natural) > total and cap > _NARROWEST:
         cap -= 1
     return [min(width, cap) for width in natural]
 
 
 def _fold(text: str, width: int) -> list[str]:
-    """Lines of at most ``width``, broken at spaces, and inside longer words after ``_``, ``.``
-    or ``/``."""
+    """Lines of at most ``width``, broken at spaces, and inside longer words after ``.``, ``/`` or
+    ``,``, or after ``_`` if those would leave half of the line empty."""
     lines = []
     for line in textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]:
         while len(line) > width:
-            cut = max(line.rfind(mark, 0, width) for mark in "_./,") + 1 or width
+            cut = max(line.rfind(mark, 0, width) for mark in "./,") + 1
+            if cut < width / 2:
+                cut = max(cut, line.rfind("_", 0, width) + 1) or width
             lines.append(line[:cut])
             line = line[cut:]
         lines.append(line)
@@ -146,10 +190,10 @@ def progress(what: str, total: int, every: int = 1) -> Iterator[Callable[[str], 
 
 def _console(stream: TextIO):
     """rich's console for a terminal; None if plain text is to be written."""
-    if not stream.isatty():
+    if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return None
     try:
         from rich.console import Console
     except ImportError:
         return None
-    return Console(file=stream, highlight=False)
+    return Console(file=stream, highlight=False, width=_width())

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
+import warnings
 from pathlib import Path
 
 from .. import __version__
 from ..env import TENSOR_PARALLEL, Switches, installed_version, tensor_parallel
 from ..errors import GLM5PatchError
-from .report import Result, print_table, print_text
+from .report import Result, print_table, print_text, say
 
 _DISTRIBUTIONS = (
     "torch",
@@ -19,6 +19,7 @@ _DISTRIBUTIONS = (
     "transformer-engine",
     "megatron-core",
     "megatron-bridge",
+    "mcore-bridge",
     "transformers",
     "wrapt",
     "nvidia-cudnn-frontend",
@@ -85,6 +86,7 @@ def of_hosts() -> Result:
     from .doctor import switches
 
     active = any(row.state.value != "disabled" for row in glm5_patch.status())
+    warnings.filterwarnings("ignore", category=UserWarning)  # the hosts' notes on absent packages
     kernels, problem, backends = None, None, []
     try:
         finding = switches()
@@ -115,9 +117,12 @@ def of_hosts() -> Result:
         print_text(f"sparse attention in bf16: {kernels or 'unknown, see the problem'}")
         print_text(f"tensor parallelism shares out: {data['tensor_parallel']}")
         if backends:
-            print_table(("operation", "backend", "takes", "here"), backends)
+            print_table(
+                ("operation", "backend", "here", "takes"),
+                [(row.operation, row.backend, row.here, row.takes) for row in backends],
+            )
         if problem:
-            print(f"problem: {problem}", file=sys.stderr)
+            say(f"problem: {problem}")
 
     return Result(1 if problem or not active else 0, data, show)
 

@@ -228,16 +228,11 @@ def to_load_into(device: str, dtype: str, impl: str = "local") -> dict[str, Any]
 
 
 def _model(options: argparse.Namespace, checkpoint: HFCheckpoint) -> torch.nn.Module:
-    from ..attention.build import (
-        HF_LATENT_NORM_EPSILON,
-        gpt_model,
-        set_latent_norm_epsilon,
-        transformer_config,
-    )
+    from ..attention import build
     from ..attention.hybrid import hybrid_model
 
     hybrid = options.model == "hybrid"
-    config = transformer_config(
+    config = build.transformer_config(
         checkpoint.config,
         hybrid=hybrid,
         **to_load_into(options.device, options.dtype, options.impl),
@@ -246,10 +241,11 @@ def _model(options: argparse.Namespace, checkpoint: HFCheckpoint) -> torch.nn.Mo
         recompute_method="uniform",
         recompute_num_layers=1,
     )
-    model = (hybrid_model if hybrid else gpt_model)(checkpoint.config, config)
-    set_latent_norm_epsilon(model, HF_LATENT_NORM_EPSILON)  # only Hugging Face has this epsilon
+    model = (hybrid_model if hybrid else build.gpt_model)(checkpoint.config, config)
+    build.set_latent_norm_epsilon(model, build.HF_LATENT_NORM_EPSILON)  # Hugging Face's alone
     with progress("loading", len(set(checkpoint.files.values()))) as advance:
         checkpoint.load_into(model, advance)
+    glm5_patch.set_phase(model, "frozen_indexer")  # no loss trains them here
     return model
 
 

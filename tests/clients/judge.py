@@ -42,7 +42,7 @@ def main() -> int:
         env=env,
     )
     found = json.loads(result.stdout)
-    said = without_place(found["error"]) if "error" in found else said_of(found)
+    said = without_place(found["error"]) if "error" in found else tables.said_of(found)
     print(said)
     record = tables.read()
     row = {
@@ -63,13 +63,6 @@ def main() -> int:
 def without_place(error: str) -> str:
     """An error without the files that it came from."""
     return re.sub(r" \([^()]*:\d+\)$", "", error)
-
-
-def said_of(found: dict) -> str:
-    """The names of the faults, in one line."""
-    settings = [f"`{name}` = {value}" for name, value in found["setting"].items()]
-    sets = [" and ".join([*settings, *(f"`{id}`" for id in one)]) for one in found["explanations"]]
-    return "; or ".join(sets) or ("right" if found["passed"] else " ".join(found["says"]))
 
 
 def hosts() -> str:

@@ -234,17 +234,18 @@ def keep_record(table: dict[str, dict]) -> None:
     tables.write(record)
 
 
+def hosts_of(arguments: list[str]) -> list[tuple[str, str]]:
+    """Of "python=a==1,b==2" the pairs (python, "a==1") and (python, "b==2")."""
+    pairs = (argument.split("=", 1) for argument in arguments)
+    return [(python, one) for python, several in pairs for one in several.split(",")]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--record", action="store_true")
     parser.add_argument("hosts", nargs="+", metavar="INTERPRETER=PACKAGE==RELEASE,...")
     options = parser.parse_args()
-    hosts = [
-        (python, requirement)
-        for python, requirements in (argument.split("=", 1) for argument in options.hosts)
-        for requirement in requirements.split(",")
-    ]
-    table = on_each(hosts, measure if options.record else test)
+    table = on_each(hosts_of(options.hosts), measure if options.record else test)
     if not options.record:
         return 0 if print_counts(table) else 1
     failed = [requirement for requirement, found in table.items() if "failed" in found]

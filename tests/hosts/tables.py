@@ -19,8 +19,11 @@ RECORD = ROOT / "docs" / "hosts.json"
 CLIENTS = ROOT / "docs" / "clients.json"
 """What ``tests.clients.record`` saw, the patches of Megatron-LM and a row for each client; and what
 ``tests.clients.judge`` was told of each."""
+CARDS = ROOT / "docs" / "cards"
 PACKAGED = ROOT / "glm5_patch" / "tools" / "hosts.json"
 """What ``glm5-patch explain`` says of hosts: patch -> release -> patched or native."""
+CHECKS = ("top-k", "logits", "recompute", "gradients")
+"""Words in the names of the checks of ``verify``; a recompute's are gradients too."""
 WORDS = {"applied": "patched", "not_needed": "native", "armed": "native"}
 """Armed is what stays so: that release has no such module."""
 
@@ -102,16 +105,47 @@ def judged(record: dict) -> str:
 
 
 def cards() -> str:
-    """Each card of docs/cards, and the checks that it has."""
-    lines = ["| card | host | torch | verdict | date | measured |", "|---" * 6 + "|"]
-    for path in sorted((ROOT / "docs" / "cards").glob("*.yaml")):
+    """Each card of docs/cards: where it ran, and what it found."""
+    lines = ["| card | beside | verdict | found | date |", "|---" * 5 + "|"]
+    for path in card_files():
         card = yaml.safe_load(path.read_text())
-        versions, checks = card["versions"], card["figures"]["checks"]
-        host = f"megatron-core {versions['megatron-core']}"
-        measured = "; ".join(f"{one['name']}: {one['measured']}" for one in checks)
-        cells = (f"[{path.name}](cards/{path.name})", host, versions["torch"], card["verdict"])
-        lines.append("| " + " | ".join((*cells, card["date"], measured)) + " |")
+        of = path.stem.partition("_")[0].rpartition("-")
+        beside = ", ".join(
+            f"{name} {card['versions'][name]}"
+            for name in ("megatron-core", "transformers")
+            if name != of[0] and card["versions"][name] != "not installed"
+        )
+        link = f"[{of[0]} {of[2]}](cards/{path.name})"
+        cells = (link, beside, card["verdict"], _found(card["figures"]), card["date"])
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def card_files() -> list[Path]:
+    """In the order of packages and releases."""
+    number = lambda part: int(part) if part.isdigit() else part
+    return sorted(CARDS.glob("*.yaml"), key=lambda p: [*map(number, re.split(r"(\d+)", p.stem))])
+
+
+def _found(figures: dict) -> str:
+    """A card's figures in one cell."""
+    if "error" in figures:
+        return figures["error"]
+    if "checks" not in figures:
+        return said_of(figures)
+    named = {}
+    for one in figures["checks"]:
+        kind = next((kind for kind in CHECKS if kind in one["name"]), None)
+        if kind:
+            named[kind] = f"{kind}: {one['measured'].partition(' relative')[0]}"
+    return "; ".join(named.values())
+
+
+def said_of(found: dict) -> str:
+    """The names of the faults that ``verify --model`` found, in one line."""
+    settings = [f"`{name}` = {value}" for name, value in found["setting"].items()]
+    sets = [" and ".join([*settings, *(f"`{id}`" for id in one)]) for one in found["explanations"]]
+    return "; or ".join(sets) or ("right" if found["passed"] else " ".join(found["says"]))
 
 
 def faults() -> str:
@@ -135,7 +169,7 @@ def blocks(record: dict) -> dict[tuple[Path, str], str]:
         (ROOT / "README.md", "launchers"): support(record, "megatron-lm"),
         (ROOT / "docs" / "clients.md", "clients"): clients(record),
         (ROOT / "docs" / "hosts.md", "figures"): figures(record),
-        (ROOT / "docs" / "verify.md", "cards"): cards(),
+        (ROOT / "docs" / "cards.md", "cards"): cards(),
         (ROOT / "docs" / "verify.md", "faults"): faults(),
         (ROOT / "docs" / "verify.md", "judged"): judged(record),
         (ROOT / "docs" / "parallel.md", "splits"): parallel(record),

@@ -142,7 +142,8 @@ def _label(chunk: int, pp: int, vpp: int) -> str:
 
 
 def _print(report: dict, best: Split, schedule: IndexSchedule, options) -> None:
-    print_text(f"{report['schedule']}; pipeline size {options.pp}, {options.vpp} chunks a stage")
+    chunks = "1 chunk" if options.vpp == 1 else f"{options.vpp} chunks"
+    print_text(f"{report['schedule']}; pipeline size {options.pp}, {chunks} a stage")
     if report["uniform"]:
         print_text(f"equal chunks are refused: {report['uniform']}")
     empty = best.sizes.count(0)
