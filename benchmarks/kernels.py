@@ -572,26 +572,41 @@ def _fill_with_nan(numel: int) -> None:
 
 
 def plot(figures: list[Figure], path: Path) -> None:
+    """Time and memory against length: one colour and one marker for a series in all panels."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     shown = ("core, forward + backward", "selection", "indexer loss")
-    fig, axes = pyplot.subplots(2, len(shown), figsize=(15, 8), sharex=True, squeeze=False)
+    drawn = [f for f in figures if f.what in shown and f.heads in (64, INDEX_HEADS) and f.ms]
+    peers = sorted({f.who for f in drawn})
+    styles = {who: dict(color=f"C{n}", marker="osD^vX"[n % 6]) for n, who in enumerate(peers)}
+    lengths = sorted({f.length for f in drawn})
+    fig, axes = pyplot.subplots(2, len(shown), figsize=(13, 7.5), sharex=True, squeeze=False)
     for column, what in enumerate(shown):
-        own = [f for f in figures if f.what == what and f.heads in (64, INDEX_HEADS) and f.ms]
-        for who in dict.fromkeys(f.who for f in own):
-            line = sorted((f for f in own if f.who == who), key=lambda f: f.length)
-            lengths = [f.length for f in line]
-            axes[0][column].plot(lengths, [f.ms for f in line], "o-", label=who)
-            axes[1][column].plot(lengths, [f.gib for f in line], "o-", label=who)
-        axes[0][column].set(title=what, ylabel="ms", xscale="log", yscale="log")
-        axes[1][column].set(xlabel="tokens", ylabel="GiB", xscale="log", yscale="log")
-        axes[0][column].legend()
-    fig.tight_layout()
+        axes[0][column].set_title(what)
+        axes[1][column].set_xlabel("tokens")
+        for who in peers:
+            line = sorted(
+                (f for f in drawn if (f.what, f.who) == (what, who)), key=lambda f: f.length
+            )
+            for axis, values in zip(axes[:, column], ([f.ms for f in line], [f.gib for f in line])):
+                axis.plot([f.length for f in line], values, **styles[who])
+        for axis, unit in zip(axes[:, column], ("ms", "GiB")):
+            axis.set(ylabel=unit, xscale="log", yscale="log")
+            axis.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
+            axis.xaxis.set_minor_locator(ticker.NullLocator())
+            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_locator(ticker.NullLocator())
+            axis.grid(alpha=0.3)
+    lines = [pyplot.Line2D([], [], **styles[who]) for who in peers]
+    fig.legend(lines, peers, loc="lower center", ncols=len(peers), frameon=False)
+    fig.tight_layout(rect=(0, 0.05, 1, 1))
     temporary = path.with_name("." + path.name)
     fig.savefig(temporary, dpi=110)
+    pyplot.close(fig)
     temporary.replace(path)
 
 
@@ -636,7 +651,12 @@ def main() -> int:
         metavar="JSON",
         help="print an earlier run's table, and beside it the peers of further runs",
     )
+    parser.add_argument("--plot", type=Path, metavar="JSON", help="draw an earlier run again")
     options = parser.parse_args()
+    if options.plot:
+        earlier = json.loads(options.plot.read_text())["figures"]
+        plot([Figure(**figure) for figure in earlier], options.plot.with_suffix(".png"))
+        return 0
     if options.table:
         print(table([json.loads(path.read_text()) for path in options.table]))
         return 0
