@@ -28,6 +28,8 @@ _COLOURS = {
     "PROBLEM": "red",
     "FAILED": "red",
 }
+_HOSTS = ("megatron", "torch.utils.cpp_extension")
+"""Loggers of hosts."""
 _NARROWEST = 8
 """The least width of a folded column."""
 
@@ -50,21 +52,26 @@ def say(line: str) -> None:
 
 @contextmanager
 def notes_said() -> Iterator[None]:
-    """Say what the package logs, at INFO and above, unless ``GLM5_PATCH_LOG`` asks for a log."""
-    if logger.handlers:
-        yield
-        return
+    """Say what the package logs, at INFO and above, unless ``GLM5_PATCH_LOG`` asks for a log.
+
+    Warnings that the hosts log (no CUDA runtime, a deprecated GPTModel) are left out: they are not
+    about what the command checks.
+    """
+    found = {one: (one.level, one.propagate) for one in (logger, *map(logging.getLogger, _HOSTS))}
     handler = _Saying()
-    level, propagates = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False  # a host's handler would write it again
+    if not logger.handlers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False  # a host's handler would write it again
+    for name in _HOSTS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagates
+        for one, (level, propagates) in found.items():
+            one.setLevel(level)
+            one.propagate = propagates
 
 
 class _Saying(logging.Handler):
