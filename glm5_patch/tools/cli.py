@@ -394,4 +394,5 @@ def _overlap(options: argparse.Namespace) -> Result:
     say("glm5-patch overlap: importing torch and megatron-core")
     from .overlap import run
 
-    return run(options)
+    with notes_said():
+        return run(options)

@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/: of docs/hosts.json and docs/clients.json, and of the plans of
+"""The tables of docs/: of docs/hosts.json and docs/clients.json, and of the plans of
 GLM-5.2."""
 
 from __future__ import annotations
@@ -163,10 +163,10 @@ def _cells(row: dict[str, float]) -> list[str]:
 def blocks(record: dict) -> dict[tuple[Path, str], str]:
     """What stands between the markers of each file."""
     return {
-        (ROOT / "README.md", "cores"): support(record, "megatron-core"),
-        (ROOT / "README.md", "transformers"): support(record, "transformers"),
-        (ROOT / "README.md", "bridges"): support(record, "megatron-bridge"),
-        (ROOT / "README.md", "launchers"): support(record, "megatron-lm"),
+        (ROOT / "docs" / "patches.md", "cores"): support(record, "megatron-core"),
+        (ROOT / "docs" / "patches.md", "transformers"): support(record, "transformers"),
+        (ROOT / "docs" / "patches.md", "bridges"): support(record, "megatron-bridge"),
+        (ROOT / "docs" / "patches.md", "launchers"): support(record, "megatron-lm"),
         (ROOT / "docs" / "clients.md", "clients"): clients(record),
         (ROOT / "docs" / "hosts.md", "figures"): figures(record),
         (ROOT / "docs" / "cards.md", "cards"): cards(),
