@@ -17,15 +17,16 @@ import yaml
 
 from glm5_patch.checkpoint.indexer_order import ROPE_FIRST, ROPE_LAST, convert, find_orders
 from glm5_patch.checkpoint.reader import HFCheckpoint
+from glm5_patch.tools.cli import _parser
 from tests.checkpoint.fp8 import quantize
 from tests.tiny import saved
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-INSTALLS = ("python3 -m venv", "pip ")
+INSTALLS = ("python3 -m venv", "pip ", "uv pip ")
 """What .ci/run and the tests of packaging run."""
-ALSO_RUN = ("glm5-patch demo", "glm5-patch doctor")
-"""By .ci/run, and by the tests of the command line."""
+ALSO_RUN = ("glm5-patch demo", "glm5-patch doctor", "python -m tests.hosts.")
+"""By .ci/run, and by the tests of the command line and of hosts."""
 LONG = (
     "python benchmarks/",
     "python -m tests.",
@@ -94,6 +95,34 @@ def test_the_commands_run(line, place):
         assert result.returncode in (0, 1) and "dsa_spec" in result.stdout
     else:
         assert result.returncode == 0, result.stdout + result.stderr
+
+
+def written():
+    """Every command line of this package in the pages: in blocks, and in spans of code."""
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        for block in re.findall(r"^```\w*\n(.*?)^```$", text, re.M | re.S):
+            yield from ((page.name, line) for line in re.findall("glm5-patch [a-z].*", block))
+        for span in re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)):
+            if re.match("glm5-patch [a-z]", span):
+                yield page.name, " ".join(span.split())
+
+
+def test_every_command_in_the_pages_exists_and_has_these_options():
+    (commands,) = (a.choices for a in _parser()._actions if hasattr(a.choices, "keys"))
+    found = set()
+    for page, line in written():
+        name, *words = re.split(r"[ |)\]]+", line.removeprefix("glm5-patch "))
+        assert name in commands, f"{page}: {line}"
+        parser = commands[name]
+        for action in parser._actions:
+            if hasattr(action.choices, "keys") and words and words[0] in action.choices:
+                parser = action.choices[words[0]]
+        known = {option for action in parser._actions for option in action.option_strings}
+        unknown = [word for word in words if word.startswith("--") and word not in known]
+        assert unknown == [], f"{page}: {line}"
+        found.add(name)
+    assert found == commands.keys()
 
 
 def test_the_converted_checkpoint_is_right(place):

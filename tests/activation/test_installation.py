@@ -1,8 +1,10 @@
 """A wheel on a path of its own, an editable install, and what uninstalling leaves."""
 
 import os
+import re
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -53,15 +55,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     ]
 
 
-@pytest.fixture(
-    params=[
-        "wheel",
-        *(pytest.param(how, marks=pytest.mark.nightly) for how in ("editable", "target")),
-    ]
-)
-def installed(request, wheel, tmp_path):
-    """An environment that borrows torch and the hosts from this one, with the package installed
-    its own way: (how, interpreter, variables)."""
+@pytest.fixture
+def image(tmp_path):
+    """An environment that borrows torch and the hosts from this one, without the package:
+    (interpreter, folder of packages)."""
     import torch
 
     venv = tmp_path / "venv"
@@ -76,7 +73,19 @@ def installed(request, wheel, tmp_path):
         if "glm5_patch" not in entry.name and entry.suffix != ".pth":
             (site / entry.name).symlink_to(entry)
     host_folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    (site / "hosts.pth").write_text("\n".join(filter(None, host_folders)))
+    (site / "hosts.pth").write_text("\n".join(f for f in host_folders if f and f != str(ROOT)))
+    return python, site
+
+
+@pytest.fixture(
+    params=[
+        "wheel",
+        *(pytest.param(how, marks=pytest.mark.nightly) for how in ("editable", "target")),
+    ]
+)
+def installed(request, wheel, image, tmp_path):
+    """The package, installed its own way: (how, interpreter, variables, folder of packages)."""
+    python, site = image
     pip = [sys.executable, "-m", "pip", "--python", python]
     variables = {}
     if request.param == "target":
@@ -107,6 +116,23 @@ def test_it_activates_and_uninstalling_leaves_nothing(installed):
         run(sys.executable, "-m", "pip", "--python", python, "uninstall", "-q", "-y", "glm5-patch")
         assert not [entry.name for entry in site.iterdir() if "glm5" in entry.name]
         assert not (site.parents[2] / "bin" / "glm5-patch").exists()
+
+
+@pytest.mark.nightly
+def test_the_path_of_a_new_user_takes_a_minute(image, wheel):
+    """The commands of docs/install.md, from an image to a passed verify."""
+    python, _ = image
+    page = (ROOT / "docs" / "install.md").read_text()
+    commands = re.findall(r"^\| `(.+)` \| [\d.]+ s \|$", page, re.M)
+    started = time.perf_counter()
+    for command in commands:
+        program, *words = command.replace("links dist", f"links {wheel.parent}").split()
+        if program == "pip":
+            printed = run(sys.executable, "-m", "pip", "--python", python, *words)
+        else:
+            printed = run(str(Path(python).parent / program), *words)
+    assert len(commands) == 3 and "passed in" in printed
+    assert time.perf_counter() - started <= 60
 
 
 WRAPT_PROXY = """
