@@ -46,8 +46,8 @@ Two settings cannot be guessed:
 the plugin's, and megatron-core's if `dsa_kernel_backend` asks for its kernels |
 | `GLM5_PATCH_KERNELS=auto` | selects the backend of sparse attention: `auto`, `triton`, `gluon`, \
 `cudnn`, `flash_mla` or `torch` ([performance](performance.md)) |
-| `GLM5_PATCH_TP=auto` | selects what the ranks of tensor parallelism share out in sparse attention: \
-`tokens`, `heads`, or `auto`, the default: tokens under sequence parallelism, else heads \
+| `GLM5_PATCH_TP=auto` | selects what the ranks of tensor parallelism share out in sparse \
+attention: `tokens`, `heads`, or `auto`, the default: tokens under sequence parallelism, else \
 heads ([parallel training](parallel.md)) |
 
 `TORCH_DEVICE_BACKEND_AUTOLOAD=0` keeps torch from loading any plugin.

@@ -1,11 +1,16 @@
 """Megatron-LM's pretrain_gpt.py: by flags, by config.json, saved and resumed, it is one GLM-5."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 
-from tests.clients.pretrain import STEPS, Run, launch, launch_stages
-from tests.tiny import hf_config
+from glm5_patch.checkpoint.reader import HFCheckpoint
+from tests.clients.pretrain import STEPS, TRAINING, Run, launch, launch_stages
+from tests.tiny import hf_config, saved
 
 SOURCE = os.environ.get("MEGATRON_LM")
 pytestmark = pytest.mark.skipif(
@@ -13,6 +18,9 @@ pytestmark = pytest.mark.skipif(
     reason="MEGATRON_LM names no source tree of Megatron-LM (of the release of megatron-core here)",
 )
 HALF = STEPS // 2
+ROOT = Path(__file__).parents[2]
+PATH = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+IN_THE_TREE = {**os.environ, "PYTHONPATH": PATH}
 FLAGS = """
     --num-layers 8 --hidden-size 64 --ffn-hidden-size 112 --num-attention-heads 6 --kv-channels 40
     --multi-latent-attention --q-lora-rank 48 --kv-lora-rank 56 --qk-head-dim 24
@@ -157,3 +165,27 @@ def test_a_training_goes_through_its_phases(folder):
     assert all(float(norm) > 0 for run in (warm, joint) for *_, norm in run.steps.values())
     # The trunk trains only now.
     assert abs(float(joint.steps[STEPS][0]) - float(warm.steps[STEPS][0])) > 0.01
+
+
+def test_the_example_starts_from_hugging_face_weights_and_writes_them_back(tmp_path):
+    source = saved(tmp_path / "hf")
+    script = str(Path(SOURCE) / "pretrain_gpt.py")
+    flags = TRAINING.replace("--mtp-num-layers 1", "").split()
+    still = ["--lr", "0", "--min-lr", "0", "--train-iters", "2"]
+    places = [script, str(source.directory), str(tmp_path / "trained")]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "examples/megatron_lm_hf.py",
+        *places,
+        *flags,
+        *still,
+    ]
+    result = subprocess.run(command, cwd=ROOT, env=IN_THE_TREE, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    trained = HFCheckpoint(tmp_path / "trained")
+    assert trained.shapes == source.shapes
+    moved = {n for n in source.shapes if not torch.equal(trained.read(n), source.read(n))}
+    # Megatron-LM moves the bias of the experts whatever the learning rate is.
+    assert all(name.endswith("e_score_correction_bias") for name in moved)

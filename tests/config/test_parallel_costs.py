@@ -83,7 +83,11 @@ def test_the_plan_of_many_gpus_fits_into_them(capsys):
     assert code == 0 and found["fits"]
     assert all(split["gib"] <= 80 for split in found["splits"])
     assert found["splits"][0]["rate"] >= max(one["rate"] for one in found["one_kind"].values())
-    assert found["splits"][0]["megatron_flags"]["--expert-tensor-parallel-size"] == 1
+    for split in found["splits"]:
+        flags = split["megatron_flags"]
+        assert flags["--expert-tensor-parallel-size"] == 1
+        # The default of Megatron-LM is refused.
+        assert flags.get("--cp-comm-type") == ("allgather" if split["cp"] > 1 else None)
 
 
 def test_too_few_gpus_are_compared_all_the_same(capsys):

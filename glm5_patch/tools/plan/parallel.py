@@ -52,6 +52,8 @@ def describe(cost: ParallelCost) -> dict:
         "--expert-tensor-parallel-size": 1,
         "--pipeline-model-parallel-size": split.pp,
     }
+    if split.cp > 1:
+        flags["--cp-comm-type"] = "allgather"  # the default is refused
     return {
         **asdict(split),
         "rate": round(cost.rate, 3),
@@ -81,6 +83,7 @@ def _print(data: dict, costs: list[ParallelCost]) -> None:
         _HEADS,
         [(kind, *_cells(split)) for kind, split in data["one_kind"].items()],
     )
+    print("")
     print_text("Megatron-LM, the first one:")
     best = data["splits"][0]
     switches = {"--sequence-parallel": True} if best["sequence_parallel"] else {}
