@@ -1,5 +1,6 @@
 """What goes out: the workflow that releases, and the examples for containers and clusters."""
 
+import json
 import re
 import subprocess
 from fnmatch import fnmatch
@@ -8,6 +9,7 @@ from pathlib import Path
 import yaml
 
 import glm5_patch
+from glm5_patch.tools import cli
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -45,6 +47,20 @@ def test_scripts_for_slurm_are_bash():
         subprocess.run(["bash", "-n", script], check=True)
         assert "\n#SBATCH " in script.read_text()
     assert scripts
+
+
+def test_the_split_of_the_script_for_slurm_is_the_first_plan(capsys):
+    text = (EXAMPLES / "slurm.sbatch").read_text()
+    config = str(ROOT / "tests" / "configs" / "glm-5.2.json")
+    flags = {}
+    for command in re.findall(r"`glm5-patch (plan [^`]*)`", text.replace("\n# ", " ")):
+        assert cli.main([*command.replace("CONFIG_DIR", config).split(), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        flags |= (found.get("splits") or found["plans"])[0]["megatron_flags"]
+    (layout,) = re.findall("^layout='(.*)'$", text, re.M)
+    assert flags.pop("--pipeline-model-parallel-layout") == layout
+    for name, value in flags.items():
+        assert f" {name} " in text if value is True else f" {name} {value} " in text
 
 
 def test_the_environment_of_ray_workers():
