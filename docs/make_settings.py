@@ -65,7 +65,7 @@ release.
 ## What a GLM-5.2 needs on Megatron-LM's command line
 
 `--glm5-config DIR` stands for all of these flags
-([recipe](recipes.md#megatron-lms-pretrain_gptpy)). They say what the published `config.json` of
+([Megatron-LM](megatron-lm.md)). They say what the published `config.json` of
 GLM-5.2 says:
 
 ```text

@@ -122,15 +122,21 @@ def cards() -> str:
 
 
 def card_files() -> list[Path]:
-    """In the order of packages and releases."""
-    number = lambda part: int(part) if part.isdigit() else part
-    return sorted(CARDS.glob("*.yaml"), key=lambda p: [*map(number, re.split(r"(\d+)", p.stem))])
+    """The hosts first, then the programs on top of them, each in the order of releases."""
+    first = ("megatron-core", "transformers")
+
+    def place(path: Path) -> tuple:
+        package = path.stem.partition("_")[0].rpartition("-")[0]
+        numbers = [int(part) for part in re.findall(r"\d+", path.stem)]
+        return first.index(package) if package in first else len(first), package, numbers
+
+    return sorted(CARDS.glob("*.yaml"), key=place)
 
 
 def _found(figures: dict) -> str:
     """A card's figures in one cell."""
     if "error" in figures:
-        return figures["error"]
+        return f"`{figures['error']}`"
     if "checks" not in figures:
         return said_of(figures)
     named = {}
