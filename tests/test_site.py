@@ -3,6 +3,11 @@
 import importlib.util
 import re
 import shutil
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -105,3 +110,64 @@ def test_a_picture_shows_what_the_command_prints(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     printed = lines(on_a_terminal(cli.main, command.split()[1:]).out)
     assert [line[:80].rstrip() for line in printed if line] == found[1:]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """The address of the built site, on this machine."""
+    pytest.importorskip("material", reason="mkdocs-material is not installed")
+    site = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(site)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    handler = partial(QuietHandler, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    program = shutil.which("chromium")
+    if program is None:
+        pytest.skip("no chromium is installed")
+    with api.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+CUT = """() => [...document.querySelectorAll('.md-typeset table, .md-typeset img')].filter(
+    shown => shown.getBoundingClientRect().right
+        > document.querySelector('.md-content').getBoundingClientRect().right + 1
+).map(shown => shown.textContent.slice(0, 60))"""
+"""Tables and pictures that reach beyond the right edge of the text."""
+
+
+@pytest.mark.nightly
+def test_in_a_browser_nothing_is_cut_or_fetched_and_search_finds(served, browser):
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    asked = []
+    tab.on("request", lambda request: asked.append(request.url))
+    for page in DOCS.glob("*.md"):
+        tab.goto(f"{served}/{page.stem}/" if page.stem != "index" else served)
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), page.name
+        assert tab.evaluate(CUT) == [], page.name
+    assert [url for url in asked if not url.startswith((served, "data:"))] == []
+    tab.goto(served)
+    tab.click("input.md-search__input")
+    tab.keyboard.type("set_phase", delay=20)
+    tab.wait_for_selector(".md-search-result__link")
+    assert "indexer" in tab.locator(".md-search-result__list").inner_text().lower()
+    tab.keyboard.press("Escape")
+    schemes = set()
+    for _ in range(2):
+        schemes.add(tab.evaluate("document.body.dataset.mdColorScheme"))
+        tab.locator("form[data-md-component=palette] label:not([hidden])").click()
+    assert schemes == {"default", "slate"}
