@@ -16,6 +16,8 @@ from ..env import installed_version
 from .report import Result
 from .status import environment
 
+_OF_SOURCE_TREES = {"megatron-core": "megatron.core", "megatron-bridge": "megatron.bridge"}
+"""Distributions that may be on the path without being installed -> their modules."""
 VERDICTS = {0: "passed", 1: "failed", 2: "unusable"}
 """By the exit code of the command."""
 
@@ -33,9 +35,10 @@ def write_card(path: Path, arguments: Sequence[str], result: Result) -> None:
     devices = range(torch.cuda.device_count())
     found = environment().data
     versions_of = dict(found["versions"])
-    core = sys.modules.get("megatron.core")
-    if core is not None and installed_version("megatron-core") is None:
-        versions_of["megatron-core"] = f"{core.__version__}, a source tree"
+    for name, module in _OF_SOURCE_TREES.items():
+        imported = sys.modules.get(module)
+        if imported is not None and installed_version(name) is None:
+            versions_of[name] = f"{imported.__version__}, a source tree"
     card = {
         "command": shlex.join(["glm5-patch", *arguments]),
         "date": date.today().isoformat(),
