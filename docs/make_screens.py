@@ -21,7 +21,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "images" / "screens"
 ROOT = Path(__file__).parents[1]
-COLUMNS, LONGEST = 80, 76
+COLUMNS, LONGEST = 80, 90
 """Of a picture. The middle of a longer output is left out."""
 SCREENS = {
     "status": "glm5-patch status",

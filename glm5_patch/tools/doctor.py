@@ -220,7 +220,7 @@ def probe() -> Iterator[Finding]:
     yield Finding(
         "hosts",
         bool(present),
-        f"{len(present)} of {len(MACHINE.patches)} patches have theirs here",
+        f"{len(present)} of {len(MACHINE.patches)} patches have a host here",
         "install megatron-core",
     )
     core = sys.modules.get("megatron.core.transformer.transformer_config")

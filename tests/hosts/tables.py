@@ -98,7 +98,9 @@ def clients(record: dict) -> str:
 def judged(record: dict) -> str:
     """What ``verify --model`` said of each program's GLM-5."""
     lines = ["| program | hosts | GLM | `--model` | said | date |", "|---" * 6 + "|"]
-    for row in record["judged"]:
+    numbers = lambda text: [int(part) for part in re.findall(r"\d+", text)]
+    key = lambda row: (row["program"].partition(" ")[0], numbers(row["hosts"]), row["program"])
+    for row in sorted(record["judged"], key=key):
         cells = (row["program"], row["hosts"], row["flavour"], f"`{row['target']}`")
         lines.append("| " + " | ".join((*cells, row["said"], row["date"])) + " |")
     return "\n".join(lines)
