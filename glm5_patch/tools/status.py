@@ -64,7 +64,7 @@ def of_installation() -> Result:
         print_findings(findings)
         print_table(("patch", "state", "target", "attribute"), rows)
         print_text(f"tensor parallelism shares out: {data['tensor_parallel']}")
-        print("glm5-patch status --import imports the hosts and shows the state of each patch")
+        print_text("glm5-patch status --import imports the hosts and shows the state of each patch")
 
     return Result(int(not healthy), data, show)
 
@@ -112,7 +112,7 @@ def of_hosts() -> Result:
 
     def show() -> None:
         state = "active" if active else "NOT ACTIVE"
-        print(f"glm5-patch {__version__}: {state} in a process that imports torch")
+        print_text(f"glm5-patch {__version__}: {state} in a process that imports torch")
         print_table(("patch", "state", "reason"), [row.cells() for row in rows])
         print_text(f"sparse attention in bf16: {kernels or 'unknown, see the problem'}")
         print_text(f"tensor parallelism shares out: {data['tensor_parallel']}")
