@@ -45,7 +45,7 @@ Two settings cannot be guessed:
 `host` megatron-core's (0.19 and later; an error where they are wrong). `auto`, the default, takes \
 the plugin's, and megatron-core's if `dsa_kernel_backend` asks for its kernels |
 | `GLM5_PATCH_KERNELS=auto` | selects the backend of sparse attention: `auto`, `triton`, `gluon`, \
-`cudnn`, `flash_mla` or `torch` ([performance](performance.md)) |
+`cudnn`, `flash_mla`, `deep_gemm` or `torch` ([performance](performance.md)) |
 | `GLM5_PATCH_TP=auto` | selects what the ranks of tensor parallelism share out in sparse \
 attention: `tokens`, `heads`, or `auto`, the default: tokens under sequence parallelism, else \
 heads ([parallel training](parallel.md)) |
