@@ -174,3 +174,7 @@ def test_how_far_a_selection_is_off():
         expected.flip(-1),  # no order
     ):
         assert off(wrong) == float("inf")
+
+
+def test_it_is_not_chosen_unless_it_is_asked_for():
+    assert [one.name for one in backends("index_topk.fp8")] == ["torch", "deep_gemm"]

@@ -32,8 +32,11 @@ def run(options: argparse.Namespace) -> Result:
         _pyplot()
         if not Path(options.heat_map).absolute().parent.is_dir():
             raise GLM5PatchError(f"--heat-map {options.heat_map}: its directory does not exist")
+    import glm5_patch
+
     from ...checkpoint.reader import HFCheckpoint
 
+    glm5_patch.require()  # before a host is imported
     checkpoint = HFCheckpoint(Path(options.checkpoint))
     hf = checkpoint.config
     length = options.seq_length or min(4 * hf.index_topk, hf.max_position_embeddings)
