@@ -25,7 +25,12 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 INSTALLS = ("python3 -m venv", "pip ", "uv pip ")
 """What .ci/run and the tests of packaging run."""
-ALSO_RUN = ("glm5-patch demo", "glm5-patch doctor", "python -m tests.hosts.")
+ALSO_RUN = (
+    "glm5-patch demo",
+    "glm5-patch doctor",
+    "glm5-patch overlap",
+    "python -m tests.hosts.",
+)
 """By .ci/run, and by the tests of the command line and of hosts."""
 LONG = (
     "python benchmarks/",
@@ -48,8 +53,11 @@ def commands():
     for page, text in blocks("console"):
         for line in text.replace("\\\n", " ").splitlines():
             if not line.startswith(INSTALLS) and "=" not in line.split()[0]:
+                if line.startswith("python ") and line.startswith(LONG):
+                    line = line.split(" --")[0]  # one help for all its options
                 found.setdefault(line, f"{page.name}: {line[:50]}")
-    marks = {line: pytest.mark.nightly for line in found if line.startswith(ALSO_RUN)}
+    also_run = [line for line in found if line.startswith(ALSO_RUN) or line == "glm5-patch verify"]
+    marks = dict.fromkeys(also_run, pytest.mark.nightly)
     return [pytest.param(line, id=name, marks=marks.get(line, ())) for line, name in found.items()]
 
 

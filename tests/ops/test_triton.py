@@ -291,7 +291,7 @@ def test_triton_that_can_not_is_no_silent_torch(monkeypatch):
 
 def test_unknown_kernels_are_named(monkeypatch):
     monkeypatch.setenv("GLM5_PATCH_KERNELS", "cuda")
-    says = "='cuda' must be one of auto, triton, gluon, cudnn, flash_mla, torch"
+    says = "='cuda' must be one of auto, triton, gluon, cudnn, flash_mla, deep_gemm, torch"
     with pytest.raises(GLM5PatchError, match=says):
         choose("sparse_attention", Call.of(torch.zeros(1)))
 

@@ -80,10 +80,11 @@ def test_doctor_finds_a_healthy_installation_healthy():
     "env, what, remedy",
     [
         ({"GLM5_PATCH": "0"}, "switches", "unset GLM5_PATCH"),
-        (
+        pytest.param(
             {"GLM5_PATCH_DISABLE": "gate"},
             "gate",
             "without it: A model is built and trained wrongly",
+            marks=pytest.mark.nightly,
         ),
         ({"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}, "torch's autoload", "import glm5_patch.auto"),
     ],
@@ -124,6 +125,7 @@ def test_doctor_names_a_field_that_no_command_line_can_be_made_of():
     assert wrong == "False the type of dsa_indexer_topk_freq is the string 'int'"
 
 
+@pytest.mark.nightly  # the others find what doctor says of a host
 def test_doctor_names_two_cores_on_the_path(tmp_path):
     (tmp_path / "megatron" / "core").mkdir(parents=True)
     path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(tmp_path)])
