@@ -36,6 +36,7 @@ def test_toy_hosts(tmp_path, seed):
     run("toys", tmp_path, seed, *steps)
 
 
+@pytest.mark.nightly  # the orders of imports are tested on real hosts
 def test_real_hosts():
     """Without reloads and imports anew, which megatron-core itself does not survive."""
     steps = [

@@ -45,7 +45,9 @@ def merged(model):
 
 
 @pytest.mark.parametrize(
-    "kernels, length", [("torch", 24), ("torch", 8), ("triton", 16)], ids=str
+    "kernels, length",
+    [("torch", 24), ("torch", 8), pytest.param("triton", 16, marks=pytest.mark.nightly)],
+    ids=str,
 )  # 8 keys all fit
 def test_an_adapter_on_the_up_projection_is_as_good_as_merged(
     kernels, length, tmp_path, monkeypatch

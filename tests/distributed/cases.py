@@ -343,7 +343,6 @@ def _served_cases():
 CASES = (*_cases(), *_shared_out_cases(), *_served_cases())
 
 _SOME = """
-TP 2, forward, thd
 TP 2 + SP, heads, served, recompute none, thd
 CP 2 x TP 2 + SP, auto, indexer loss, recompute core_attn, thd
 TP 2 + SP, padding, served, all keys
@@ -352,7 +351,6 @@ CP 2, contiguous, padding, indexer loss
 MTP, TP 2 + SP, auto, indexer loss
 TP 2 + SP, auto, adapters, indexer loss, recompute core_attn
 PP 2, indexer loss, recompute full
-PP 2 x VPP 2, recompute mla_up_proj, thd
 PP 2 x VPP 2 x TP 2 + SP, recompute full
 EP 2 x TP 2 + SP
 DP 2, distributed optimizer

@@ -268,11 +268,9 @@ def _cases():
 
 CASES = tuple(_cases())
 _SOME = """
-PP 2 from layer 4, recompute core_attn
 PP 2 from layer 5, recompute full, thd
 PP 4 x VPP 2, a layer each, eight in flight, overlapped
 PP 2 x VPP 2, after training and evaluation, recompute none
-PP 2, variable lengths, recompute full
 PP 2 x TP 2 + SP from layer 6, recompute full
 PP 2 x CP 2 from layer 4, recompute core_attn, thd
 PP 2 x VPP 2, an empty chunk passes the top-k on

@@ -189,6 +189,7 @@ def test_the_selection_of_cudnn_gets_what_it_documents(seed, cudnn_there):
     assert torch.equal(theirs, ours)
 
 
+@pytest.mark.nightly
 def test_the_selection_takes_cudnn_for_long_rows(cudnn_there, interpreted, monkeypatch):
     """The very selection of the indexer: blocks, and rows short enough for this package's own."""
     queries, calls = layout([40]), []

@@ -132,6 +132,7 @@ def test_it():
     run(tests, "--glm5-patch=strict", prelude="").assert_outcomes(passed=1)
 
 
+@pytest.mark.nightly
 def test_it_goes_with_xdist_and_with_warnings_as_errors(run):
     tests = "def test_it(glm5_patched):\n    assert is_patched()\n"
     run(tests, "-n", "1", "-W", "error::pytest.PytestWarning").assert_outcomes(passed=1)

@@ -110,6 +110,7 @@ def test_status_names_a_seam_that_the_host_has_lost(broken_host):
     assert "patch 'topk_carrier' is not in place" in result.stderr
 
 
+@pytest.mark.nightly
 def test_doctor_names_a_field_that_no_command_line_can_be_made_of():
     code = """
         import torch
