@@ -9,24 +9,24 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from ..sparse_attention.gluon import HEADS, KEYS, LATENT, ROPE, WIDTH
+from ..sparse_attention.gluon import HEADS, KEYS, LATENT, ROPE
 from ..sparse_attention.gluon_kernels import (
     LOGITS,
     ROWS,
     SHARED,
     gather,
     keys_of_tile,
+    load_query,
     query_of_program,
+    start_logits,
 )
 
 _N = gl.constexpr(HEADS)
 _L = gl.constexpr(LATENT)
 _R = gl.constexpr(ROPE)
-_W = gl.constexpr(WIDTH)
 _K = gl.constexpr(KEYS)
 
 
@@ -39,7 +39,6 @@ def head_sums(
     copied while this one is multiplied."""
     dtype: gl.constexpr = Q.dtype.element_ty
     by_row: gl.constexpr = gl.SliceLayout(1, ROWS)
-    by_column: gl.constexpr = gl.SliceLayout(0, ROWS)
     by_head: gl.constexpr = gl.SliceLayout(1, LOGITS)
     by_key: gl.constexpr = gl.SliceLayout(0, LOGITS)
     b, query, start, count, TOPK = query_of_program(TOPK, STARTS, POSITIONS, rows, batch, 1, k)
@@ -53,9 +52,7 @@ def head_sums(
     key = keys_of_tile(TOPK, 0, count, start, batch, b, by_row)
     gather(LATENTS, key, latents.index(0), ropes.index(0))
     key = keys_of_tile(TOPK, _K, count, start, batch, b, by_row)
-    q = Q + (query + gl.arange(0, _N, layout=by_row))[:, None] * _W
-    q_latent.store(gl.load(q + gl.arange(0, _L, layout=by_column)[None, :]))
-    q_rope.store(gl.load(q + _L + gl.arange(0, _R, layout=by_column)[None, :]))
+    load_query(Q, query, q_latent, q_rope)
     lse = gl.load(LSE + query + gl.arange(0, _N, layout=by_head))
     zeros = gl.full([_N, _K], 0.0, gl.float32, layout=LOGITS)
     for tile in range(0, tiles):
@@ -67,10 +64,7 @@ def head_sums(
         if tile + 1 < tiles:
             gather(LATENTS, key, latents.index(1 - tile % 2), ropes.index(1 - tile % 2))
         key = keys_of_tile(TOPK, (tile + 2) * _K, count, start, batch, b, by_row)
-        logits = warpgroup_mma(
-            q_latent, latent.permute((1, 0)), zeros, use_acc=False, is_async=True
-        )
-        logits = warpgroup_mma(q_rope, rope.permute((1, 0)), logits, is_async=True)
+        logits = start_logits(q_latent, q_rope, latent, rope, zeros)
         logits = warpgroup_mma_wait(num_outstanding=0, deps=[logits])
         sums = gl.sum(gl.exp2(logits * scale_log2 - lse[:, None]), 0)
         place = tile * _K + gl.arange(0, _K, layout=by_key)

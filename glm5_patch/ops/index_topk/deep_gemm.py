@@ -9,11 +9,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..fallback import compute
-from ..needs import Call, Needs, Width
+from ..needs import Needs, Width
 from ..query_positions import QueryPositions, query_blocks
 from ..registry import backend
 from .fp8 import quantize, shortfall
+from .operation import select
 from .reference import IndexerInputs
 
 ROUNDING = 2e-3
@@ -57,14 +57,10 @@ def index_topk(
     key, key_scale = quantize(inputs.key, rotate)
     weights = inputs.weights.float() * query_scale * scale
     s, b = query.shape[:2]
-    starts, places = queries.spans()
+    starts, places = spans = queries.spans()
     ends = places + 1
     found = torch.empty((b, s, k), dtype=torch.int32, device=query.device)
     for block in query_blocks(s, queries.keys * 4):
-        longest = min(queries.most_keys, queries.end(block))
-        call = Call.of(inputs.query).sized(
-            dsa_indexer_topk=k, keys=longest, one_sequence=int(queries.is_one_sequence)
-        )
         for batch in range(b):
             scores = fp8_mqa_logits()(
                 query[block, batch].contiguous(),  # [block, heads, dim]
@@ -79,7 +75,5 @@ def index_topk(
             width = scores.stride(0)
             scores = scores.as_strided((len(scores), width), (width, 1))
             scores += 0.0  # -0.0 becomes 0.0
-            found[batch, block] = compute(
-                "index_topk.selection", call, scores, starts[block], places[block], longest, k
-            )
+            found[batch, block] = select(inputs, scores, queries, spans, block, k)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..fallback import compute
+from ..needs import Call
 from ..query_positions import QueryPositions
 from .reference import IndexerInputs
 
@@ -42,3 +43,32 @@ def fp8_index_topk(
         As ``index_topk``.
     """
     return compute("index_topk.fp8", inputs.call, inputs, queries, k, scale, rotate)
+
+
+def select(
+    inputs: IndexerInputs,
+    scores: Tensor,
+    queries: QueryPositions,
+    spans: tuple[Tensor, Tensor],
+    block: slice,
+    k: int,
+) -> Tensor:
+    """Select for a block of the queries of one sequence, by the backend that fits.
+
+    Args:
+        inputs: what the scores are made of.
+        scores: fp32 [block, t].
+        queries: where all queries stand among the keys.
+        spans: theirs, see ``QueryPositions.spans``.
+        block: which of them.
+        k: how many keys to select.
+
+    Returns:
+        int32 [block, k], as of ``index_topk``.
+    """
+    longest = min(queries.most_keys, queries.end(block))
+    call = Call.of(inputs.query).sized(
+        dsa_indexer_topk=k, keys=longest, one_sequence=int(queries.is_one_sequence)
+    )
+    starts, places = (span[block] for span in spans)
+    return compute("index_topk.selection", call, scores, starts, places, longest, k)

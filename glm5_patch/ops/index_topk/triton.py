@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..fallback import compute
-from ..needs import Call, Needs, Width
+from ..needs import Needs, Width
 from ..query_positions import QueryPositions, query_blocks
 from ..registry import backend
+from .operation import select
 from .reference import IndexerInputs
 
 IN_REGISTERS = 4096
@@ -42,24 +43,12 @@ def index_topk(inputs: IndexerInputs, queries: QueryPositions, k: int, scale: fl
     """As ``operation.index_topk``; among equal scores the lower position wins."""
     inputs = IndexerInputs(*(tensor.contiguous() for tensor in inputs))
     s, b = inputs.query.shape[:2]
-    starts, positions = queries.spans()
+    spans = queries.spans()
     topk_indices = torch.empty((b, s, k), dtype=torch.int32, device=inputs.query.device)
     for block in query_blocks(s, b * queries.keys * 4):
         scores = compute("index_scores", inputs.call, inputs, queries, block, scale)
-        longest = min(queries.most_keys, queries.end(block))
-        call = Call.of(inputs.query).sized(
-            dsa_indexer_topk=k, keys=longest, one_sequence=int(queries.is_one_sequence)
-        )
         for batch in range(b):
-            topk_indices[batch, block] = compute(
-                "index_topk.selection",
-                call,
-                scores[batch],
-                starts[block],
-                positions[block],
-                longest,
-                k,
-            )
+            topk_indices[batch, block] = select(inputs, scores[batch], queries, spans, block, k)
     return topk_indices
 
 

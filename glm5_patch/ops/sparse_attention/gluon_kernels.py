@@ -103,6 +103,23 @@ def keys_of_tile(TOPK, first, count, start, batch, b, layout: gl.constexpr):
 
 
 @gluon.jit
+def load_query(Q, query, latent, rope):
+    """Copy the heads of a query to shared memory."""
+    columns: gl.constexpr = gl.SliceLayout(0, ROWS)
+    q = Q + (query + gl.arange(0, _N, layout=gl.SliceLayout(1, ROWS)))[:, None] * _W
+    latent.store(gl.load(q + gl.arange(0, _L, layout=columns)[None, :]))
+    rope.store(gl.load(q + _L + gl.arange(0, _R, layout=columns)[None, :]))
+
+
+@gluon.jit
+def start_logits(q_latent, q_rope, latent, rope, zeros):
+    """Start the products of a query's heads and a tile of keys, [64, 64]; not to be read before a
+    ``warpgroup_mma_wait``."""
+    logits = warpgroup_mma(q_latent, latent.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    return warpgroup_mma(q_rope, rope.permute((1, 0)), logits, is_async=True)
+
+
+@gluon.jit
 def forward(
     Q, LATENTS, TOPK, STARTS, POSITIONS, OUT, LSE,
     rows, batch, groups, k, scale_log2,
@@ -128,9 +145,7 @@ def forward(
     key = keys_of_tile(TOPK, _K, count, start, batch, b, by_row)
     head = gl.arange(0, _N, layout=by_row)
     column = gl.arange(0, _L, layout=by_column)
-    q = Q + (query + head)[:, None] * _W
-    q_latent.store(gl.load(q + column[None, :]))
-    q_rope.store(gl.load(q + _L + gl.arange(0, _R, layout=by_column)[None, :]))
+    load_query(Q, query, q_latent, q_rope)
 
     place = gl.arange(0, _K, layout=gl.SliceLayout(0, LOGITS))
     largest = gl.full([_N], -1e30, gl.float32, layout=by_head)
@@ -146,10 +161,7 @@ def forward(
         if tile + 1 < tiles:
             gather(LATENTS, key, latents.index(1 - tile % 2), ropes.index(1 - tile % 2))
         key = keys_of_tile(TOPK, (tile + 2) * _K, count, start, batch, b, by_row)
-        logits = warpgroup_mma(
-            q_latent, latent.permute((1, 0)), zeros, use_acc=False, is_async=True
-        )
-        logits = warpgroup_mma(q_rope, rope.permute((1, 0)), logits, is_async=True)
+        logits = start_logits(q_latent, q_rope, latent, rope, zeros)
         logits = warpgroup_mma_wait(num_outstanding=0, deps=[logits])
         logits = gl.where((tile * _K + place)[None, :] < count, logits * scale_log2, -1e30)
         larger = gl.maximum(largest, gl.max(logits, 1))
@@ -236,9 +248,7 @@ def backward(
     head = gl.arange(0, _N, layout=by_row)
     column = gl.arange(0, _L, layout=by_column)
     rope_column = gl.arange(0, _R, layout=by_column)
-    q = Q + (query + head)[:, None] * _W
-    q_latent.store(gl.load(q + column[None, :]))
-    q_rope.store(gl.load(q + _L + rope_column[None, :]))
+    load_query(Q, query, q_latent, q_rope)
     d_out.store(gl.load(D_OUT + (query + head)[:, None] * _L + column[None, :]))
 
     place = gl.arange(0, _K, layout=gl.SliceLayout(0, LOGITS))
@@ -253,10 +263,7 @@ def backward(
         async_copy.wait_group(0)
         fence_async_shared()
         gl.thread_barrier()
-        logits = warpgroup_mma(
-            q_latent, latent.permute((1, 0)), zeros, use_acc=False, is_async=True
-        )
-        logits = warpgroup_mma(q_rope, rope.permute((1, 0)), logits, is_async=True)
+        logits = start_logits(q_latent, q_rope, latent, rope, zeros)
         d_probs = warpgroup_mma(d_out, latent.permute((1, 0)), zeros, use_acc=False, is_async=True)
         logits = warpgroup_mma_wait(num_outstanding=1, deps=[logits])
         probs = gl.exp2(logits * scale_log2 - lse[:, None])
