@@ -20,7 +20,7 @@ from ..attention.attention import CrossLayerDSAttention
 from ..attention.loss_log import LOSSES, SlotSums, slot_of
 from ..errors import GLM5PatchError
 from ..ops.index_loss.reference import attention_mass
-from ..ops.query_positions import common_keys, visible_topk
+from ..ops.query_positions import common_keys
 from ..ops.sparse_attention.inputs import AttentionInputs
 from ..topk.tokens import token_group
 
@@ -112,9 +112,7 @@ class SelectionProbe:
             sums[2, slot] += kept.numel()
             if core.indexer is None:
                 return
-            topk_indices = attention.topk_indices
-            if topk_indices is None:
-                topk_indices = visible_topk(attention.queries, attention.query.shape[1])
+            topk_indices = attention.with_topk().topk_indices
             found.append(topk_indices.cpu())
             if self._before is not None:
                 sums[3:, slot] += torch.stack(common_keys(topk_indices, self._earlier(found)))

@@ -123,7 +123,7 @@ def test_every_visible_key_in_blocks_of_queries(interpreted, monkeypatch, length
         rows.append(len(queries.starts))
         return visible_topk(queries, batch, multiple)
 
-    monkeypatch.setattr(absorption, "visible_topk", counted)
+    monkeypatch.setattr("glm5_patch.ops.sparse_attention.inputs.visible_topk", counted)
     for blocks, reference in (both(tensors, None, queries, SMALL), whole):
         for ours, theirs in zip(blocks, reference):
             assert relative(ours, theirs) < 1e-5

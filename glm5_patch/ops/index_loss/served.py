@@ -18,7 +18,6 @@ from torch.distributed import ProcessGroup
 from ...errors import GLM5PatchError
 from ..fallback import compute
 from ..index_topk.reference import IndexerInputs
-from ..query_positions import visible_topk
 from ..sparse_attention.inputs import AttentionInputs
 from .operation import loss_under
 from .reference import LossSettings, SelectedKeys
@@ -112,9 +111,7 @@ class OverSelectedKeys(ServedLoss):
 
     @torch.no_grad()
     def _add(self, attention: AttentionInputs, tp_group: ProcessGroup | None) -> None:
-        if attention.topk_indices is None:
-            every_key = visible_topk(attention.queries, attention.query.shape[1])
-            attention = attention._replace(topk_indices=every_key)
+        attention = attention.with_topk()
         probabilities = compute("index_loss.target", attention.call, attention, tp_group)
         probabilities /= self.users
         terms = _entropy_terms(probabilities, self.users)

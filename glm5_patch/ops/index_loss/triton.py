@@ -22,7 +22,6 @@ from ..exact_sums import ExactSums
 from ..fallback import compute
 from ..index_topk.reference import IndexerInputs
 from ..needs import Needs, Width
-from ..query_positions import visible_topk
 from ..registry import backend
 from ..sparse_attention.absorption import absorbed_inputs, in_blocks
 from ..sparse_attention.inputs import AbsorbedInputs, AttentionInputs
@@ -96,9 +95,7 @@ def _targets(attention: AttentionInputs, settings: LossSettings) -> Iterator[_Ta
     if attention.topk_indices is None:
         parts = in_blocks(attention, VISIBLE_PLACES)
     for part in parts:
-        if part.topk_indices is None:
-            part = part._replace(topk_indices=visible_topk(part.queries, part.query.shape[1]))
-        yield _target(absorbed_inputs(part), part.lse, settings.tp_group)
+        yield _target(absorbed_inputs(part.with_topk()), part.lse, settings.tp_group)
 
 
 def _target(absorbed: AbsorbedInputs, lse: Tensor | None, tp_group: ProcessGroup | None) -> _Target:

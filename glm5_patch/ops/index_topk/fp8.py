@@ -5,7 +5,7 @@ Queries and keys are rotated by a Hadamard matrix in bf16 and rounded to e4m3, w
 each token (and head) that is a power of two (UE8M0, ``scale_fmt="ue8m0"``). A product of two such
 numbers is exact in fp32, and a power of two can be multiplied in before without another rounding.
 So every backend of the index scores computes these scores, from rounded inputs in bf16. DeepGEMM
-itself computes them where it is installed, see ``deep_gemm``.
+itself computes them where it is asked for, see ``deep_gemm``.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..fallback import compute
-from ..query_positions import QueryPositions, visible_topk
 from ..registry import backend
 from . import triton
 from .inputs import AbsorbedInputs, AttentionInputs, MLADims
@@ -58,7 +57,7 @@ class _AbsorbedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *attention):
-        absorbed = absorbed_inputs(_with_topk(AttentionInputs(*attention)))
+        absorbed = absorbed_inputs(AttentionInputs(*attention).with_topk(TOPK_MULTIPLE))
         query, latent, up_projection, topk_indices, queries, dims, softmax_scale, _ = attention
         out, lse = _forward(absorbed)
         output = query.new_empty((*query.shape[:3], dims.value))
@@ -75,12 +74,12 @@ class _AbsorbedAttention(torch.autograd.Function):
     def backward(ctx, d_output, _):
         query, latent, up_projection, topk_indices, *spans, out, lse = ctx.saved_tensors
         dims = ctx.dims
-        if topk_indices is None:
-            topk_indices = _every_key(ctx.queries, query.shape[1])
+        attention = query, latent, up_projection, topk_indices, ctx.queries, dims, ctx.softmax_scale
+        topk_indices = AttentionInputs(*attention).with_topk(TOPK_MULTIPLE).topk_indices
         absorbed = AbsorbedInputs(
             absorb(query, up_projection, dims),
             latent.squeeze(2).contiguous(),
-            topk_indices,
+            topk_indices.contiguous(),
             *spans,
             dims.latent,
             ctx.softmax_scale,
@@ -104,17 +103,6 @@ class _AbsorbedAttention(torch.autograd.Function):
             d_up[..., dims.nope :] = d_value.transpose(0, 1)
             d_up = d_up.flatten(1)
         return d_query, d_latent.to(latent.dtype).unsqueeze(2), d_up, *5 * [None]
-
-
-def _with_topk(attention: AttentionInputs) -> AttentionInputs:
-    if attention.topk_indices is not None:
-        return attention
-    topk_indices = _every_key(attention.queries, attention.query.shape[1])
-    return attention._replace(topk_indices=topk_indices)
-
-
-def _every_key(queries: QueryPositions, b: int) -> Tensor:
-    return visible_topk(queries, b, multiple=TOPK_MULTIPLE).contiguous()
 
 
 def latent_attention(absorbed: AbsorbedInputs) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..needs import Call
-from ..query_positions import QueryPositions
+from ..query_positions import QueryPositions, visible_topk
 
 
 class MLADims(NamedTuple):
@@ -66,6 +66,13 @@ class AttentionInputs(NamedTuple):
             latent=self.latent.detach(),
             up_projection=self.up_projection.detach(),
         )
+
+    def with_topk(self, multiple: int = 1) -> AttentionInputs:
+        """The same with a top-k; every visible key's if it had none, see ``visible_topk``."""
+        if self.topk_indices is not None:
+            return self
+        every_key = visible_topk(self.queries, self.query.shape[1], multiple)
+        return self._replace(topk_indices=every_key)
 
     def of_queries(self, places: Tensor | slice) -> AttentionInputs:
         """Some queries alone, int64 or a slice; the keys stay."""
