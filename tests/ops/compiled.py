@@ -1,4 +1,4 @@
-"""Compile every Triton kernel at GLM-5.2's shapes for a GPU that is not there.
+"""Compile every kernel, Triton's and Gluon's, at GLM-5.2's shapes for a GPU that is not there.
 
     python -m tests.ops.compiled 89 101376
 
@@ -16,9 +16,11 @@ import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.runtime.jit import JITFunction
 
 from glm5_patch.ops import tiles
+from glm5_patch.ops.index_loss import gluon as gluon_loss
 from glm5_patch.ops.index_loss import triton as index_loss
 from glm5_patch.ops.index_loss.reference import LossSettings
 from glm5_patch.ops.index_topk import triton as index_topk
@@ -28,6 +30,7 @@ from glm5_patch.ops.recorded_keys import triton as recorded_keys
 from glm5_patch.ops.recorded_keys.frame import Frame
 from glm5_patch.ops.rotation import triton as rotation
 from glm5_patch.ops.rotation.reference import Rotation
+from glm5_patch.ops.sparse_attention import gluon as gluon_attention
 from glm5_patch.ops.sparse_attention import triton as sparse_attention
 from glm5_patch.ops.sparse_attention.inputs import AbsorbedInputs
 
@@ -59,6 +62,8 @@ def compile_all(capability: int, shared_memory: int) -> None:
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         name = self.fn.__name__
+        if isinstance(self, GluonJITFunction):
+            name = f"gluon_{name}"
         number = sum(key.split("-")[0] == name for key in found)
         found[f"{name}-{number}"] = {"shared": kernel.metadata.shared}
 
@@ -67,7 +72,9 @@ def compile_all(capability: int, shared_memory: int) -> None:
     chosen = tiles.choose(divmod(capability, 10), shared_memory)
     tiles.of_device = lambda device: chosen
     for heads in (64, 16, 8):
-        _attention(heads)
+        _attention(heads, sparse_attention, index_loss)
+    if capability == 90:
+        _attention(64, gluon_attention, gluon_loss)
     _indexer()
     _recorded_keys()
     for name, figures in found.items():
@@ -78,7 +85,7 @@ def _half(*shape):
     return torch.zeros(shape, dtype=torch.bfloat16)
 
 
-def _attention(heads: int) -> None:
+def _attention(heads: int, kernels, loss_kernels) -> None:
     places = torch.arange(KEYS - S, KEYS)
     queries = QueryPositions(torch.zeros_like(places), places, KEYS, KEYS)
     topk = torch.zeros((1, S, TOPK), dtype=torch.int32)
@@ -87,17 +94,18 @@ def _attention(heads: int) -> None:
     plain = _half(S, 1, heads, NOPE + ROPE)
     up = _half(LATENT, heads * (NOPE + VALUE)).unflatten(-1, (heads, -1))
     sparse_attention.project(plain, up[..., :NOPE].permute(1, 2, 0), query, copied=ROPE)
-    out, lse = sparse_attention.forward(absorbed)
+    out, lse = kernels.forward(absorbed)
     values = _half(S, 1, heads, VALUE)
     sparse_attention.project(out, up[..., NOPE:].transpose(0, 1), values)
-    sparse_attention.backward(absorbed, out, lse, out)
-    index_loss.head_sums(absorbed, lse)
-    index_loss.head_sums(absorbed, None)
+    kernels.backward(absorbed, out, lse, out)
+    loss_kernels.head_sums(absorbed, lse)
+    if loss_kernels is index_loss:
+        index_loss.head_sums(absorbed, None)
     by = Rotation(_half(S, ROPE), _half(S, ROPE), True)
     rotation.rotate(plain[:, :, None].requires_grad_(), by, NOPE).sum().backward()
     if heads == 64:
         torch.use_deterministic_algorithms(True)
-        sparse_attention.backward(absorbed, out, lse, out)
+        kernels.backward(absorbed, out, lse, out)
         torch.use_deterministic_algorithms(False)
 
 

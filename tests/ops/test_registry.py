@@ -179,4 +179,4 @@ def test_the_table_has_every_backend_and_why_it_does_not_compute(monkeypatch):
         assert row.here == ("yes" if row.backend == "torch" else "GLM5_PATCH_KERNELS=torch")
     takes = {(row.operation, row.backend): row.takes for row in rows}
     assert "bfloat16, heads 64 or 128" in takes["sparse_attention.forward", "flash_mla"]
-    assert "216 KiB of shared memory" in takes["sparse_attention.forward", "gluon"]
+    assert "218 KiB of shared memory" in takes["sparse_attention.forward", "gluon"]

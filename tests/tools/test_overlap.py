@@ -12,7 +12,7 @@ from glm5_patch.config.schedule import IndexSchedule
 from glm5_patch.errors import CheckpointError
 from glm5_patch.testing.parity import recorded
 from glm5_patch.tools.cli import main
-from glm5_patch.tools.overlap.layer_by_layer import LayerByLayer
+from glm5_patch.tools.overlap.layer_by_layer import LayerByLayer, WithoutMemory
 from glm5_patch.tools.verify import forward, to_load_into
 from tests.tiny import megatron_config, saved
 from tests.tools.test_cli import command
@@ -145,3 +145,10 @@ def test_one_layer_at_a_time_has_memory_and_selects_the_same(world, checkpoint):
     assert found.topk_indices.keys() == expected.topk_indices.keys()
     for number, topk_indices in found.topk_indices.items():
         assert torch.equal(topk_indices, expected.topk_indices[number])
+
+
+def test_a_model_without_memory_is_moved_to_no_gpu():
+    with WithoutMemory():
+        tensor = torch.empty(2, 3)
+        assert tensor.cuda() is tensor
+    assert tensor.is_meta

@@ -22,6 +22,7 @@ from ..sparse_attention.gluon_kernels import (
     load_query,
     query_of_program,
     start_logits,
+    thread_barrier,
 )
 
 _N = gl.constexpr(HEADS)
@@ -58,7 +59,7 @@ def head_sums(
     for tile in range(0, tiles):
         async_copy.wait_group(0)
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
         latent = latents.index(tile % 2)
         rope = ropes.index(tile % 2)
         if tile + 1 < tiles:

@@ -15,7 +15,7 @@ SUMS, TARGET, SCORES fp32 [b, s, k]
 LOSS                 fp32 [b, s]
 D_Q, D_WEIGHTS       fp32, as Q and WEIGHTS
 D_K                  fp32, or int64 with UNITS, as K
-UNITS                fp32 [], see ``exact_sums``; or None
+UNITS                fp32 [], of ``ExactSums``; or None
 ==================== ======================================================================
 
 Tiles: HEADS x KEYS (of one step).
@@ -27,7 +27,6 @@ import triton
 import triton.language as tl
 
 from ..sparse_attention.triton_kernels import (
-    add_rows,
     gather_columns,
     load_columns,
     load_span,
@@ -149,7 +148,10 @@ def loss(
         d_products = tl.where(products > 0, weights[:, None] * d_scores[None, :], 0.0).to(q.dtype)
         d_q = tl.dot(d_products, index_key, d_q, input_precision=PRECISION)
         part = tl.dot(tl.trans(d_products), q, input_precision=PRECISION) * loss_scale
-        add_rows(D_K, key, 0, DIM, part, valid, UNITS)
+        if UNITS is not None:
+            part = (part * tl.load(UNITS)).to(tl.int64)
+        place = D_K + key[:, None] + tl.arange(0, DIM)[None, :]
+        tl.atomic_add(place, part, mask=valid[:, None], sem="relaxed")
     tl.store(LOSS + b.to(tl.int64) * rows + row, loss)
     columns = tl.arange(0, DIM)
     tl.store(D_Q + query[:, None] * DIM + columns[None, :], d_q * loss_scale)

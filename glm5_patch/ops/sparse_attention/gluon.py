@@ -1,10 +1,10 @@
 """Sparse attention of absorbed queries in Gluon, for GLM-5's own shape on Hopper: heads in groups
-of 64, latent 512, rotary 64; see ``gluon_kernels`` for how."""
+of 64, latent 512, rotary 64; see ``gluon_forward`` and ``gluon_kernels`` for how."""
 
 from __future__ import annotations
 
-import importlib
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..needs import Needs, Width
 from ..registry import OWN_KERNELS, backend
 from .inputs import AbsorbedInputs
 from .reference import LOG2_E
-from .triton import room_for_latents, row_terms
+from .triton import exact_pairs, room_for, row_terms
 
 HEADS, LATENT, ROPE = 64, 512, 64
 WIDTH = LATENT + ROPE
@@ -23,18 +23,27 @@ KEYS = 64
 WHOLE_GROUPS = Width(multiple_of=HEADS)
 
 
-def load() -> None:
-    """Import the kernels. Gluon is not stable: another Triton may lack what they use."""
-    try:
-        importlib.import_module(".gluon_kernels", __package__)
-    except (ImportError, AttributeError, TypeError) as error:
-        warnings.warn(
-            f"glm5-patch: this Triton's Gluon is unknown ({error}); sparse attention takes the "
-            "plain Triton kernels, about half as fast",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        raise
+def compiles(warm_up: Callable[[], object]) -> Callable[[], None]:
+    """A backend's ``load``: compiles its kernel. Gluon is not stable, another Triton may lack what
+    it uses.
+
+    Args:
+        warm_up: imports the kernel and compiles it.
+    """
+
+    def load() -> None:
+        try:
+            warm_up()
+        except Exception as error:  # whatever a compiler raises
+            warnings.warn(
+                f"glm5-patch: this Triton's Gluon is unknown ({error}); the plain Triton kernels "
+                "compute in its place, about half as fast",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            raise
+
+    return load
 
 
 def needs(shared_numbers: int, heads: Width = WHOLE_GROUPS, **sizes: Width) -> Needs:
@@ -61,17 +70,38 @@ def needs(shared_numbers: int, heads: Width = WHOLE_GROUPS, **sizes: Width) -> N
     )
 
 
+TENSORS = torch.bfloat16, torch.bfloat16, torch.int32, torch.int32, torch.int32
+"""Queries, latents, top-k, starts and positions, as a kernel is compiled for them."""
+SIZES = 16, 1, 1, 2048
+"""Rows, batch, groups of heads, top-k."""
+
+
+def _compile_forward() -> None:
+    from . import gluon_forward as kernels
+
+    kernels.forward.warmup(
+        *TENSORS, torch.bfloat16, torch.float32, *SIZES, 1.0, grid=(1,), num_warps=kernels.WARPS
+    )
+
+
+def _compile_backward() -> None:
+    from . import gluon_kernels as kernels
+
+    outputs = torch.bfloat16, torch.float32, torch.float32, torch.bfloat16, torch.float32, None
+    kernels.backward.warmup(*TENSORS, *outputs, *SIZES, 1.0, 1.0, grid=(1,), num_warps=8)
+
+
 @backend(
     "sparse_attention.forward",
     name="gluon",
     rank=2,
-    needs=needs(HEADS * WIDTH + 2 * KEYS * WIDTH),
-    load=load,
+    needs=needs(HEADS * WIDTH + 2 * KEYS * WIDTH + 1024),
+    load=compiles(_compile_forward),
     asked_as=(OWN_KERNELS,),
 )
 def forward(absorbed: AbsorbedInputs) -> tuple[Tensor, Tensor]:
     """As ``reference.forward``; empty places of a top-k come last, after all that is visible."""
-    from . import gluon_kernels as kernels
+    from . import gluon_forward as kernels
 
     query, latent, topk_indices, starts, positions, _, softmax_scale = absorbed
     s, b, heads, _ = query.shape
@@ -80,7 +110,7 @@ def forward(absorbed: AbsorbedInputs) -> tuple[Tensor, Tensor]:
     groups = heads // HEADS
     kernels.forward[(s * b, groups)](
         query, latent, topk_indices, starts, positions, out, lse,
-        s, b, groups, topk_indices.shape[-1], softmax_scale * LOG2_E, num_warps=8,
+        s, b, groups, topk_indices.shape[-1], softmax_scale * LOG2_E, num_warps=kernels.WARPS,
     )  # fmt: skip
     return out, lse
 
@@ -90,7 +120,7 @@ def forward(absorbed: AbsorbedInputs) -> tuple[Tensor, Tensor]:
     name="gluon",
     rank=2,
     needs=needs(HEADS * (WIDTH + LATENT) + KEYS * WIDTH + 2 * HEADS * KEYS),
-    load=load,
+    load=compiles(_compile_backward),
     asked_as=(OWN_KERNELS,),
 )
 def backward(
@@ -108,17 +138,19 @@ def key_gradients(
 
     query, latent, topk_indices, starts, positions, _, softmax_scale = absorbed
     s, b, heads, _ = query.shape
-    d_query, (d_latent, units) = torch.empty_like(query), room_for_latents(absorbed, d_out)
-    groups, part = heads // HEADS, 64
-    added = kernels.fours(part) if units is None else kernels.sectors(part)
-    kernels.backward[(s * b, groups)](
-        query, latent, topk_indices, starts, positions, d_out, lse, terms, d_query, d_latent, units,
-        s, b, groups, topk_indices.shape[-1], softmax_scale, softmax_scale * LOG2_E,
-        PART=part, ADDED=added, ACCUMULATOR=kernels.accumulator(part), num_warps=8,
-    )  # fmt: skip
+    given = query, latent, topk_indices, starts, positions, d_out, lse, terms
+    sizes = s, b, heads // HEADS, topk_indices.shape[-1], softmax_scale, softmax_scale * LOG2_E
+    grid = (s * b, heads // HEADS)
+
+    def measure(bounds: ExactSums) -> None:
+        kernels.bounds[grid](*given, *bounds, *sizes, num_warps=8)
+
+    d_query, pairs = torch.empty_like(query), exact_pairs(absorbed, d_out, measure)
+    d_latent = room_for(latent) if pairs is None else pairs.integers
+    units = None if pairs is None else pairs.units
+    kernels.backward[grid](*given, d_query, d_latent, units, *sizes, num_warps=8)
+    if pairs is not None:
+        return d_query, pairs.value()
     # Back from renamed columns, see gluon_kernels.
-    if units is None:
-        fours = d_latent.unflatten(-1, (WIDTH // 16, 4, 2, 2))
-        return d_query, fours.transpose(-3, -2).flatten(-4)
-    sectors = ExactSums(d_latent, units).value().unflatten(-1, (WIDTH // 8, 2, 4))
-    return d_query, sectors.transpose(-2, -1).flatten(-3)
+    fours = d_latent.unflatten(-1, (WIDTH // 16, 4, 2, 2))
+    return d_query, fours.transpose(-3, -2).flatten(-4)

@@ -1,4 +1,5 @@
-"""Gluon kernels of sparse attention for GLM-5's own shape on Hopper.
+"""Gluon kernel of sparse attention's backward for GLM-5's own shape on Hopper, and what its other
+Gluon kernels share.
 
 In Gluon, because the layouts matter: the two warpgroups of a program share every product out by
 columns, where Triton gives both the same 64 x 64 logits to compute.
@@ -21,12 +22,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .gluon import HEADS, KEYS, LATENT, ROPE, WIDTH
+from .triton_kernels import most_of_keys
+
+# Triton 3.6 has other names than the versions after it.
+thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 _N = gl.constexpr(HEADS)
 _L = gl.constexpr(LATENT)
 _R = gl.constexpr(ROPE)
 _W = gl.constexpr(WIDTH)
 _K = gl.constexpr(KEYS)
+
+PART = ROPE
+"""Columns of the latent's gradient that are computed, and added to memory, at a time."""
 
 # 8 warps: 4 x 16 rows of an accumulator, and 2 halves of its columns.
 LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, KEYS // 2, 16]))
@@ -53,21 +62,23 @@ def fours(columns: int) -> gl.DistributedLinearLayout:
     )
 
 
-def sectors(columns: int) -> gl.DistributedLinearLayout:
-    """Of an accumulator [64, columns] whose columns ``_in_sectors`` has renamed: four threads have
-    four neighbours, 32 bytes of 64-bit integers, for one transaction."""
-    further = [[0, 1 << bit] for bit in range(3, columns.bit_length() - 2)]
+def pairs(columns: int) -> gl.DistributedLinearLayout:
+    """Of every second column of an accumulator [64, columns]: four threads have four neighbours,
+    32 bytes of 64-bit integers, for one transaction."""
+    further = [[0, 1 << bit] for bit in range(2, columns.bit_length() - 3)]
     return gl.DistributedLinearLayout(
-        reg_bases=[[0, 4], [8, 0], *further],
+        reg_bases=[[8, 0], *further],
         lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0], [0, columns // 2]],
+        warp_bases=[[16, 0], [32, 0], [0, columns // 4]],
         block_bases=[],
-        shape=[64, columns],
+        shape=[64, columns // 2],
     )
 
 
-_ROPE_IN_FOURS = gl.constexpr(fours(ROPE))
-_ROPE_IN_SECTORS = gl.constexpr(sectors(ROPE))
+_PART = gl.constexpr(PART)
+_ACCUMULATOR = gl.constexpr(accumulator(PART))
+_FOURS = gl.constexpr(fours(PART))
+_PAIRS = gl.constexpr(pairs(PART))
 
 
 @gluon.jit
@@ -87,10 +98,8 @@ def gather(LATENTS, key, latent, rope):
     """Start copying rows of the latent, by key, to shared memory."""
     columns: gl.constexpr = gl.SliceLayout(0, ROWS)
     row = LATENTS + key.to(gl.int64)[:, None] * _W
-    async_copy.async_copy_global_to_shared(latent, row + gl.arange(0, _L, layout=columns)[None, :])
-    async_copy.async_copy_global_to_shared(
-        rope, row + _L + gl.arange(0, _R, layout=columns)[None, :]
-    )
+    async_load(latent, row + gl.arange(0, _L, layout=columns)[None, :])
+    async_load(rope, row + _L + gl.arange(0, _R, layout=columns)[None, :])
     async_copy.commit_group()
 
 
@@ -120,115 +129,44 @@ def start_logits(q_latent, q_rope, latent, rope, zeros):
 
 
 @gluon.jit
-def forward(
-    Q, LATENTS, TOPK, STARTS, POSITIONS, OUT, LSE,
-    rows, batch, groups, k, scale_log2,
-):  # fmt: skip
-    """Two buffers of keys: the rows of the next tile are copied while this one is multiplied."""
-    dtype: gl.constexpr = Q.dtype.element_ty
-    by_row: gl.constexpr = gl.SliceLayout(1, ROWS)
-    by_column: gl.constexpr = gl.SliceLayout(0, ROWS)
-    by_head: gl.constexpr = gl.SliceLayout(1, LOGITS)
-    b, query, start, count, TOPK = query_of_program(TOPK, STARTS, POSITIONS, rows, batch, groups, k)
-    tiles = (count + _K - 1) // _K
-
-    q_latent = gl.allocate_shared_memory(dtype, [_N, _L], SHARED)
-    q_rope = gl.allocate_shared_memory(dtype, [_N, _R], SHARED)
-    latents = gl.allocate_shared_memory(dtype, [2, _K, _L], SHARED)
-    ropes = gl.allocate_shared_memory(dtype, [2, _K, _R], SHARED)
-    gather(
-        LATENTS,
-        keys_of_tile(TOPK, 0, count, start, batch, b, by_row),
-        latents.index(0),
-        ropes.index(0),
-    )
-    key = keys_of_tile(TOPK, _K, count, start, batch, b, by_row)
-    head = gl.arange(0, _N, layout=by_row)
-    column = gl.arange(0, _L, layout=by_column)
-    load_query(Q, query, q_latent, q_rope)
-
-    place = gl.arange(0, _K, layout=gl.SliceLayout(0, LOGITS))
-    largest = gl.full([_N], -1e30, gl.float32, layout=by_head)
-    total = gl.full([_N], 0.0, gl.float32, layout=by_head)
-    zeros = gl.full([_N, _K], 0.0, gl.float32, layout=LOGITS)
-    out = gl.full([_N, _L], 0.0, gl.float32, layout=_WIDE)
-    for tile in range(0, tiles):
-        async_copy.wait_group(0)
-        fence_async_shared()
-        gl.thread_barrier()
-        latent = latents.index(tile % 2)
-        rope = ropes.index(tile % 2)
-        if tile + 1 < tiles:
-            gather(LATENTS, key, latents.index(1 - tile % 2), ropes.index(1 - tile % 2))
-        key = keys_of_tile(TOPK, (tile + 2) * _K, count, start, batch, b, by_row)
-        logits = start_logits(q_latent, q_rope, latent, rope, zeros)
-        logits = warpgroup_mma_wait(num_outstanding=0, deps=[logits])
-        logits = gl.where((tile * _K + place)[None, :] < count, logits * scale_log2, -1e30)
-        larger = gl.maximum(largest, gl.max(logits, 1))
-        probs = gl.exp2(logits - larger[:, None])
-        shrink = gl.exp2(largest - larger)
-        total = total * shrink + gl.sum(probs, 1)
-        largest = larger
-        out = out * gl.convert_layout(shrink, gl.SliceLayout(1, _WIDE))[:, None]
-        probs = gl.convert_layout(probs.to(dtype), gl.DotOperandLayout(0, _WIDE, 2))
-        out = warpgroup_mma(probs, latent, out, is_async=True)
-        out = warpgroup_mma_wait(num_outstanding=0, deps=[out])
-    total = gl.where(total > 0, total, 1.0)  # a query without keys
-    out = out / gl.convert_layout(total, gl.SliceLayout(1, _WIDE))[:, None]
-    gl.thread_barrier()
-    q_latent.store(out.to(dtype))
-    gl.thread_barrier()
-    gl.store(OUT + (query + head)[:, None] * _L + column[None, :], q_latent.load(ROWS))
-    lse = largest + gl.log2(total)
-    gl.store(LSE + query + gl.arange(0, _N, layout=by_head), lse)
-
-
-@gluon.jit
-def _in_fours(tile, columns: gl.constexpr, layout: gl.constexpr):
-    """Rename the columns of an accumulator: 8 h + 2 r + e of every 16 becomes 4 r + 2 h + e."""
-    tile = tile.reshape([_K, columns // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4))
-    return gl.convert_layout(tile.reshape([_K, columns]), layout)
-
-
-@gluon.jit
-def _in_sectors(tile, columns: gl.constexpr, layout: gl.constexpr):
-    """Rename the columns of an accumulator: 2 r + e of every 8 becomes 4 e + r."""
-    tile = tile.reshape([_K, columns // 8, 4, 2]).permute((0, 1, 3, 2))
-    return gl.convert_layout(tile.reshape([_K, columns]), layout)
-
-
-@gluon.jit
-def _add_to_keys(
-    D_LATENTS, UNITS, TOPK, first, count, start, batch, b,
-    tile, column, columns: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    """Add ``tile`` [64, columns] to the gradient of a tile's keys, from ``column`` on; with
-    ``UNITS`` as integers, see ``exact_sums``."""
-    if UNITS is not None:
-        tile = (_in_sectors(tile, columns, layout) * gl.load(UNITS)).to(gl.int64)
+def _add_to_keys(D_LATENTS, UNITS, TOPK, first, count, start, batch, b, tile, column):
+    """Add ``tile`` [64, 64] to the gradient of a tile's keys, from ``column`` on: in fours, the
+    columns 8 h + 2 r + e of every 16 renamed to 4 r + 2 h + e; or with ``UNITS`` in pairs."""
+    if UNITS is None:
+        tile = tile.reshape([_K, _PART // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4))
+        tile = gl.convert_layout(tile.reshape([_K, _PART]), _FOURS)
+        by_key: gl.constexpr = gl.SliceLayout(1, _FOURS)
+        key = keys_of_tile(TOPK, first, count, start, batch, b, by_key)
+        inside = first + gl.arange(0, _K, layout=by_key) < count
+        place = column + gl.arange(0, _PART, layout=gl.SliceLayout(0, _FOURS))
+        place = key[:, None] * _W + place[None, :]
+        gl.atomic_add(D_LATENTS + place, tile, mask=inside[:, None], sem="relaxed")
     else:
-        tile = _in_fours(tile, columns, layout)
-    by_key: gl.constexpr = gl.SliceLayout(1, layout)
-    key = keys_of_tile(TOPK, first, count, start, batch, b, by_key)
-    inside = first + gl.arange(0, _K, layout=by_key) < count
-    place = column + gl.arange(0, columns, layout=gl.SliceLayout(0, layout))
-    gl.atomic_add(
-        D_LATENTS + key[:, None] * _W + place[None, :],
-        tile,
-        mask=inside[:, None],
-        sem="relaxed",
-    )
+        by_key: gl.constexpr = gl.SliceLayout(1, _PAIRS)
+        key = keys_of_tile(TOPK, first, count, start, batch, b, by_key)
+        units = gl.load(UNITS + key)[:, None]
+        lower, upper = gl.split(tile.reshape([_K, _PART // 2, 2]))
+        lower = _rounded(gl.convert_layout(lower, _PAIRS) * units)
+        upper = _rounded(gl.convert_layout(upper, _PAIRS) * units)
+        inside = first + gl.arange(0, _K, layout=by_key) < count
+        place = column // 2 + gl.arange(0, _PART // 2, layout=gl.SliceLayout(0, _PAIRS))
+        place = key[:, None] * (_W // 2) + place[None, :]
+        integers = lower + (upper << 32)
+        gl.atomic_add(D_LATENTS + place, integers, mask=inside[:, None], sem="relaxed")
+
+
+@gluon.jit
+def _rounded(number):
+    """To the nearest integer, of 32 bits, in 64."""
+    return (number + gl.where(number > 0, 0.5, -0.5)).to(gl.int32).to(gl.int64)
 
 
 @gluon.jit
 def backward(
     Q, LATENTS, TOPK, STARTS, POSITIONS, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS,
     rows, batch, groups, k, scale, scale_log2,
-    PART: gl.constexpr, ACCUMULATOR: gl.constexpr, ADDED: gl.constexpr,
 ):  # fmt: skip
-    """The gradient of the keys is computed, and added to memory, in PART columns at a time, whose
-    layout there is ADDED."""
-    ROPE_ADDED: gl.constexpr = _ROPE_IN_FOURS if UNITS is None else _ROPE_IN_SECTORS
+    """The rows of the next tile are copied while the gradients of this one's keys are added up."""
     dtype: gl.constexpr = Q.dtype.element_ty
     by_row: gl.constexpr = gl.SliceLayout(1, ROWS)
     by_column: gl.constexpr = gl.SliceLayout(0, ROWS)
@@ -256,13 +194,13 @@ def backward(
     lse = gl.load(LSE + own)
     terms = gl.load(TERMS + own)
     zeros = gl.full([_N, _K], 0.0, gl.float32, layout=LOGITS)
-    zeros_of_part = gl.full([_K, PART], 0.0, gl.float32, layout=ACCUMULATOR)
+    zeros_of_part = gl.full([_K, _PART], 0.0, gl.float32, layout=_ACCUMULATOR)
     d_q_latent = warpgroup_mma_init(gl.full([_N, _L], 0.0, gl.float32, layout=_WIDE))
     d_q_rope = warpgroup_mma_init(gl.full([_N, _R], 0.0, gl.float32, layout=LOGITS))
     for tile in range(0, tiles):
         async_copy.wait_group(0)
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
         logits = start_logits(q_latent, q_rope, latent, rope, zeros)
         d_probs = warpgroup_mma(d_out, latent.permute((1, 0)), zeros, use_acc=False, is_async=True)
         logits = warpgroup_mma_wait(num_outstanding=1, deps=[logits])
@@ -273,7 +211,7 @@ def backward(
         d_logits = probs * (d_probs - terms[:, None]) * scale
         d_logits_shared.store(d_logits.to(dtype))
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
         d_q_latent = warpgroup_mma(d_logits_shared, latent, d_q_latent, is_async=True)
         d_q_rope = warpgroup_mma(d_logits_shared, rope, d_q_rope, is_async=True)
         part = warpgroup_mma(
@@ -284,38 +222,96 @@ def backward(
         )
         d_q_latent = warpgroup_mma_init(latent_done)
         d_q_rope = warpgroup_mma_init(rope_done)
-        gl.thread_barrier()
+        thread_barrier()
         if tile + 1 < tiles:  # on its way while the gradients of this tile are added up
             gather(LATENTS, key, latent, rope)
         key = keys_of_tile(TOPK, (tile + 2) * _K, count, start, batch, b, by_row)
-        _add_to_keys(
-            D_LATENTS, UNITS, TOPK, tile * _K, count, start, batch, b, part, _L, _R, ROPE_ADDED
-        )  # fmt: skip
-        for number in gl.static_range(_L // PART):
+        _add_to_keys(D_LATENTS, UNITS, TOPK, tile * _K, count, start, batch, b, part, _L)
+        for number in gl.static_range(_L // _PART):
             part = warpgroup_mma(
                 d_logits_shared.permute((1, 0)),
-                q_latent.slice(number * PART, PART, dim=1),
+                q_latent.slice(number * _PART, _PART, dim=1),
                 zeros_of_part,
                 use_acc=False,
                 is_async=True,
             )
             part = warpgroup_mma(
                 probs_shared.permute((1, 0)),
-                d_out.slice(number * PART, PART, dim=1),
+                d_out.slice(number * _PART, _PART, dim=1),
                 part,
                 is_async=True,
             )
             part = warpgroup_mma_wait(num_outstanding=0, deps=[part])
             _add_to_keys(
-                D_LATENTS, UNITS, TOPK, tile * _K, count, start, batch, b,
-                part, number * PART, PART, ADDED,
-            )  # fmt: skip
-        gl.thread_barrier()
+                D_LATENTS, UNITS, TOPK, tile * _K, count, start, batch, b, part, number * _PART
+            )
+        thread_barrier()
     latent_done, rope_done = warpgroup_mma_wait(num_outstanding=0, deps=[d_q_latent, d_q_rope])
-    gl.thread_barrier()
+    thread_barrier()
     q_latent.store(latent_done.to(dtype))
     q_rope.store(rope_done.to(dtype))
-    gl.thread_barrier()
+    thread_barrier()
     d_q = D_Q + (query + head)[:, None] * _W
     gl.store(d_q + column[None, :], q_latent.load(ROWS))
     gl.store(d_q + _L + rope_column[None, :], q_rope.load(ROWS))
+
+
+@gluon.jit
+def bounds(
+    Q, LATENTS, TOPK, STARTS, POSITIONS, D_OUT, LSE, TERMS, BOUNDS, UNIT,
+    rows, batch, groups, k, scale, scale_log2,
+):  # fmt: skip
+    """What one query adds at most to any number of a key's gradient, as ``backward`` adds it."""
+    dtype: gl.constexpr = Q.dtype.element_ty
+    by_row: gl.constexpr = gl.SliceLayout(1, ROWS)
+    by_column: gl.constexpr = gl.SliceLayout(0, ROWS)
+    by_head: gl.constexpr = gl.SliceLayout(1, LOGITS)
+    by_key: gl.constexpr = gl.SliceLayout(0, LOGITS)
+    b, query, start, count, TOPK = query_of_program(TOPK, STARTS, POSITIONS, rows, batch, groups, k)
+
+    q_latent = gl.allocate_shared_memory(dtype, [_N, _L], SHARED)
+    q_rope = gl.allocate_shared_memory(dtype, [_N, _R], SHARED)
+    d_out = gl.allocate_shared_memory(dtype, [_N, _L], SHARED)
+    latent = gl.allocate_shared_memory(dtype, [_K, _L], SHARED)
+    rope = gl.allocate_shared_memory(dtype, [_K, _R], SHARED)
+    gather(LATENTS, keys_of_tile(TOPK, 0, count, start, batch, b, by_row), latent, rope)
+    key = keys_of_tile(TOPK, _K, count, start, batch, b, by_row)
+    head = gl.arange(0, _N, layout=by_row)
+    load_query(Q, query, q_latent, q_rope)
+    column = gl.arange(0, _L, layout=by_column)
+    d_out.store(gl.load(D_OUT + (query + head)[:, None] * _L + column[None, :]))
+    thread_barrier()
+    most_q = gl.maximum(_largest(q_latent.load(ROWS)), _largest(q_rope.load(ROWS)))
+    most_q = gl.convert_layout(most_q, by_head) * scale
+    most_d_out = gl.convert_layout(_largest(d_out.load(ROWS)), by_head)
+    own = query + gl.arange(0, _N, layout=by_head)
+    lse = gl.load(LSE + own)
+    terms = gl.load(TERMS + own)
+    unit = gl.load(UNIT)
+    zeros = gl.full([_N, _K], 0.0, gl.float32, layout=LOGITS)
+    for first in range(0, count, _K):
+        async_copy.wait_group(0)
+        fence_async_shared()
+        thread_barrier()
+        logits = start_logits(q_latent, q_rope, latent, rope, zeros)
+        d_probs = warpgroup_mma(d_out, latent.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        logits, d_probs = warpgroup_mma_wait(num_outstanding=0, deps=[logits, d_probs])
+        thread_barrier()
+        if first + _K < count:
+            gather(LATENTS, key, latent, rope)
+        key = keys_of_tile(TOPK, first + 2 * _K, count, start, batch, b, by_row)
+        probs = gl.exp2(logits * scale_log2 - lse[:, None])
+        most = most_of_keys(probs, d_probs, terms, most_q, most_d_out)
+        inside = first + gl.arange(0, _K, layout=by_key) < count
+        gl.atomic_add(
+            BOUNDS + keys_of_tile(TOPK, first, count, start, batch, b, by_key),
+            (most * unit).to(gl.int64) + 1,
+            mask=inside,
+            sem="relaxed",
+        )
+
+
+@gluon.jit
+def _largest(tile):
+    tile = tile.to(gl.float32)
+    return gl.max(gl.maximum(tile, -tile), 1)

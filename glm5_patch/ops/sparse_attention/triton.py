@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from .. import tiles
-from ..exact_sums import ExactSums
+from ..exact_sums import ExactPairs, ExactSums
 from ..needs import Needs, Width
 from ..registry import backend
 from .inputs import AbsorbedInputs
@@ -88,7 +89,7 @@ def backward(
     absorbed: AbsorbedInputs, out: Tensor, lse: Tensor, d_out: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.backward``, with the latent's gradient in fp32. Deterministic where
-    ``torch.use_deterministic_algorithms`` asks for it, see ``room_for_latents``."""
+    ``torch.use_deterministic_algorithms`` asks for it, see ``exact_pairs``."""
     return key_gradients(absorbed, lse, row_terms(out, d_out), d_out)
 
 
@@ -116,33 +117,51 @@ def key_gradients(
     query, latent, topk_indices, starts, positions, latent_dim, softmax_scale = absorbed
     s, b, heads, width = query.shape
     block = heads_of_a_program(heads, tiles.of_device(query.device).backward_heads)
-    d_query, (d_latent, units) = torch.empty_like(query), room_for_latents(absorbed, d_out)
-    kernels.backward[(s * b, kernels.cdiv(heads, block))](
-        query, latent, topk_indices, starts, positions, d_out, lse, terms, d_query, d_latent, units,
-        s, b, heads, topk_indices.shape[-1], softmax_scale, softmax_scale * LOG2_E,
+    sizes = s, b, heads, topk_indices.shape[-1], softmax_scale, softmax_scale * LOG2_E
+    launch = dict(
         LATENT=latent_dim, ROPE=width - latent_dim, HEADS=block, KEYS=32,
         PRECISION=precision(query.dtype), STAGES=2, num_warps=4,
     )  # fmt: skip
-    return d_query, d_latent if units is None else ExactSums(d_latent, units).value()
+    grid = (s * b, kernels.cdiv(heads, block))
+    given = query, latent, topk_indices, starts, positions, d_out, lse, terms
+
+    def measure(bounds: ExactSums) -> None:
+        kernels.bounds[grid](*given, *bounds, *sizes, **launch)
+
+    d_query, pairs = torch.empty_like(query), exact_pairs(absorbed, d_out, measure)
+    d_latent = room_for(latent) if pairs is None else pairs.integers
+    units = None if pairs is None else pairs.units
+    kernels.backward[grid](*given, d_query, d_latent, units, *sizes, **launch)
+    return d_query, d_latent if pairs is None else pairs.value()
 
 
-def room_for_latents(absorbed: AbsorbedInputs, d_out: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Where programs add up the gradient of the latents: zeros, fp32, and None; or ``ExactSums``
-    where ``torch.use_deterministic_algorithms`` asks for the same bits every time.
+def room_for(latent: Tensor) -> Tensor:
+    """Where programs add up the gradient of the latents: zeros, fp32."""
+    return torch.zeros(latent.shape, dtype=torch.float32, device=latent.device)
+
+
+def exact_pairs(
+    absorbed: AbsorbedInputs, d_out: Tensor, measure: Callable[[ExactSums], None]
+) -> ExactPairs | None:
+    """Where programs add up the gradient of the latents if ``torch.use_deterministic_algorithms``
+    asks for the same bits every time; else None.
 
     Args:
-        d_out: of ``backward``.
+        absorbed, d_out: of ``backward``.
+        measure: adds to sums [t, b] how large the gradient of each key gets at most.
     """
-    latent = absorbed.latent
     if not torch.are_deterministic_algorithms_enabled():
-        return torch.zeros(latent.shape, dtype=torch.float32, device=latent.device), None
+        return None
+    latent = absorbed.latent
     norm = partial(torch.linalg.vector_norm, dim=-1, dtype=torch.float32)
     # A probability is at most 1, and what comes out of the latents no longer than one of them.
     of_logits = (
         2 * absorbed.softmax_scale * norm(latent).amax() * norm(absorbed.query, ord=math.inf)
     )
     of_heads = norm(d_out) * (of_logits + 1)  # [s, b, n]
-    return ExactSums.zeros(latent.shape, of_heads.sum((0, 2)).amax())
+    bounds = ExactSums.zeros(latent.shape[:2], of_heads.sum((0, 2)).amax())
+    measure(bounds)
+    return ExactPairs.zeros(latent.shape[2], bounds.value())
 
 
 def flat_keys(absorbed: AbsorbedInputs) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,9 @@ WIDTH = LATENT + ROPE.
 
 ==================== ======================================================================
 Q, D_Q               [s, b, n, WIDTH], absorbed queries and their gradient
-LATENTS, D_LATENTS   [t, b, WIDTH], keys and their gradient (fp32, or int64 with UNITS)
-UNITS                fp32 [], see ``exact_sums``; or None
+LATENTS, D_LATENTS   [t, b, WIDTH], keys and their gradient, fp32; with UNITS int64, half as wide
+UNITS                fp32 [t, b], of ``ExactPairs``; or None
+BOUNDS, UNIT         int64 [t, b] and fp32 [], ``ExactSums`` of bounds of the keys' gradients
 TOPK                 int32 [b, s, k], counted from the query's document start, -1: no key
 STARTS, POSITIONS    int32 [s], the first and the last key that each query sees
 OUT, D_OUT           [s, b, n, LATENT]
@@ -179,24 +180,92 @@ def row_terms(OUT, D_OUT, TERMS, LATENT: tl.constexpr, ROWS: tl.constexpr, rows)
 
 @triton.jit
 def _add_to_keys(
-    D_LATENTS, key, first, WIDTH: tl.constexpr, d_logits, q, probs, d_out, valid, UNITS,
-    PRECISION: tl.constexpr,
+    D_LATENTS, key, first, PART: tl.constexpr, WIDTH: tl.constexpr, d_logits, q, probs, d_out,
+    valid, UNITS, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What a query adds to the gradient of its keys, in WIDTH columns of the latent: as keys by
-    ``d_logits`` [KEYS, HEADS] and ``q`` [HEADS, WIDTH], as values by ``probs`` and ``d_out``."""
+    """What a query adds to the gradient of its keys, in PART columns of the latent: as keys by
+    ``d_logits`` [KEYS, HEADS] and ``q`` [HEADS, PART], as values by ``probs`` and ``d_out``."""
     part = tl.dot(d_logits, q, input_precision=PRECISION)
     part = tl.dot(probs, d_out, part, input_precision=PRECISION)
-    add_rows(D_LATENTS, key, first, WIDTH, part, valid, UNITS)
+    _add_rows(D_LATENTS, key, first, PART, WIDTH, part, valid, UNITS)
 
 
 @triton.jit
-def add_rows(D_LATENTS, key, first, WIDTH: tl.constexpr, tile, valid, UNITS):
-    """Add ``tile`` [KEYS, WIDTH] to the rows at ``key``; with ``UNITS`` as integers, see
-    ``exact_sums``."""
-    place = D_LATENTS + key[:, None] + (first + tl.arange(0, WIDTH))[None, :]
-    if UNITS is not None:
-        tile = (tile * tl.load(UNITS)).to(tl.int64)
-    tl.atomic_add(place, tile, mask=valid[:, None], sem="relaxed")
+def _add_rows(D_LATENTS, key, first, PART: tl.constexpr, WIDTH: tl.constexpr, tile, valid, UNITS):
+    """Add ``tile`` [KEYS, PART] to the rows at ``key``; in their UNITS if there are some."""
+    if UNITS is None:
+        place = D_LATENTS + key[:, None] + (first + tl.arange(0, PART))[None, :]
+        tl.atomic_add(place, tile, mask=valid[:, None], sem="relaxed")
+    else:
+        units = tl.load(UNITS + key // WIDTH)
+        pairs = tl.reshape(tile * units[:, None], [tile.shape[0], PART // 2, 2])
+        lower, upper = tl.split(pairs)
+        place = D_LATENTS + (key // 2)[:, None] + (first // 2 + tl.arange(0, PART // 2))[None, :]
+        integers = rounded(lower) + (rounded(upper) << 32)
+        tl.atomic_add(place, integers, mask=valid[:, None], sem="relaxed")
+
+
+@triton.jit
+def rounded(number):
+    """To the nearest integer, of 32 bits, in 64."""
+    return (number + tl.where(number > 0, 0.5, -0.5)).to(tl.int32).to(tl.int64)
+
+
+@triton.jit
+def bounds(
+    Q, LATENTS, TOPK, STARTS, POSITIONS, D_OUT, LSE, TERMS, BOUNDS, UNIT,
+    rows, batch, heads, k, scale, scale_log2,
+    LATENT: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """What one query adds at most to any number of a key's gradient, as ``backward`` adds it."""
+    WIDTH: tl.constexpr = LATENT + ROPE
+    HALF: tl.constexpr = LATENT // 2
+    row, b, query, own = query_of_program(rows, batch, heads, HEADS)
+    q_0 = load_columns(Q, query * WIDTH, 0, HALF, own)  # [HEADS, HALF]
+    q_1 = load_columns(Q, query * WIDTH, HALF, HALF, own)
+    q_rope = load_columns(Q, query * WIDTH, LATENT, ROPE, own)
+    d_out_0 = load_columns(D_OUT, query * LATENT, 0, HALF, own)
+    d_out_1 = load_columns(D_OUT, query * LATENT, HALF, HALF, own)
+    most_q = tl.maximum(tl.maximum(_largest(q_0), _largest(q_1)), _largest(q_rope))
+    most_d_out = tl.maximum(_largest(d_out_0), _largest(d_out_1))
+    lse = tl.load(LSE + query, mask=own, other=0.0)
+    terms = tl.load(TERMS + query, mask=own, other=0.0)
+    unit = tl.load(UNIT)
+    start, visible = load_span(STARTS, POSITIONS, row)
+    count = tl.minimum(visible, k)
+    TOPK += (b.to(tl.int64) * rows + row) * k
+    for first in tl.range(0, count, KEYS, num_stages=STAGES):
+        key, valid = tile_of_keys(TOPK, first, count, start, batch, b, KEYS, WIDTH)
+        latent_0 = gather_columns(LATENTS, key, 0, HALF)  # [KEYS, HALF]
+        latent_1 = gather_columns(LATENTS, key, HALF, HALF)
+        rope = gather_columns(LATENTS, key, LATENT, ROPE)
+        logits = tl.dot(q_0, tl.trans(latent_0), input_precision=PRECISION)  # [HEADS, KEYS]
+        logits = tl.dot(q_1, tl.trans(latent_1), logits, input_precision=PRECISION)
+        logits = tl.dot(q_rope, tl.trans(rope), logits, input_precision=PRECISION)
+        d_probs = tl.dot(d_out_0, tl.trans(latent_0), input_precision=PRECISION)
+        d_probs = tl.dot(d_out_1, tl.trans(latent_1), d_probs, input_precision=PRECISION)
+        probs = tl.exp2(logits * scale_log2 - lse[:, None])
+        most = most_of_keys(probs, d_probs, terms, most_q * scale, most_d_out)  # [KEYS]
+        tl.atomic_add(
+            BOUNDS + key // WIDTH, (most * unit).to(tl.int64) + 1, mask=valid, sem="relaxed"
+        )
+
+
+@triton.jit
+def _largest(tile):
+    return tl.max(tl.abs(tile.to(tl.float32)), 1)
+
+
+@triton.jit
+def most_of_keys(probs, d_probs, terms, most_q, most_d_out):
+    """The sum over heads of what each adds at most, with room for rounding of the probabilities and
+    of a difference that cancels. Probabilities and their gradients [heads, keys], the rest [heads].
+    """
+    difference = tl.abs(d_probs - terms[:, None])
+    difference += (tl.abs(d_probs) + tl.abs(terms)[:, None]) * (1 / 8192)
+    most = probs * (difference * most_q[:, None] + most_d_out[:, None])
+    return tl.sum(most, 0) * (1 + 1 / 64)
 
 
 @triton.jit
@@ -257,19 +326,23 @@ def backward(
         d_logits = tl.trans(d_logits)
         probs = tl.trans(probs)
         _add_to_keys(
-            D_LATENTS, key, 0, PART, d_logits, q_0, probs, d_out_0, valid, UNITS, PRECISION
+            D_LATENTS, key, 0, PART, WIDTH, d_logits, q_0, probs, d_out_0, valid, UNITS,
+            PRECISION,
         )  # fmt: skip
         _add_to_keys(
-            D_LATENTS, key, PART, PART, d_logits, q_1, probs, d_out_1, valid, UNITS, PRECISION
+            D_LATENTS, key, PART, PART, WIDTH, d_logits, q_1, probs, d_out_1, valid, UNITS,
+            PRECISION,
         )  # fmt: skip
         _add_to_keys(
-            D_LATENTS, key, 2 * PART, PART, d_logits, q_2, probs, d_out_2, valid, UNITS, PRECISION
+            D_LATENTS, key, 2 * PART, PART, WIDTH, d_logits, q_2, probs, d_out_2, valid, UNITS,
+            PRECISION,
         )  # fmt: skip
         _add_to_keys(
-            D_LATENTS, key, 3 * PART, PART, d_logits, q_3, probs, d_out_3, valid, UNITS, PRECISION
+            D_LATENTS, key, 3 * PART, PART, WIDTH, d_logits, q_3, probs, d_out_3, valid, UNITS,
+            PRECISION,
         )  # fmt: skip
         part = tl.dot(d_logits, q_rope, input_precision=PRECISION)
-        add_rows(D_LATENTS, key, LATENT, ROPE, part, valid, UNITS)
+        _add_rows(D_LATENTS, key, LATENT, ROPE, WIDTH, part, valid, UNITS)
     store_columns(D_Q, query * WIDTH, 0, PART, d_q_0, own)
     store_columns(D_Q, query * WIDTH, PART, PART, d_q_1, own)
     store_columns(D_Q, query * WIDTH, 2 * PART, PART, d_q_2, own)

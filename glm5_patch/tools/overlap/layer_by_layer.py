@@ -29,6 +29,8 @@ class WithoutMemory(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in self.MAKERS:
             kwargs["device"] = META
+        if func is torch.Tensor.cuda and args[0].device == META:
+            return args[0]  # nothing to move
         return func(*args, **kwargs)
 
 
