@@ -30,7 +30,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from split_model import MICROBATCHES, SHAPE, TINY, dtype_on, settings
+from splits.model import MICROBATCHES, SHAPE, TINY, dtype_on, settings
 
 import glm5_patch
 from glm5_patch.attention.build import gpt_model, transformer_config

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import shlex
 import subprocess
@@ -15,19 +14,24 @@ import torch
 from glm5_patch.env import installed_version
 
 
-def write(path: Path, **found) -> None:
-    """Write JSON, and what it was measured on and with, under a temporary name first."""
-    machine = {
+def machine() -> dict[str, str]:
+    """What this process measures on and with, and how it was called."""
+    on_gpu = torch.cuda.is_available()
+    return {
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(sys.argv),
-        "device": torch.cuda.get_device_name(),
-        "driver": _driver(),
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        **({"driver": _driver()} if on_gpu else {}),
         "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton"),
+        "triton": installed_version("triton") or "none",
         "megatron-core": installed_version("megatron-core") or "from a folder",
     }
+
+
+def write(path: Path, **found) -> None:
+    """Write JSON, and ``machine``, under a temporary name first."""
     temporary = path.with_name("." + path.name)
-    temporary.write_text(json.dumps({**machine, **found}, indent=1) + "\n")
+    temporary.write_text(json.dumps({**machine(), **found}, indent=1) + "\n")
     temporary.replace(path)
 
 

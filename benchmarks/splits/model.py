@@ -6,7 +6,7 @@ import os
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,6 +14,8 @@ from glm5_patch import env
 from glm5_patch.attention.build import gpt_model, transformer_config
 from glm5_patch.checkpoint.names import expected_tensors, own_part, pieces
 from glm5_patch.config.huggingface import HFConfig
+from glm5_patch.config.pipeline_split import equal_middle_split
+from glm5_patch.topk.carrier import current_carrier
 
 MICROBATCHES = 2
 SHAPE = {
@@ -42,6 +44,22 @@ TINY = dict(
     index_n_heads=4,
     num_experts_per_tok=2,
 )
+
+
+class Shape(NamedTuple):
+    """What a run may change of the model and of its step."""
+
+    layers: int = 7
+    experts: int = 8
+    """Routed experts of a MoE layer; 0: every layer is dense."""
+    microbatches: int = MICROBATCHES
+
+    def config(self, on_cpu: bool) -> HFConfig:
+        """The model's."""
+        sizes = {"num_hidden_layers": self.layers, "n_routed_experts": self.experts}
+        if not self.experts:
+            sizes = {"num_hidden_layers": self.layers, "first_k_dense_replace": self.layers}
+        return HFConfig({**SHAPE, **(TINY if on_cpu else {}), **sizes})
 
 
 def dtype_on(device: str) -> torch.dtype:
@@ -83,6 +101,7 @@ class Split:
     name: str
     tp: int = 1
     cp: int = 1
+    pp: int = 1
     shares: str = "auto"
     """What tensor parallelism shares out."""
     alone: bool = False
@@ -90,25 +109,44 @@ class Split:
 
     @property
     def ep(self) -> int:
-        return 1 if self.alone else torch.distributed.get_world_size()
+        """How many ranks share the experts out, if the model has any."""
+        return 1 if self.alone else torch.distributed.get_world_size() // self.pp
 
     @property
     def dp(self) -> int:
-        return torch.distributed.get_world_size() // (self.tp * self.cp)
+        return torch.distributed.get_world_size() // (self.tp * self.cp * self.pp)
+
+    def stages(self, hf: HFConfig) -> dict[str, Any]:
+        """Fields of the configuration for the pipeline: stages may start on any layer."""
+        if self.pp == 1:
+            return {}
+        layers = equal_middle_split(hf.schedule, self.pp, any_layer=True)
+        return dict(
+            pipeline_model_parallel_size=self.pp,
+            num_layers_in_first_pipeline_stage=layers[0],
+            num_layers_in_last_pipeline_stage=layers[-1],
+            dsa_topk_across_stages=True,
+            deallocate_pipeline_outputs=True,
+        )
 
 
-def splits(ranks: int) -> list[Split]:
+def splits(ranks: int, shape: Shape) -> list[Split]:
     """The ways of splitting the model, the reference first."""
-    found = [Split("1 GPU", alone=True), Split(f"EP {ranks}")]
-    for tp in (size for size in (2, 4, 8) if size <= ranks):
+    found = [Split("1 GPU", alone=True)]
+    if ranks == 1:
+        return found
+    found.append(Split(f"{'EP' if shape.experts else 'DP'} {ranks}"))
+    sizes = [size for size in (2, 4, 8) if size <= ranks]
+    for tp in sizes:
         for shares in ("tokens", "heads"):
             found.append(Split(f"TP {tp}, {shares}", tp=tp, shares=shares))
-    return [*found, Split(f"CP {ranks}", cp=ranks)] if ranks > 1 else found[:1]
+    found += [Split(f"PP {pp}", pp=pp) for pp in sizes if pp <= shape.layers]
+    return [*found, Split(f"CP {ranks}", cp=ranks)]
 
 
 @contextmanager
-def initialised(split: Split):
-    """megatron-core's process groups for one split."""
+def initialised(split: Split, shape: Shape):
+    """megatron-core's process groups for one split of a model."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -116,7 +154,8 @@ def initialised(split: Split):
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=split.tp,
         context_parallel_size=split.cp,
-        expert_model_parallel_size=split.ep,
+        pipeline_model_parallel_size=split.pp,
+        expert_model_parallel_size=split.ep if shape.experts else 1,
         expert_tensor_parallel_size=1,
     )
     model_parallel_cuda_manual_seed(1)
@@ -129,30 +168,38 @@ def initialised(split: Split):
 class Model:
     """The model of one split, with its part of the weights and the gradient buffers."""
 
-    def __init__(self, split: Split, device: str, experts: int, dtype: torch.dtype):
+    def __init__(self, split: Split, device: str, shape: Shape, dtype: torch.dtype):
+        from megatron.core import parallel_state
         from megatron.core.distributed import (
             DistributedDataParallel,
             DistributedDataParallelConfig,
             finalize_model_grads,
         )
 
-        self.split, self.device = split, torch.device(device)
-        self.on_cpu = device == "cpu"
+        self.split, self.shape, self.device = split, shape, torch.device(device)
         self.dtype = dtype
-        shape = {**SHAPE, "n_routed_experts": experts, **(TINY if self.on_cpu else {})}
-        self.hf = HFConfig(shape)
-        own = settings(device, split.tp, split.ep, split.cp, dtype)
-        config = transformer_config(self.hf, **own)
+        self.hf = shape.config(on_cpu=device == "cpu")
+        own = settings(device, split.tp, split.ep if shape.experts else 1, split.cp, dtype)
+        config = transformer_config(self.hf, **own, pipeline_dtype=dtype, **split.stages(self.hf))
         config.finalize_model_grads_func = None if split.alone else finalize_model_grads
-        model = gpt_model(self.hf, config)
+        model = gpt_model(
+            self.hf,
+            config,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+        )
         as_trained = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, overlap_grad_reduce=not split.alone
         )
         self.ddp = DistributedDataParallel(config, as_trained, model)
         config.no_sync_func = self.ddp.no_sync
         self.fill()
-        self.microbatch = 0
-        """The one that is running; its recompute too, since no other is in flight."""
+        self._begun = 0
+
+    @property
+    def microbatch(self) -> int:
+        """The one whose forward, or recompute, is running: a pipeline has several in flight."""
+        return vars(current_carrier()).setdefault("microbatch", self._begun)
 
     @torch.no_grad()
     def fill(self) -> None:
@@ -175,6 +222,11 @@ class Model:
         """The sparse attention of each layer."""
         return [layer.self_attention.core_attention for layer in self.ddp.module.decoder.layers]
 
+    def experts(self) -> list[torch.nn.Module]:
+        """What has the experts of each MoE layer."""
+        layers = self.ddp.module.decoder.layers
+        return [layer.mlp.experts for layer in layers if hasattr(layer.mlp, "experts")]
+
     def routers(self):
         """The router of each MoE layer, by layer number."""
         for layer in self.ddp.module.decoder.layers:
@@ -182,9 +234,16 @@ class Model:
                 yield layer.layer_number, layer.mlp.router
 
     def positions(self, length: int) -> torch.Tensor:
-        """Of this context-parallel rank's tokens, in zigzag order."""
+        """Of this context-parallel rank's tokens, in zigzag order.
+
+        Raises:
+            ValueError: the ranks can't have equal parts.
+        """
         from megatron.core import parallel_state
 
+        parts = 2 * self.split.cp * self.split.tp
+        if length % parts:
+            raise ValueError(f"{length} tokens: {self.split.name} needs a multiple of {parts}")
         cp, rank = self.split.cp, parallel_state.get_context_parallel_rank()
         chunks = torch.arange(length).chunk(2 * cp)
         return torch.cat([chunks[rank], chunks[2 * cp - 1 - rank]])
@@ -201,30 +260,35 @@ class Model:
         from megatron.core import parallel_state
 
         dp, dp_rank = self.split.dp, parallel_state.get_data_parallel_rank()
-        numbers = range(MICROBATCHES) if self.split.alone else range(dp_rank, MICROBATCHES * dp, dp)
+        count = self.shape.microbatches
+        numbers = range(count) if self.split.alone else range(dp_rank, count * dp, dp)
         own = self.positions(length)
-        for number in (number % MICROBATCHES for number in numbers):
+        for number in (number % count for number in numbers):
             generator = torch.Generator().manual_seed(number)
             ids = torch.randint(self.hf.vocab_size, (1, length), generator=generator)
             rows = ids[:, own], ids.roll(-1, 1)[:, own], own[None]
             yield number, *(row.to(self.device) for row in rows)
 
-    def step(self, length: int) -> None:
-        """Forward and backward of all microbatches; gradients in the buffers."""
+    def step(self, length: int) -> torch.Tensor:
+        """Forward and backward of all microbatches; gradients in the buffers.
+
+        Returns:
+            This rank's part of the mean loss, fp32 []: 0 where a pipeline goes on.
+        """
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         def loss(output):
             own = output.float().sum() / (output.numel() * self.split.cp)
-            return own, {"loss": own.detach()}
+            return own, {"loss": own.detach().clone()}  # the schedule scales the first in place
 
         def forward(iterator, model):
-            self.microbatch, ids, labels, positions = next(iterator)
+            self._begun, ids, labels, positions = next(iterator)
             return model(ids, positions, None, labels=labels), loss
 
         self.ddp.train()
         self.ddp.zero_grad_buffer()
         rows = list(self._microbatches(length))
-        get_forward_backward_func()(
+        found = get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=iter(rows),
             model=self.ddp,
@@ -234,6 +298,14 @@ class Model:
             decoder_seq_length=length,
             forward_only=False,
         )
+        parts = [one["loss"] for one in found]
+        return torch.stack(parts).mean() if parts else torch.zeros((), device=self.device)
+
+    def loss(self, own: torch.Tensor) -> float:
+        """The mean over all ranks' microbatches of what ``step`` returned."""
+        whole = own.clone()
+        torch.distributed.all_reduce(whole)
+        return whole.item() / (self.split.dp * self.split.tp)
 
     def gradients(self):
         """(name, parameter, the Hugging Face tensors that make it) of each with a gradient."""
