@@ -1,0 +1,87 @@
+"""Where a step's time goes, worked out from the intervals of kernels."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from splits import phases  # noqa: E402
+from splits.phases import Event  # noqa: E402
+
+MS = 10**6
+
+
+def kernel(name, start, end, stream=7):
+    return Event(name, start * MS, end * MS, True, stream)
+
+
+def call(name, start):
+    return Event(name, start * MS, start * MS + 1, False)
+
+
+@pytest.mark.parametrize(
+    ("spans", "others", "left"),
+    [
+        ([], [], 0),
+        ([(0, 10)], [], 10),
+        ([(0, 10), (5, 12), (12, 13), (20, 21)], [], 14),
+        ([(0, 10)], [(0, 10)], 0),
+        ([(0, 10), (20, 30)], [(5, 25)], 10),
+        ([(5, 6)], [(0, 10), (2, 3)], 0),
+        ([(0, 10), (0, 10)], [(3, 4), (3, 5), (9, 40)], 7),
+    ],
+)
+def test_what_intervals_cover_without_others(spans, others, left):
+    assert phases.without(spans, others) == left
+
+
+def test_a_step_is_broken_down():
+    mark, nccl = "at::cuda::spin_kernel(long)", "ncclDevKernel_AllGather_RING_LL"
+    events = [
+        kernel("forward", 0, 4),
+        kernel("nvjet_tst_128x64", 4, 6),
+        kernel("scores", 6, 7),
+        kernel(mark, 8, 8),
+        kernel("nvjet_tst_128x64", 8, 11),
+        kernel(nccl, 9, 14, stream=20),
+        kernel(mark, 11, 11),
+        kernel("Memcpy DtoD", 13, 16),
+        kernel(nccl, 20, 22, stream=20),
+        *(call("cudaLaunchKernel", start) for start in (0, 1, 2, 3)),
+        call("cuLaunchKernelEx", 12),
+        call("cudaStreamSynchronize", 5),
+        call("cudaEventQuery", 6),
+        call("cudaDeviceSynchronize", 22),  # the profiler's own, at the end
+    ]
+    assert phases.breakdown(events[::-1], wall=25.0) == {
+        "communication ms": 7.0,
+        "attention ms": 4.0,
+        "selection ms": 1.0,
+        "experts ms": 3.0,
+        "rest ms": 5.0,
+        "exposed communication ms": 4.0,
+        "idle ms": 8.0,
+        "launches": 3,
+        "host waits": 1,
+    }
+
+
+def test_without_marks_no_kernel_is_the_experts():
+    found = phases.breakdown([kernel("nvjet_tst_128x64", 0, 3)], wall=3.0)
+    assert found["rest ms"] == 3.0 and "experts ms" not in found
+
+
+def test_experts_are_marked_in_pairs_in_recomputes_too():
+    linear = torch.nn.Linear(2, 2)
+    order = []
+    x = torch.ones(1, 2, requires_grad=True)
+    with phases.marked([linear], lambda: order.append(len(order))):
+        y = torch.utils.checkpoint.checkpoint(linear, x, use_reentrant=True)
+        assert len(order) == 2
+        y.register_hook(lambda grad: order.append("between"))
+        y.sum().backward()
+    assert order == [0, 1, "between", 3, 4, 5, 6]
+    linear(x).sum().backward()
+    assert len(order) == 7
