@@ -51,6 +51,7 @@ class LightningIndexer(DSAIndexer):
         self._rope = Rope(
             config,
             self.rotary_pos_emb,
+            "indexer",
             interleaved=config.dsa_indexer_rope_interleaved,
         )
 
@@ -83,7 +84,7 @@ class LightningIndexer(DSAIndexer):
             # [s / tp, b, q_lora_rank] -> [s, b, q_lora_rank]
             q_latent = gather_from_sequence_parallel_region(q_latent, group=tp_group)
         # From here on s is this rank's tokens: s / tp where tokens are shared out.
-        rotation = self._rope.rotation(layout.queries, q_latent.dtype)
+        rotation = self._rope.rotation(layout, q_latent.dtype)
         key = self.k_norm(self.linear_wk(hidden_states)[0])  # [s, b, dim]
         # A head is [rope | nope].
         key = rotate(key[:, :, None, None], rotation, first=0)  # [s, b, 1, dim]

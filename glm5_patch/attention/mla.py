@@ -34,7 +34,7 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
         super().__init__(config, *args, **kwargs)
         self.dims = MLADims.of(config)
         self.token_group = token_group(config, self.pg_collection)
-        self._rope = Rope(config, self.rotary_pos_emb)
+        self._rope = Rope(config, self.rotary_pos_emb, "attention")
         tp_size = self.pg_collection.tp.size()
         if config.sequence_parallel and self.dims.latent % tp_size:
             raise GLM5PatchError(
@@ -108,7 +108,7 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
             q_latent.device,
             self.token_group,
         )
-        rotation = self._rope.rotation(layout.queries, q_latent.dtype)
+        rotation = self._rope.rotation(layout, q_latent.dtype)
 
         # The heads, or tokens, of every rank see the whole latent: its gradient is their sum.
         if layout.token_group is None and tp_group.size() > 1:
@@ -124,7 +124,8 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
         latent = torch.cat([kv_latent.unsqueeze(2), k_rope], dim=-1)  # [own, b, 1, latent + rope]
         # What is gathered comes while the queries are projected.
         latent = layout.gather(latent)
-        up_projection = layout.gather_heads(self._up_projection(q_latent).t())
+        basis = layout.once(("basis", q_latent.dtype), lambda: self._basis(q_latent))
+        up_projection = layout.gather_heads(self._up_projection(basis).t())
 
         query = self.linear_q_up_proj(q_latent)[0]  # [s, b, n * (nope + rope)]
         query = layout.all_heads(query, dims.nope + dims.rope)  # [own, b, tp, n, nope + rope]
@@ -132,17 +133,21 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
         # [t, b, 1, latent + rope], [latent, tp * n * (nope + value)]
         return query, latent.wait(), up_projection.wait().t()
 
-    def _up_projection(self, like: Tensor) -> Tensor:
-        """What ``linear_kv_up_proj`` multiplies by, [latent, n * (nope + value)].
-
-        Asked of the module itself, by handing it the identity: whatever wraps it (an adapter), its
-        hooks and its gradient's way count.
-        """
+    def _basis(self, like: Tensor) -> Tensor:
+        """This rank's rows of an identity, [latent, latent], or [latent / tp, latent]."""
         latent = self.dims.latent
         basis = torch.eye(latent, dtype=like.dtype, device=like.device)  # [latent, latent]
         if self.config.sequence_parallel:
             tp = self.pg_collection.tp
             basis = basis.chunk(tp.size())[tp.rank()]  # [latent / tp, latent]
+        return basis
+
+    def _up_projection(self, basis: Tensor) -> Tensor:
+        """What ``linear_kv_up_proj`` multiplies by, [latent, n * (nope + value)].
+
+        Asked of the module itself, by handing it the identity: whatever wraps it (an adapter), its
+        hooks and its gradient's way count.
+        """
         # A column-parallel layer: [latent / tp, 1, latent] -> [latent, 1, n * (nope + value)]
         up_projection = self.linear_kv_up_proj(basis.unsqueeze(1))[0]
         return up_projection.squeeze(1)  # [latent, n * (nope + value)]

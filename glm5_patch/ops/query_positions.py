@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -19,8 +21,12 @@ WINDOW = 64
 """Most queries of one window, see ``windows``."""
 
 
-class QueryPositions(NamedTuple):
-    """Where each query stands among the keys; it sees those from its document's start to itself."""
+@dataclass(frozen=True, eq=False)
+class QueryPositions:
+    """Where each query stands among the keys; it sees those from its document's start to itself.
+
+    What is worked out from it is kept: every layer asks for it.
+    """
 
     starts: Tensor
     """int64 [s]: the position where each query's document starts; zeros unless packed."""
@@ -50,20 +56,24 @@ class QueryPositions(NamedTuple):
         """No query sees more keys."""
         return self.keys if self.longest is None else self.longest
 
-    @property
+    @cached_property
     def places(self) -> Tensor:
         """int64 [s]: the key at which each query stands."""
         if self.positions is None:
             return torch.arange(len(self.starts), device=self.starts.device)
         return self.positions
 
-    @property
+    @cached_property
     def local_positions(self) -> Tensor:
         """int64 [s]: each query's position in its document."""
         return self.places - self.starts
 
     def spans(self) -> tuple[Tensor, Tensor]:
         """``starts`` and ``places`` in int32: the first and the last key that each query sees."""
+        return self._spans
+
+    @cached_property
+    def _spans(self) -> tuple[Tensor, Tensor]:
         return self.starts.int(), self.places.int()
 
     def of_queries(self, queries: Tensor | slice) -> QueryPositions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -195,7 +196,7 @@ class ForwardReplay:
         """All documents of the batch. Nothing here waits for the device."""
         device, s = queries.starts.device, len(queries.starts)
         # Where no more keys are visible than are selected, these are the keys.
-        topk_indices = visible_topk(queries._replace(longest=k), b).clone()
+        topk_indices = visible_topk(dataclasses.replace(queries, longest=k), b).clone()
         missing = torch.zeros((b, s), dtype=torch.bool)
         frames, wanted, places, rows = [], [], [], 0
         complete = True

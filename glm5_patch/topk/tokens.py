@@ -8,14 +8,13 @@ and values of 64 heads are 32768).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import (
-    all_to_all,
-    reduce_scatter_to_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel.mappings import all_to_all
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -94,7 +93,8 @@ def head_group(config, pg_collection) -> ProcessGroup | None:
     return groups.tp
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Layout:
     """The tokens of this rank among those of the batch.
 
     In the shapes, s is the length of a context-parallel rank's part, and own that of this rank's:
@@ -118,6 +118,8 @@ class Layout(NamedTuple):
     the context-parallel ranks, since data parallelism averages what they find."""
     documents: Documents | None = None
     """Of the batch; None of a layout that is none of a forward."""
+    _made: dict[Hashable, Any] = field(default_factory=dict)
+    """See ``once``."""
 
     @classmethod
     def of(
@@ -177,6 +179,18 @@ class Layout(NamedTuple):
         if carrier is not None:
             carrier.layout = layout
         return layout
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What every layer of the forward needs alike: made by the first one, and kept for the
+        others and for recomputes.
+
+        Args:
+            key: the same where the same is made.
+            make: makes it.
+        """
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def every_key_is_selected(self, config) -> bool:
         """Whether no layer needs to select: every key fits, or the attention is dense."""
@@ -269,46 +283,88 @@ class Deal:
 
 
 class Gathering:
-    """A gather along dimension 0 that has begun: what is launched before ``wait`` runs beside
-    it."""
+    """A gather along dimension 0 that has begun: what is launched before ``wait`` runs beside it.
+    In the backward the gradients are summed over the ranks beside the backward of the same."""
 
-    def __init__(self, tensor: Tensor, group: ProcessGroup | None, order: Tensor | None = None):
+    def __init__(self, tensor: Tensor, group: ProcessGroup | None, order: Order | None = None):
         """Begin.
 
         Args:
             tensor: this rank's part.
             group: the ranks; None: this one alone.
-            order: int64, how to put the parts' rows in order; None: they are.
+            order: of the parts' rows; None: they come in it.
         """
-        self._order, self._work = order, None
+        self._group, self._order = group, order
         self._tensor = tensor
         if group is not None:
-            self._tensor = _StartedGather.apply(tensor.contiguous(), group, self)
-
-    def begun(self, work: torch.distributed.Work) -> None:
-        self._work = work
+            self._tensor = _Begin.apply(tensor.contiguous(), self)
 
     def wait(self) -> Tensor:
-        """What was gathered. The host does not wait for a GPU, its stream does."""
-        if self._work is not None:
-            self._work.wait()
-        tensor = self._tensor
-        return tensor if self._order is None else tensor.index_select(0, self._order)
+        """What was gathered, once. The host does not wait for a GPU, its stream does."""
+        # The graph keeps this object, which must not keep the graph and its memory.
+        tensor, self._tensor = self._tensor, None
+        return tensor if self._group is None else _Wait.apply(tensor, self)
 
-
-class _StartedGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor, group, gathering):
-        ctx.group = group
-        gathered = tensor.new_empty((group.size() * len(tensor), *tensor.shape[1:]))
-        gathering.begun(
-            torch.distributed.all_gather_into_tensor(gathered, tensor, group=group, async_op=True)
+    def gather(self, part: Tensor) -> Tensor:
+        """Every rank's part, once ``gathered`` has returned."""
+        whole = part.new_empty((self._group.size() * len(part), *part.shape[1:]))
+        self._work = torch.distributed.all_gather_into_tensor(
+            whole, part, group=self._group, async_op=True
         )
-        return gathered
+        return whole
+
+    def gathered(self, whole: Tensor) -> Tensor:
+        self._work.wait()
+        self._work = None
+        return whole if self._order is None else whole.index_select(0, self._order.places)
+
+    def scatter(self, gradient: Tensor) -> None:
+        """Start to sum the gradients of all ranks; each gets those of its part."""
+        if self._order is not None:
+            gradient = gradient.index_select(0, self._order.inverse)
+        gradient = gradient.contiguous()
+        part = gradient.new_empty((len(gradient) // self._group.size(), *gradient.shape[1:]))
+        work = torch.distributed.reduce_scatter_tensor(
+            part, gradient, group=self._group, async_op=True
+        )
+        self._scattering = work, part
+
+    def scattered(self) -> Tensor:
+        (work, part), self._scattering = self._scattering, None
+        work.wait()
+        return part
+
+
+class _Begin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, part, gathering):
+        ctx.gathering = gathering
+        return gathering.gather(part)
+
+    @staticmethod
+    def backward(ctx, _):
+        return ctx.gathering.scattered(), None
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, whole, gathering):
+        ctx.gathering = gathering
+        return gathering.gathered(whole)
 
     @staticmethod
     def backward(ctx, gradient):
-        return reduce_scatter_to_sequence_parallel_region(gradient, group=ctx.group), None, None
+        ctx.gathering.scatter(gradient)
+        return gradient, None  # for ``_Begin``, which has its own
+
+
+class Order(NamedTuple):
+    """How to put gathered rows in order."""
+
+    places: Tensor
+    """int64 [t]: where the row of each position is among those gathered."""
+    inverse: Tensor
+    """int64 [t]: the position of each row."""
 
 
 class ContextParallel:
@@ -340,7 +396,8 @@ class ContextParallel:
             longest_document(bounds),
         )
         """What the queries of this rank see."""
-        self._order = torch.cat(positions).argsort().to(device)
+        positions = torch.cat(positions)
+        self._order = Order(positions.argsort().to(device), positions.to(device))
 
     def gather(self, tensor: Tensor) -> Gathering:
         """Start to gather [s / cp, ...] of every rank; what comes is [s, ...] in natural order.
