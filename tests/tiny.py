@@ -9,6 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from glm5_patch.attention.build import (
     HF_LATENT_NORM_EPSILON,
@@ -125,6 +126,18 @@ def megatron_model(checkpoint: HFCheckpoint, **overrides):
 
 def tokens(seed: int, batch: int, length: int) -> torch.Tensor:
     return torch.randint(96, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+class Operations(TorchDispatchMode):
+    """The names of what is computed while it is entered, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
 
 
 def packed(lengths):

@@ -5,7 +5,7 @@ import torch
 
 from glm5_patch.errors import GLM5PatchError
 from glm5_patch.tools.verify import forward
-from tests.tiny import loss_of, megatron_model, relative, saved, tokens
+from tests.tiny import Operations, loss_of, megatron_model, relative, saved, tokens
 
 ONE_LAYER = dict(num_hidden_layers=1, index_topk_freq=1)
 pytestmark = pytest.mark.usefixtures("our_core")
@@ -73,6 +73,21 @@ def test_an_adapter_on_the_up_projection_is_as_good_as_merged(
         assert relative(forward(merged(model), ids), logits) < 1e-5
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_what_all_layers_need_alike_is_made_once_a_forward(tmp_path):
+    """The angles of the attention and of the indexer, and the identity; recomputes make none."""
+    recompute = dict(
+        recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+    )
+    few = dict(num_hidden_layers=4, first_k_dense_replace=4, index_topk_freq=2)
+    model = megatron_model(saved(tmp_path, **few), **recompute).train()
+    ids = tokens(0, 1, 24)
+    for _ in range(2):
+        with Operations() as operations:
+            loss_of(forward(model, ids), ids).backward()
+        counts = [operations.names.count(f"aten::{name}") for name in ("cos", "sin", "eye")]
+        assert counts == [2, 2, 1]
 
 
 def test_decoding_with_a_cache_is_refused(tmp_path):

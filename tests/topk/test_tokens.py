@@ -1,20 +1,17 @@
 """Which rank holds which tokens, and that gathering puts them back."""
 
-import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from glm5_patch.errors import GLM5PatchError
+from glm5_patch.ops.gathering import Gathering
 from glm5_patch.ops.query_positions import QueryPositions
 from glm5_patch.topk.tokens import (
     ContextParallel,
     Deal,
-    Gathering,
     Layout,
-    Order,
     shared_out,
     token_group,
 )
@@ -69,53 +66,6 @@ def test_gathered_tokens_come_back_in_order(thd, order, monkeypatch):
     monkeypatch.setattr(Gathering, "gather", lambda self, part: pieces)
     monkeypatch.setattr(Gathering, "_work", SimpleNamespace(wait=lambda: None), raising=False)
     assert torch.equal(ranks[0].gather(whole[ranks[0].queries.positions]).wait(), whole)
-
-
-@pytest.fixture
-def alone(tmp_path):
-    """A process group of this process."""
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield torch.distributed.group.WORLD
-    torch.distributed.destroy_process_group()
-
-
-class Operations(TorchDispatchMode):
-    """The names of what is computed, in order."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(function.name())
-        return function(*args, **(kwargs or {}))
-
-
-def test_gradients_are_summed_beside_the_backward_of_what_ran_beside_the_gather(alone):
-    places = torch.tensor([2, 0, 3, 1])
-    x = torch.randn(4, 3, requires_grad=True)
-    beside = torch.randn(4, 3, requires_grad=True)
-    gathering = Gathering(x * 2, alone, Order(places, places.argsort()))
-    sine = beside.sin()
-    gathered = gathering.wait()
-    assert torch.equal(gathered, (x * 2)[places])
-    weight = torch.randn(4, 3)
-    with Operations() as operations:
-        (gathered * weight + sine).sum().backward()
-    assert torch.equal(x.grad, 2 * weight[places.argsort()])
-    assert torch.equal(beside.grad, beside.detach().cos())
-    names = operations.names
-    assert names.index("c10d::_reduce_scatter_base_") < names.index("aten::cos")
-    assert not any("index_add" in name or "index_put" in name for name in names)
-
-
-def test_what_was_gathered_is_not_kept_by_the_graph(alone):
-    x = torch.randn(4, requires_grad=True)
-    gathering = Gathering(x, alone, Order(*2 * [torch.arange(4)]))
-    whole = weakref.ref(gathering._tensor)
-    result = gathering.wait()
-    assert whole() is None and result.requires_grad
 
 
 def test_a_document_that_can_not_be_split_is_named():
