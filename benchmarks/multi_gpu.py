@@ -66,7 +66,7 @@ LAYOUTS = {
         "--only 'EP 4' --experts 64 --tokens 8192 --compare-at 2048",
         "--only 'TP 4, tokens' 'CP 4' --tokens 8192 32768",
         "--only 'PP 4' --microbatches 8 --tokens 8192",
-        "--only 'CP 4' --dense --microbatches 1 --steps 1 --compare-at 8192 "
+        "--only 'CP 4' --dense --microbatches 1 --vocabulary 2048 --steps 1 --compare-at 8192 "
         "--tokens 32768 131072 262144 1048576",
     ),
 }
@@ -86,7 +86,7 @@ class Comparison:
         self.device, self.on_gpu = torch.device(options.device), options.device == "cuda"
         self.dtype = torch.float32 if options.fp32 else dtype_on(options.device)
         experts = 0 if options.dense else options.experts
-        self.shape = Shape(options.layers, experts, options.microbatches)
+        self.shape = Shape(options.layers, experts, options.microbatches, options.vocabulary)
         self.compared_at = options.tokens[0] if options.compare_at is None else options.compare_at
         self.reference: Reference | None = None
         self.bound = ON_CPU
@@ -260,6 +260,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--microbatches", type=int, default=MICROBATCHES, help="of a step and rank (2)"
     )
+    vocabulary = "tokens of it (32768): logits of a million tokens take more than the layers"
+    found.add_argument("--vocabulary", type=int, help=vocabulary)
     found.add_argument("--steps", type=int, default=3, help="timed, of each split and length (3)")
     found.add_argument("--warmup", type=int, default=1, help="steps before those timed (1)")
     phases = "one more step of each split and length, for where its time goes"

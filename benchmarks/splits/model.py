@@ -53,12 +53,16 @@ class Shape(NamedTuple):
     experts: int = 8
     """Routed experts of a MoE layer; 0: every layer is dense."""
     microbatches: int = MICROBATCHES
+    vocabulary: int | None = None
+    """None: the usual one."""
 
     def config(self, on_cpu: bool) -> HFConfig:
         """The model's."""
         sizes = {"num_hidden_layers": self.layers, "n_routed_experts": self.experts}
         if not self.experts:
             sizes = {"num_hidden_layers": self.layers, "first_k_dense_replace": self.layers}
+        if self.vocabulary is not None:
+            sizes["vocab_size"] = self.vocabulary
         return HFConfig({**SHAPE, **(TINY if on_cpu else {}), **sizes})
 
 

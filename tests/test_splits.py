@@ -1,12 +1,15 @@
-"""Where a step's time goes, worked out from the intervals of kernels."""
+"""What benchmarks/multi_gpu.py is made of, without a GPU."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
 from splits import phases  # noqa: E402
 from splits.phases import Event  # noqa: E402
 
@@ -85,3 +88,36 @@ def test_experts_are_marked_in_pairs_in_recomputes_too():
     assert order == [0, 1, "between", 3, 4, 5, 6]
     linear(x).sum().backward()
     assert len(order) == 7
+
+
+FAILING = """
+import torch
+from splits.ranks import Ranks
+
+ranks = Ranks(on_gpu=False)
+
+def run(fails):
+    for step in range(3):
+        if step == 1 and ranks.rank == fails:
+            raise torch.OutOfMemoryError("no memory")
+        torch.distributed.all_reduce(torch.ones(4))
+
+print(ranks.rank, [ranks.attempt(lambda: run(fails)) for fails in (1, None, 0)], flush=True)
+"""
+
+
+@pytest.mark.nightly
+def test_a_rank_that_fails_ends_the_attempt_for_all_and_no_other(tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launch, str(tmp_path / "failing.py")],
+        env={**os.environ, "PYTHONPATH": str(BENCHMARKS), "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    said = "OutOfMemoryError: no memory"
+    found = [f"rank 1: {said}", None, f"rank 0: {said}"]
+    assert sorted(done.stdout.splitlines()) == [f"{rank} {found}" for rank in (0, 1)]
