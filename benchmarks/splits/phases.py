@@ -14,14 +14,15 @@ from typing import NamedTuple
 
 import torch
 
-COMMUNICATION, EXPERTS, REST = "communication", "experts", "rest"
+COMMUNICATION, EXPERTS, PRODUCTS, REST = "communication", "experts", "products", "rest"
 KINDS = {
     COMMUNICATION: "nccl",
     "attention": "^(forward|backward|row_terms|project|rotate)$|flash|fmha|sdpa",
     "selection": "^(scores|candidates|topk|head_sums|loss)$|sort",
+    PRODUCTS: "gemm|nvjet|cutlass|xmma",
 }
-"""Patterns of the names of kernels, the first that fits; "selection" has the indexer's loss. What
-fits none is a part of the experts or of the rest."""
+"""Patterns of the names of kernels, the first that fits; "selection" has the indexer's loss, and
+"products" are those of no experts. What fits none is the rest."""
 MARK = "spin_kernel"
 """Part of the name of the kernel of ``torch.cuda._sleep``."""
 LAUNCH = re.compile(r"^cu(da)?Launch")
@@ -70,20 +71,22 @@ def breakdown(events: Sequence[Event], wall: float) -> dict[str, float | int]:
         events: of one step.
         wall: ms of a step without the profiler, which slows down the host and no kernel.
     """
-    kernels = [event for event in events if event.on_gpu and MARK not in event.name]
-    marks = sorted(event.start for event in events if event.on_gpu and MARK in event.name)
-    streams = {event.stream for event in events if event.on_gpu and MARK in event.name}
-    pairs = list(zip(marks[::2], marks[1::2]))
+    on_gpu = sorted((event for event in events if event.on_gpu), key=lambda event: event.start)
+    kernels = [event for event in on_gpu if MARK not in event.name]
+    marks = [event for event in on_gpu if MARK in event.name]
+    streams = {mark.stream for mark in marks}
+    pairs = list(zip((mark.start for mark in marks[::2]), (mark.start for mark in marks[1::2])))
     spans: dict[str, list[tuple[int, int]]] = {
         kind: [] for kind in (*KINDS, EXPERTS, REST) if kind != EXPERTS or pairs
     }
     between = iter(pairs)
     pair = next(between, None)
-    for kernel in sorted(kernels, key=lambda kernel: kernel.start):
+    for kernel in kernels:
         while pair is not None and pair[1] <= kernel.start:
             pair = next(between, None)
         marked = pair is not None and pair[0] <= kernel.start and kernel.stream in streams
-        spans[_kind(kernel.name) or (EXPERTS if marked else REST)].append(kernel[1:3])
+        kind = _kind(kernel.name)
+        spans[EXPERTS if marked and kind in (PRODUCTS, REST) else kind].append(kernel[1:3])
     working = [span for kind, found in spans.items() if kind != COMMUNICATION for span in found]
     busy = length(kernel[1:3] for kernel in kernels)
     calls = [event for event in events if not event.on_gpu]
@@ -100,8 +103,8 @@ def breakdown(events: Sequence[Event], wall: float) -> dict[str, float | int]:
     }
 
 
-def _kind(name: str) -> str | None:
-    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name.lower())), None)
+def _kind(name: str) -> str:
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name.lower())), REST)
 
 
 @contextmanager
