@@ -63,7 +63,7 @@ SPREAD = 1.25
 """On GPUs: the bound, as a multiple of one GPU's distance from itself with halved products."""
 LAYOUTS = {
     "four": (
-        "--only 'EP 4' --experts 64 --tokens 8192 --compare-at 2048",
+        "--only 'EP 4' --experts 64 --tokens 8192 --compare-at 4096",
         "--only 'TP 4, tokens' 'CP 4' --tokens 8192 32768",
         "--only 'PP 4' --microbatches 8 --tokens 8192",
         "--only 'CP 4' --dense --microbatches 1 --vocabulary 2048 --steps 1 --compare-at 8192 "
@@ -97,7 +97,12 @@ class Comparison:
         self._length = self.compared_at
 
     def run(self) -> None:
-        only = self.options.only
+        only, index_topk = self.options.only, self.shape.config(not self.on_gpu).index_topk
+        if 0 < self.compared_at <= index_topk:
+            raise SystemExit(
+                f"gradients would be compared at {self.compared_at} tokens, where every key is "
+                f"selected; --compare-at must be 0, or above index_topk={index_topk}"
+            )
         known = splits(self.ranks.size, self.shape)
         unknown = set(only or ()) - {split.name for split in known}
         if unknown:

@@ -128,8 +128,9 @@ def log_loss(
     sums = LOSSES.of(config, 2, (shared_by, cp_group), tracker["values"].device)
     if queries:
         # A sum over all ranks of a mean's parts: the count of this rank is its part as well.
-        sums[0, slot] += loss.detach() / (queries if config.calculate_per_token_loss else 1)
-        sums[1, slot] += 1 / (1 if shared_by is None else shared_by.size())
+        loss = loss.detach()
+        sums[0, slot].add_(loss / queries if config.calculate_per_token_loss else loss)
+        sums[1, slot].add_(1 / (1 if shared_by is None else shared_by.size()))
 
 
 def open_log(stack) -> None:
