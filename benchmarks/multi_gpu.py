@@ -67,7 +67,9 @@ LAYOUTS = {
         "--only 'TP 4, tokens' 'CP 4' --tokens 8192 32768",
         "--only 'PP 4' --microbatches 8 --tokens 8192",
         "--only 'CP 4' --dense --microbatches 1 --vocabulary 2048 --steps 1 --compare-at 8192 "
-        "--tokens 32768 131072 262144 1048576",
+        "--tokens 32768 131072 262144",
+        "--only 'CP 4' --dense --microbatches 1 --vocabulary 2048 --steps 1 --compare-at 0 "
+        "--warmup 0 --no-phases --tokens 1048576",
     ),
 }
 """Options of the runs that --layouts makes."""
@@ -109,7 +111,7 @@ class Comparison:
             names = ", ".join(repr(split.name) for split in known)
             raise SystemExit(f"--only {unknown.pop()!r}: must be of {names}")
         for split in known:
-            if self.compared_at and split.alone or not (split.alone or only) or split.name in only:
+            if self.compared_at if split.alone else not only or split.name in only:
                 error = self.ranks.attempt(lambda split=split: self._split(split))
                 if error is not None:
                     self.failed.append(f"{split.name}: {error}")

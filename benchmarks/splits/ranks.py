@@ -57,7 +57,8 @@ class Ranks:
             torch.distributed.barrier()
         except Exception as problem:  # any: the other splits go on
             failed = True
-            text = f"{type(problem).__name__}: {str(problem).splitlines()[0][:160]}"
+            says = str(problem).partition("\n")[0]
+            text = f"{type(problem).__name__}: {says[:160]}"
             first = store.compare_set(_FAILED, "", f"rank {self.rank}: {text}")
             if first.startswith(f"rank {self.rank}:".encode()):
                 traceback.print_exc()
@@ -78,14 +79,12 @@ class Ranks:
                 return
 
     def _end(self, failed: bool) -> None:
-        if torch.distributed.is_initialized():  # else ``_watch`` has done it
-            abort = failed and self._on_gpu
-            end = (
-                distributed_c10d._abort_process_group
-                if abort
-                else distributed_c10d.destroy_process_group
-            )
-            end()
+        if not torch.distributed.is_initialized():
+            pass  # ``_watch`` has ended it
+        elif failed and self._on_gpu:
+            distributed_c10d._abort_process_group()
+        else:
+            torch.distributed.destroy_process_group()
         gc.collect()
         if self._on_gpu:
             torch.cuda.empty_cache()
