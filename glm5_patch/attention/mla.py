@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -134,13 +135,8 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
         return query, latent.wait(), up_projection.wait().t()
 
     def _basis(self, like: Tensor) -> Tensor:
-        """This rank's rows of an identity, [latent, latent], or [latent / tp, latent]."""
-        latent = self.dims.latent
-        basis = torch.eye(latent, dtype=like.dtype, device=like.device)  # [latent, latent]
-        if self.config.sequence_parallel:
-            tp = self.pg_collection.tp
-            basis = basis.chunk(tp.size())[tp.rank()]  # [latent / tp, latent]
-        return basis
+        """An identity, [latent, latent]."""
+        return torch.eye(self.dims.latent, dtype=like.dtype, device=like.device)
 
     def _up_projection(self, basis: Tensor) -> Tensor:
         """What ``linear_kv_up_proj`` multiplies by, [latent, n * (nope + value)].
@@ -148,8 +144,20 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
         Asked of the module itself, by handing it the identity: whatever wraps it (an adapter), its
         hooks and its gradient's way count.
         """
-        # A column-parallel layer: [latent / tp, 1, latent] -> [latent, 1, n * (nope + value)]
-        up_projection = self.linear_kv_up_proj(basis.unsqueeze(1))[0]
+        module, tp = self.linear_kv_up_proj, self.pg_collection.tp
+        # A column-parallel layer: [latent, 1, latent] -> [latent, 1, n * (nope + value)]
+        if not self.config.sequence_parallel:
+            up_projection = module(basis.unsqueeze(1))[0]
+        elif _is_the_hosts_alone(module):
+            # Split, the identity would be gathered in the forward and again in the backward.
+            module.sequence_parallel = False
+            try:
+                up_projection = module(basis.unsqueeze(1))[0]
+            finally:
+                module.sequence_parallel = True
+        else:
+            own = basis.chunk(tp.size())[tp.rank()]  # [latent / tp, latent]
+            up_projection = module(own.unsqueeze(1))[0]
         return up_projection.squeeze(1)  # [latent, n * (nope + value)]
 
     def _run_core_attention(
@@ -205,3 +213,9 @@ def _all_need_grad(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     if not torch.is_grad_enabled():
         return outputs
     return tuple(t if t.requires_grad else t.detach().requires_grad_() for t in outputs)
+
+
+def _is_the_hosts_alone(linear: torch.nn.Module) -> bool:
+    """Whether nothing but megatron-core's own column-parallel layer sees its input."""
+    hooked = linear._forward_pre_hooks or linear._forward_hooks or "forward" in vars(linear)
+    return type(linear) is ColumnParallelLinear and linear.sequence_parallel and not hooked
