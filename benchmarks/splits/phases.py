@@ -17,7 +17,7 @@ import torch
 COMMUNICATION, EXPERTS, PRODUCTS, REST = "communication", "experts", "products", "rest"
 KINDS = {
     COMMUNICATION: "nccl",
-    "attention": "^(forward|backward|row_terms|project|rotate)$|flash|fmha|sdpa",
+    "attention": "^(forward|backward|row_terms|project|rotate|bounds|flat_keys)$|flash|fmha|sdpa",
     "selection": "^(scores|candidates|topk|head_sums|loss)$|sort",
     PRODUCTS: "gemm|nvjet|cutlass|xmma",
 }
