@@ -88,7 +88,7 @@ def _compile_backward() -> None:
     from . import gluon_kernels as kernels
 
     outputs = torch.bfloat16, torch.float32, torch.float32, torch.bfloat16, torch.float32, None
-    kernels.backward.warmup(*TENSORS, *outputs, *SIZES, 1.0, 1.0, grid=(1,), num_warps=8)
+    kernels.backward.warmup(*TENSORS, *outputs, *SIZES, 1.0, 1.0, grid=(1,), num_warps=4)
 
 
 @backend(
@@ -148,7 +148,7 @@ def key_gradients(
     d_query, pairs = torch.empty_like(query), exact_pairs(absorbed, d_out, measure)
     d_latent = room_for(latent) if pairs is None else pairs.integers
     units = None if pairs is None else pairs.units
-    kernels.backward[grid](*given, d_query, d_latent, units, *sizes, num_warps=8)
+    kernels.backward[grid](*given, d_query, d_latent, units, *sizes, num_warps=4)
     if pairs is not None:
         return d_query, pairs.value()
     # Back from renamed columns, see gluon_kernels.

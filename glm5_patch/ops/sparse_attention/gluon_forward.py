@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .gluon import HEADS, KEYS, LATENT, ROPE, WIDTH
-from .gluon_kernels import SHARED, async_load, keys_of_tile, query_of_program, thread_barrier
+from .gluon_kernels import SHARED, async_load, keys_of_tile, query_of_program, tell, zero_of
 
 _N = gl.constexpr(HEADS)
 _H = gl.constexpr(LATENT // 2)
@@ -53,22 +53,6 @@ _QUERY = gl.constexpr(4)
 _LARGEST = gl.constexpr(0)
 _PROBS = gl.constexpr(2)
 _TOTAL = gl.constexpr(4)
-
-
-@gluon.jit
-def _tell(barrier):
-    """All threads of this part have done what came before."""
-    thread_barrier()
-    mbarrier.arrive(barrier)
-
-
-@gluon.jit
-def _zero(number):
-    """0, of a number that is not negative, unknown to the compiler: addresses that depend on it
-    are computed in a loop. Before it, they would take the registers of the output."""
-    return gl.inline_asm_elementwise(
-        "shr.u32 $0, $1, 31;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1
-    )
 
 
 @gluon.jit
@@ -182,7 +166,7 @@ def _consume_first(
         )  # fmt: skip
         larger = gl.maximum(largest, gl.max(logits, 1))
         rows.index(0).store(larger)
-        _tell(told.index(_LARGEST))
+        tell(told.index(_LARGEST))
         probs = gl.exp2(logits - larger[:, None])
         shrink = gl.exp2(largest - larger)
         out = _start_values(probs, left.index(0), _shrunk(out, shrink))
@@ -193,15 +177,15 @@ def _consume_first(
         total = total * shrink
         rope.index(0).store((probs * shrink[:, None]).to(rope.dtype))
         fence_async_shared()
-        _tell(told.index(_PROBS))
+        tell(told.index(_PROBS))
         out = warpgroup_mma_wait(num_outstanding=0, deps=[out])
-        _tell(free.index(_LEFT))
+        tell(free.index(_LEFT))
         out = _shrunk(out, shrink)
         mbarrier.wait(told.index(_PROBS + 1), phase)
         out = _add_values(rope.index(1), left.index(1), out)
-        _tell(free.index(_LEFT + 1))
+        tell(free.index(_LEFT + 1))
     rows.index(2).store(total)
-    _tell(told.index(_TOTAL))
+    tell(told.index(_TOTAL))
     mbarrier.wait(told.index(_TOTAL + 1), 0)
     total += rows.index(3).load(by_head)
     _finish(out, total, left.index(0), OUT, query, 0)
@@ -224,7 +208,7 @@ def _consume_second(
     mbarrier.wait(ready.index(_QUERY), 0)
     for pair in range(0, pairs):
         phase = pair % 2
-        zero = _zero(pair)
+        zero = zero_of(pair)
         one = zero + 1
         logits = _logits(
             q_latent.index(zero).slice(_H, _H, dim=1), right.index(one), ready.index(_RIGHT + 1),
@@ -235,7 +219,7 @@ def _consume_second(
         mbarrier.wait(told.index(_LARGEST), phase)
         larger = gl.maximum(rows.index(0).load(by_head), larger)
         rows.index(1).store(larger)
-        _tell(told.index(_LARGEST + 1))
+        tell(told.index(_LARGEST + 1))
         probs = gl.exp2(logits - larger[:, None])
         shrink = gl.exp2(largest - larger)
         largest = larger
@@ -243,14 +227,14 @@ def _consume_second(
         total = total * shrink + gl.sum(probs, 1)
         rope.index(one).store(probs.to(rope.dtype))
         fence_async_shared()
-        _tell(told.index(_PROBS + 1))
+        tell(told.index(_PROBS + 1))
         out = warpgroup_mma_wait(num_outstanding=0, deps=[out])
-        _tell(free.index(_RIGHT + 1))
+        tell(free.index(_RIGHT + 1))
         mbarrier.wait(told.index(_PROBS), phase)
         out = _add_values(rope.index(zero), right.index(zero), out)
-        _tell(free.index(_RIGHT))
+        tell(free.index(_RIGHT))
     rows.index(3).store(total)
-    _tell(told.index(_TOTAL + 1))
+    tell(told.index(_TOTAL + 1))
     mbarrier.wait(told.index(_TOTAL), 0)
     total += rows.index(2).load(by_head)
     _finish(out, total, right.index(1), OUT, query, _H)

@@ -16,8 +16,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
+    mbarrier,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -34,7 +34,7 @@ _R = gl.constexpr(ROPE)
 _W = gl.constexpr(WIDTH)
 _K = gl.constexpr(KEYS)
 
-PART = ROPE
+PART = 32
 """Columns of the latent's gradient that are computed, and added to memory, at a time."""
 
 # 8 warps: 4 x 16 rows of an accumulator, and 2 halves of its columns.
@@ -49,36 +49,47 @@ def accumulator(columns: int) -> gl.NVMMADistributedLayout:
     return gl.NVMMADistributedLayout([3, 0], [4, 2], [16, columns // 2, 16])
 
 
-def fours(columns: int) -> gl.DistributedLinearLayout:
-    """Of an accumulator [64, columns] whose columns ``_in_fours`` has renamed: four values of a
-    thread are neighbours, for one 16-byte atomic, and eight threads add to one line of 128."""
-    further = [[0, 1 << bit] for bit in range(5, columns.bit_length() - 2)]
+PART = 32
+"""Columns of the latent's gradient that are computed, and added to memory, at a time."""
+
+
+def fours() -> gl.DistributedLinearLayout:
+    """Of an accumulator [64, 32] whose columns are renamed: four values of a thread are neighbours,
+    for one 16-byte atomic, and eight threads add to one line of 128."""
     return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [1, 0], [8, 0], *further],
+        reg_bases=[[0, 1], [0, 2], [1, 0], [8, 0]],
         lane_bases=[[0, 4], [0, 8], [0, 16], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0], [0, columns // 2]],
+        warp_bases=[[16, 0], [32, 0]],
         block_bases=[],
-        shape=[64, columns],
+        shape=[KEYS, PART],
     )
 
 
-def pairs(columns: int) -> gl.DistributedLinearLayout:
-    """Of every second column of an accumulator [64, columns]: four threads have four neighbours,
-    32 bytes of 64-bit integers, for one transaction."""
-    further = [[0, 1 << bit] for bit in range(2, columns.bit_length() - 3)]
+def pairs() -> gl.DistributedLinearLayout:
+    """Of every second column of an accumulator [64, 32]: four threads have four neighbours, 32
+    bytes of 64-bit integers, for one transaction."""
     return gl.DistributedLinearLayout(
-        reg_bases=[[8, 0], *further],
+        reg_bases=[[8, 0], [0, 4], [0, 8]],
         lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0], [0, columns // 4]],
+        warp_bases=[[16, 0], [32, 0]],
         block_bases=[],
-        shape=[64, columns // 2],
+        shape=[KEYS, PART // 2],
     )
 
 
 _PART = gl.constexpr(PART)
-_ACCUMULATOR = gl.constexpr(accumulator(PART))
-_FOURS = gl.constexpr(fours(PART))
-_PAIRS = gl.constexpr(pairs(PART))
+_H = gl.constexpr(LATENT // 2)
+_FOURS = gl.constexpr(fours())
+_PAIRS = gl.constexpr(pairs())
+_ACCUMULATOR = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16]))
+_LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]))
+_HALF = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LATENT // 2, 16]))
+_PART_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+_BARRIER = gl.constexpr(mbarrier.MBarrierLayout())
+_FETCHED_AT = gl.constexpr(4)
+_TILE = gl.constexpr(0)
+_PROBS = gl.constexpr(1)
+_QUERY = gl.constexpr(2)
 
 
 @gluon.jit
@@ -129,26 +140,20 @@ def start_logits(q_latent, q_rope, latent, rope, zeros):
 
 
 @gluon.jit
-def _add_to_keys(D_LATENTS, UNITS, TOPK, first, count, start, batch, b, tile, column):
-    """Add ``tile`` [64, 64] to the gradient of a tile's keys, from ``column`` on: in fours, the
+def _add_to_keys(D_LATENTS, UNITS, key, inside, tile, column):
+    """Add ``tile`` [64, 32] to the gradient of a tile's keys, from ``column`` on: in fours, the
     columns 8 h + 2 r + e of every 16 renamed to 4 r + 2 h + e; or with ``UNITS`` in pairs."""
     if UNITS is None:
         tile = tile.reshape([_K, _PART // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4))
         tile = gl.convert_layout(tile.reshape([_K, _PART]), _FOURS)
-        by_key: gl.constexpr = gl.SliceLayout(1, _FOURS)
-        key = keys_of_tile(TOPK, first, count, start, batch, b, by_key)
-        inside = first + gl.arange(0, _K, layout=by_key) < count
         place = column + gl.arange(0, _PART, layout=gl.SliceLayout(0, _FOURS))
         place = key[:, None] * _W + place[None, :]
         gl.atomic_add(D_LATENTS + place, tile, mask=inside[:, None], sem="relaxed")
     else:
-        by_key: gl.constexpr = gl.SliceLayout(1, _PAIRS)
-        key = keys_of_tile(TOPK, first, count, start, batch, b, by_key)
         units = gl.load(UNITS + key)[:, None]
         lower, upper = gl.split(tile.reshape([_K, _PART // 2, 2]))
         lower = _rounded(gl.convert_layout(lower, _PAIRS) * units)
         upper = _rounded(gl.convert_layout(upper, _PAIRS) * units)
-        inside = first + gl.arange(0, _K, layout=by_key) < count
         place = column // 2 + gl.arange(0, _PART // 2, layout=gl.SliceLayout(0, _PAIRS))
         place = key[:, None] * (_W // 2) + place[None, :]
         integers = lower + (upper << 32)
@@ -162,98 +167,236 @@ def _rounded(number):
 
 
 @gluon.jit
+def tell(barrier):
+    """All threads of this part have done what came before."""
+    thread_barrier()
+    mbarrier.arrive(barrier)
+
+
+@gluon.jit
+def zero_of(number):
+    """0, of a number that is not negative, unknown to the compiler: addresses that depend on it
+    are computed in a loop. Before it, they would take the registers of the output."""
+    return gl.inline_asm_elementwise(
+        "shr.u32 $0, $1, 31;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _fetch_query(Q, D_OUT, query, q_latent, q_rope, d_out, filled):
+    column = gl.arange(0, _L, layout=gl.SliceLayout(0, _PART_ROWS))[None, :]
+    rope_column = _L + gl.arange(0, _R, layout=gl.SliceLayout(0, _PART_ROWS))[None, :]
+    head = (query + gl.arange(0, _N, layout=gl.SliceLayout(1, _PART_ROWS)))[:, None]
+    async_load(q_latent, Q + head * _W + column)
+    async_load(q_rope, Q + head * _W + rope_column)
+    async_load(d_out, D_OUT + head * _L + column)
+    async_copy.mbarrier_arrive(filled, increment_count=False)
+
+
+@gluon.jit
+def _fetch_tile(LATENTS, TOPK, first, count, start, batch, b, latent, rope, filled):
+    key = keys_of_tile(TOPK, first, count, start, batch, b, gl.SliceLayout(1, _PART_ROWS))
+    row = LATENTS + key.to(gl.int64)[:, None] * _W
+    async_load(latent, row + gl.arange(0, _L, layout=gl.SliceLayout(0, _PART_ROWS))[None, :])
+    async_load(rope, row + _L + gl.arange(0, _R, layout=gl.SliceLayout(0, _PART_ROWS))[None, :])
+    async_copy.mbarrier_arrive(filled, increment_count=False)
+
+
+@gluon.jit
+def _attend(
+    LSE, TERMS, D_Q, query, count, tiles, scale, scale_log2,
+    q_latent, q_rope, d_out, latent, rope, probs_shared, d_logits_shared, filled, free,
+):  # fmt: skip
+    """Probabilities and their gradients, and the right half of the query's gradient."""
+    dtype: gl.constexpr = latent.dtype
+    by_head: gl.constexpr = gl.SliceLayout(1, _LOGITS)
+    place = gl.arange(0, _K, layout=gl.SliceLayout(0, _LOGITS))
+    own = query + gl.arange(0, _N, layout=by_head)
+    lse = gl.load(LSE + own)
+    terms = gl.load(TERMS + own)
+    zeros = gl.full([_N, _K], 0.0, gl.float32, layout=_LOGITS)
+    d_q = gl.full([_N, _H], 0.0, gl.float32, layout=_HALF)
+    mbarrier.wait(filled.index(_QUERY), 0)
+    for tile in range(0, tiles):
+        phase = tile % 2
+        zero = zero_of(tile)
+        keys = latent.index(zero)
+        mbarrier.wait(filled.index(_TILE), phase)
+        fence_async_shared()
+        logits = start_logits(
+            q_latent.index(zero), q_rope.index(zero), keys, rope.index(zero), zeros
+        )
+        d_probs = warpgroup_mma(
+            d_out.index(zero), keys.permute((1, 0)), zeros, use_acc=False, is_async=True
+        )
+        logits = warpgroup_mma_wait(num_outstanding=1, deps=[logits])
+        probs = gl.exp2(logits * scale_log2 - lse[:, None])
+        probs = gl.where((tile * _K + place)[None, :] < count, probs, 0.0)
+        mbarrier.wait(free.index(_PROBS), (tile + 1) % 2)
+        probs_shared.index(0).store(probs.to(dtype))
+        d_probs = warpgroup_mma_wait(num_outstanding=0, deps=[d_probs])
+        d_logits_shared.index(0).store((probs * (d_probs - terms[:, None]) * scale).to(dtype))
+        fence_async_shared()
+        tell(filled.index(_PROBS))
+        d_q = warpgroup_mma(
+            d_logits_shared.index(zero), keys.slice(_H, _H, dim=1), d_q, is_async=True
+        )
+        d_q = warpgroup_mma_wait(num_outstanding=0, deps=[d_q])
+        tell(free.index(_TILE))
+    _store_half(d_q, latent.index(0).slice(_H, _H, dim=1), D_Q, query, _H)
+
+
+@gluon.jit
+def _add_up_query(
+    D_Q, query, tiles, latent, rope, d_logits_shared, filled, free
+):  # fmt: skip
+    """The left half of the query's gradient, and its rotary part."""
+    d_q = gl.full([_N, _H], 0.0, gl.float32, layout=_HALF)
+    d_q_rope = gl.full([_N, _R], 0.0, gl.float32, layout=_LOGITS)
+    for tile in range(0, tiles):
+        phase = tile % 2
+        zero = zero_of(tile)
+        d_logits = d_logits_shared.index(zero)
+        mbarrier.wait(filled.index(_TILE), phase)
+        mbarrier.wait(filled.index(_PROBS), phase)
+        fence_async_shared()
+        d_q = warpgroup_mma(d_logits, latent.index(zero).slice(0, _H, dim=1), d_q, is_async=True)
+        d_q_rope = warpgroup_mma(d_logits, rope.index(zero), d_q_rope, is_async=True)
+        d_q, d_q_rope = warpgroup_mma_wait(num_outstanding=0, deps=[d_q, d_q_rope])
+        thread_barrier()
+        mbarrier.arrive(free.index(_TILE))
+        mbarrier.arrive(free.index(_PROBS))
+    _store_half(d_q, latent.index(0).slice(0, _H, dim=1), D_Q, query, 0)
+    rope = rope.index(0)
+    rope.store(d_q_rope.to(rope.dtype))
+    thread_barrier()
+    row = query + gl.arange(0, _N, layout=gl.SliceLayout(1, _PART_ROWS))
+    column = _L + gl.arange(0, _R, layout=gl.SliceLayout(0, _PART_ROWS))
+    gl.store(D_Q + row[:, None] * _W + column[None, :], rope.load(_PART_ROWS))
+
+
+@gluon.jit
+def _store_half(d_q, buffer, D_Q, query, column):
+    """Write by way of ``buffer``."""
+    buffer.store(d_q.to(buffer.dtype))
+    thread_barrier()
+    row = query + gl.arange(0, _N, layout=gl.SliceLayout(1, _PART_ROWS))
+    column += gl.arange(0, _H, layout=gl.SliceLayout(0, _PART_ROWS))
+    gl.store(D_Q + row[:, None] * _W + column[None, :], buffer.load(_PART_ROWS))
+
+
+@gluon.jit
+def _start_part(probs, d_logits, q_latent, d_out, number: gl.constexpr, zeros):
+    """Start the products of 32 columns of the keys' gradient, [64, 32]."""
+    part = warpgroup_mma(
+        d_logits, q_latent.slice(number * _PART, _PART, dim=1), zeros, use_acc=False, is_async=True
+    )
+    values = d_out.slice(number * _PART, _PART, dim=1)
+    return warpgroup_mma(probs, values, part, is_async=True)
+
+
+@gluon.jit
+def _add_up_keys(
+    Q, LATENTS, D_OUT, D_LATENTS, UNITS, TOPK, query, start, count, batch, b, tiles,
+    q_latent, q_rope, d_out, latent, rope, probs_shared, d_logits_shared, filled, free,
+):  # fmt: skip
+    """The gradient of the keys: 32 columns are multiplied while those before are added up. Copies
+    the rows of the query, and of the next tile when this one has served."""
+    ADDED: gl.constexpr = _FOURS if UNITS is None else _PAIRS
+    by_key: gl.constexpr = gl.SliceLayout(1, ADDED)
+    zeros = gl.full([_K, _PART], 0.0, gl.float32, layout=_ACCUMULATOR)
+    _fetch_query(
+        Q, D_OUT, query, q_latent.index(0), q_rope.index(0), d_out.index(0), filled.index(_QUERY)
+    )
+    latent = latent.index(0)
+    rope = rope.index(0)
+    _fetch_tile(LATENTS, TOPK, 0, count, start, batch, b, latent, rope, filled.index(_TILE))
+    mbarrier.wait(filled.index(_QUERY), 0)
+    for tile in range(0, tiles):
+        zero = zero_of(tile)
+        probs = probs_shared.index(zero).permute((1, 0))
+        d_logits = d_logits_shared.index(zero).permute((1, 0))
+        q = q_latent.index(zero)
+        upstream = d_out.index(zero)
+        key = keys_of_tile(TOPK, tile * _K, count, start, batch, b, by_key)
+        inside = tile * _K + gl.arange(0, _K, layout=by_key) < count
+        mbarrier.wait(filled.index(_PROBS), tile % 2)
+        fence_async_shared()
+        part = _start_part(probs, d_logits, q, upstream, 0, zeros)
+        for number in gl.static_range(1, _L // _PART):
+            later = _start_part(probs, d_logits, q, upstream, number, zeros)
+            part = warpgroup_mma_wait(num_outstanding=2, deps=[part])
+            _add_to_keys(D_LATENTS, UNITS, key, inside, part, (number - 1) * _PART)
+            part = later
+            if number == _FETCHED_AT:
+                mbarrier.wait(free.index(_TILE), tile % 2)
+                if tile + 1 < tiles:
+                    _fetch_tile(
+                        LATENTS, TOPK, (tile + 1) * _K, count, start, batch, b, latent, rope,
+                        filled.index(_TILE),
+                    )  # fmt: skip
+        for number in gl.static_range(_R // _PART):
+            later = warpgroup_mma(
+                d_logits,
+                q_rope.index(zero).slice(number * _PART, _PART, dim=1),
+                zeros,
+                use_acc=False,
+                is_async=True,
+            )
+            part = warpgroup_mma_wait(num_outstanding=1, deps=[part])
+            _add_to_keys(D_LATENTS, UNITS, key, inside, part, _L + (number - 1) * _PART)
+            part = later
+        part = warpgroup_mma_wait(num_outstanding=0, deps=[part])
+        tell(free.index(_PROBS))
+        _add_to_keys(D_LATENTS, UNITS, key, inside, part, _W - _PART)
+
+
+@gluon.jit
 def backward(
     Q, LATENTS, TOPK, STARTS, POSITIONS, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS,
     rows, batch, groups, k, scale, scale_log2,
 ):  # fmt: skip
-    """The rows of the next tile are copied while the gradients of this one's keys are added up."""
+    """Three parts of warps, so that adding to memory, which bounds it, hardly ever waits: one
+    computes probabilities and half of the query's gradient, one the other half, and one adds up the
+    gradient of the keys."""
     dtype: gl.constexpr = Q.dtype.element_ty
-    by_row: gl.constexpr = gl.SliceLayout(1, ROWS)
-    by_column: gl.constexpr = gl.SliceLayout(0, ROWS)
-    by_head: gl.constexpr = gl.SliceLayout(1, LOGITS)
     b, query, start, count, TOPK = query_of_program(TOPK, STARTS, POSITIONS, rows, batch, groups, k)
     tiles = (count + _K - 1) // _K
-
-    q_latent = gl.allocate_shared_memory(dtype, [_N, _L], SHARED)
-    q_rope = gl.allocate_shared_memory(dtype, [_N, _R], SHARED)
-    d_out = gl.allocate_shared_memory(dtype, [_N, _L], SHARED)
-    latent = gl.allocate_shared_memory(dtype, [_K, _L], SHARED)
-    rope = gl.allocate_shared_memory(dtype, [_K, _R], SHARED)
-    probs_shared = gl.allocate_shared_memory(dtype, [_N, _K], SHARED)
-    d_logits_shared = gl.allocate_shared_memory(dtype, [_N, _K], SHARED)
-    gather(LATENTS, keys_of_tile(TOPK, 0, count, start, batch, b, by_row), latent, rope)
-    key = keys_of_tile(TOPK, _K, count, start, batch, b, by_row)
-    head = gl.arange(0, _N, layout=by_row)
-    column = gl.arange(0, _L, layout=by_column)
-    rope_column = gl.arange(0, _R, layout=by_column)
-    load_query(Q, query, q_latent, q_rope)
-    d_out.store(gl.load(D_OUT + (query + head)[:, None] * _L + column[None, :]))
-
-    place = gl.arange(0, _K, layout=gl.SliceLayout(0, LOGITS))
-    own = query + gl.arange(0, _N, layout=by_head)
-    lse = gl.load(LSE + own)
-    terms = gl.load(TERMS + own)
-    zeros = gl.full([_N, _K], 0.0, gl.float32, layout=LOGITS)
-    zeros_of_part = gl.full([_K, _PART], 0.0, gl.float32, layout=_ACCUMULATOR)
-    d_q_latent = warpgroup_mma_init(gl.full([_N, _L], 0.0, gl.float32, layout=_WIDE))
-    d_q_rope = warpgroup_mma_init(gl.full([_N, _R], 0.0, gl.float32, layout=LOGITS))
-    for tile in range(0, tiles):
-        async_copy.wait_group(0)
-        fence_async_shared()
-        thread_barrier()
-        logits = start_logits(q_latent, q_rope, latent, rope, zeros)
-        d_probs = warpgroup_mma(d_out, latent.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        logits = warpgroup_mma_wait(num_outstanding=1, deps=[logits])
-        probs = gl.exp2(logits * scale_log2 - lse[:, None])
-        probs = gl.where((tile * _K + place)[None, :] < count, probs, 0.0)
-        probs_shared.store(probs.to(dtype))
-        d_probs = warpgroup_mma_wait(num_outstanding=0, deps=[d_probs])
-        d_logits = probs * (d_probs - terms[:, None]) * scale
-        d_logits_shared.store(d_logits.to(dtype))
-        fence_async_shared()
-        thread_barrier()
-        d_q_latent = warpgroup_mma(d_logits_shared, latent, d_q_latent, is_async=True)
-        d_q_rope = warpgroup_mma(d_logits_shared, rope, d_q_rope, is_async=True)
-        part = warpgroup_mma(
-            d_logits_shared.permute((1, 0)), q_rope, zeros, use_acc=False, is_async=True
-        )
-        latent_done, rope_done, part = warpgroup_mma_wait(
-            num_outstanding=0, deps=[d_q_latent, d_q_rope, part]
-        )
-        d_q_latent = warpgroup_mma_init(latent_done)
-        d_q_rope = warpgroup_mma_init(rope_done)
-        thread_barrier()
-        if tile + 1 < tiles:  # on its way while the gradients of this tile are added up
-            gather(LATENTS, key, latent, rope)
-        key = keys_of_tile(TOPK, (tile + 2) * _K, count, start, batch, b, by_row)
-        _add_to_keys(D_LATENTS, UNITS, TOPK, tile * _K, count, start, batch, b, part, _L)
-        for number in gl.static_range(_L // _PART):
-            part = warpgroup_mma(
-                d_logits_shared.permute((1, 0)),
-                q_latent.slice(number * _PART, _PART, dim=1),
-                zeros_of_part,
-                use_acc=False,
-                is_async=True,
-            )
-            part = warpgroup_mma(
-                probs_shared.permute((1, 0)),
-                d_out.slice(number * _PART, _PART, dim=1),
-                part,
-                is_async=True,
-            )
-            part = warpgroup_mma_wait(num_outstanding=0, deps=[part])
-            _add_to_keys(
-                D_LATENTS, UNITS, TOPK, tile * _K, count, start, batch, b, part, number * _PART
-            )
-        thread_barrier()
-    latent_done, rope_done = warpgroup_mma_wait(num_outstanding=0, deps=[d_q_latent, d_q_rope])
-    thread_barrier()
-    q_latent.store(latent_done.to(dtype))
-    q_rope.store(rope_done.to(dtype))
-    thread_barrier()
-    d_q = D_Q + (query + head)[:, None] * _W
-    gl.store(d_q + column[None, :], q_latent.load(ROWS))
-    gl.store(d_q + _L + rope_column[None, :], q_rope.load(ROWS))
+    q_latent = gl.allocate_shared_memory(dtype, [1, _N, _L], SHARED)
+    q_rope = gl.allocate_shared_memory(dtype, [1, _N, _R], SHARED)
+    d_out = gl.allocate_shared_memory(dtype, [1, _N, _L], SHARED)
+    latent = gl.allocate_shared_memory(dtype, [1, _K, _L], SHARED)
+    rope = gl.allocate_shared_memory(dtype, [1, _K, _R], SHARED)
+    probs = gl.allocate_shared_memory(dtype, [1, _N, _K], SHARED)
+    d_logits = gl.allocate_shared_memory(dtype, [1, _N, _K], SHARED)
+    filled = gl.allocate_shared_memory(gl.int64, [3, 1], _BARRIER)
+    free = gl.allocate_shared_memory(gl.int64, [2, 1], _BARRIER)
+    mbarrier.init(filled.index(_TILE), count=128)
+    mbarrier.init(filled.index(_PROBS), count=1)
+    mbarrier.init(filled.index(_QUERY), count=128)
+    mbarrier.init(free.index(_TILE), count=2)
+    mbarrier.init(free.index(_PROBS), count=2)
+    gl.warp_specialize(
+        [
+            (
+                _attend,
+                (
+                    LSE, TERMS, D_Q, query, count, tiles, scale, scale_log2,
+                    q_latent, q_rope, d_out, latent, rope, probs, d_logits, filled, free,
+                ),
+            ),
+            (_add_up_query, (D_Q, query, tiles, latent, rope, d_logits, filled, free)),
+            (
+                _add_up_keys,
+                (
+                    Q, LATENTS, D_OUT, D_LATENTS, UNITS, TOPK, query, start, count, batch, b, tiles,
+                    q_latent, q_rope, d_out, latent, rope, probs, d_logits, filled, free,
+                ),
+            ),
+        ],
+        [4, 4],
+        [192, 88],  # registers of a thread; 224 are left
+    )  # fmt: skip
 
 
 @gluon.jit
