@@ -132,9 +132,9 @@ def is_thd(packed_seq_params: PackedSeqParams | None) -> bool:
     return packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
 
 
-def query_blocks(seqlen: int, bytes_per_query: int) -> Iterator[slice]:
-    """Slices over the queries, each at most ``BLOCK_BYTES`` of logits (but one query at least)."""
-    rows = max(1, BLOCK_BYTES // max(1, bytes_per_query))
+def query_blocks(seqlen: int, bytes_per_query: int, at_least: int = 1) -> Iterator[slice]:
+    """Slices over the queries, each at most ``BLOCK_BYTES`` of logits, but some queries at least."""
+    rows = max(at_least, BLOCK_BYTES // max(1, bytes_per_query))
     for begin in range(0, seqlen, rows):
         yield slice(begin, min(begin + rows, seqlen))
 

@@ -7,6 +7,7 @@ import torch
 
 from glm5_patch.ops import query_positions
 from glm5_patch.ops.index_loss.operation import index_loss
+from glm5_patch.ops.index_topk import triton as indexer_kernels
 from glm5_patch.ops.index_topk.operation import index_topk
 from glm5_patch.ops.index_topk.reference import IndexerInputs
 from glm5_patch.ops.query_positions import QueryPositions, document_starts, longest_document
@@ -138,6 +139,7 @@ def test_the_rest_of_the_batch_changes_no_bit(kernels, block_bytes, short, reque
     if kernels == "triton":
         request.getfixturevalue("interpreted")
     monkeypatch.setattr(query_positions, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(indexer_kernels, "FEWEST_QUERIES", 1)
     alone = Batch([document(0)]).found(range(LENGTH))
     wrong = {}
     every = list(arrangements())

@@ -52,6 +52,7 @@ def whole_numbers(length, kind, seed=0):
 )
 def test_the_lower_position_is_selected(kind, length, monkeypatch):
     monkeypatch.setattr(query_positions, "BLOCK_BYTES", 37 * length * 4)
+    monkeypatch.setattr(indexer_kernels, "FEWEST_QUERIES", 1)
     inputs, k = whole_numbers(length, kind), 11
     scores = dense.index_scores(*inputs, 1.0)[0]
     expected = lowest_of_equals(scores, k)

@@ -196,6 +196,7 @@ def test_selection(interpreted, lengths, heads, dim, seed, monkeypatch):
     from glm5_patch.ops import query_positions
 
     monkeypatch.setattr(query_positions, "BLOCK_BYTES", 21 * 50 * 4)  # 21 queries at a time
+    monkeypatch.setattr(indexer_kernels, "FEWEST_QUERIES", 1)
     b = 2 if len(lengths) == 1 else 1
     queries, tensors = layout(lengths), index_inputs(50, b, heads, dim, seed)
     ours = indexer_kernels.index_topk(IndexerInputs(*tensors), queries, 9, dim**-0.5)
@@ -225,14 +226,29 @@ def test_too_few_candidates_are_noticed(monkeypatch):
     monkeypatch.setattr(indexer_kernels, "IN_REGISTERS", 64)
     s, k = 150, 20
     scores = torch.rand(4, s, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    numbers = torch.arange(32, device=DEVICE)  # one in four, as the kernel samples such a row
-    scores[:, 4 * numbers + numbers * 7919 % 4] += 10
+    sample = indexer_kernels.room_for_candidates(s, k) // 2
+    numbers, stride = torch.arange(sample, device=DEVICE), s // sample  # as the kernel samples
+    scores[:, stride * numbers + numbers * 7919 % stride] += 10
     ours = torch.full((4, k), -7, dtype=torch.int32, device=DEVICE)
     starts, positions = layout([s]).spans()
     indexer_kernels.select_into(ours, scores, starts[-4:], positions[-4:], s)
     for row, visible in enumerate(range(s - 3, s + 1)):
         best = scores[row, :visible].topk(k).indices
         assert torch.equal(ours[row].long(), best.sort()[0])
+
+
+@pytest.mark.parametrize("longest", [8192, 32768, 65536, 131072, 262144, 1 << 20])
+def test_a_sample_of_a_long_row_seldom_misleads(longest):
+    """The share of the scores above the n-th largest of a sample has a beta distribution."""
+    k, room = 2048, indexer_kernels.room_for_candidates(longest, 2048)
+    sample = room // 2
+    expected = k * sample / longest
+    wanted = int(expected + 5 * expected**0.5) + 1
+    torch.manual_seed(0)
+    share = torch.distributions.Beta(wanted, sample - wanted + 1.0).sample((20000,))
+    candidates = share * longest
+    misled = ((candidates < k) | (candidates > room)).float().mean()
+    assert misled < 5e-3
 
 
 def test_equal_scores_go_to_the_lower_positions(interpreted):

@@ -6,6 +6,7 @@ The kernels are imported inside the functions: they need triton, this record of 
 from __future__ import annotations
 
 import importlib
+import math
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from ..registry import backend
 from .operation import select
 from .reference import IndexerInputs
 
+FEWEST_QUERIES = 256
+"""Of a block: fewer leave a GPU idle. Their scores take 1 GiB where there are a million keys."""
 IN_REGISTERS = 4096
 """Scores of a row that a program holds in registers to select from; of longer rows, candidates."""
 
@@ -45,7 +48,7 @@ def index_topk(inputs: IndexerInputs, queries: QueryPositions, k: int, scale: fl
     s, b = inputs.query.shape[:2]
     spans = queries.spans()
     topk_indices = torch.empty((b, s, k), dtype=torch.int32, device=inputs.query.device)
-    for block in query_blocks(s, b * queries.keys * 4):
+    for block in query_blocks(s, b * queries.keys * 4, FEWEST_QUERIES):
         scores = compute("index_scores", inputs.call, inputs, queries, block, scale)
         for batch in range(b):
             topk_indices[batch, block] = select(inputs, scores[batch], queries, spans, block, k)
@@ -95,6 +98,19 @@ def selection(scores: Tensor, starts: Tensor, positions: Tensor, longest: int, k
     return out
 
 
+def room_for_candidates(longest: int, k: int) -> int:
+    """How many candidates of a row there is room for, a power of two. A sample of half as many says
+    which scores are candidates: enough that they reach k and fit, of a row of ``longest``."""
+    room = 1 << (2 * k - 1).bit_length()
+    while room < longest:
+        expected = k * (room / 2) / longest  # of the k largest, in the sample
+        wanted = expected + 5 * math.sqrt(expected) + 1
+        if k * wanted / expected * (1 + 3 / math.sqrt(wanted)) <= room:
+            break
+        room *= 2
+    return room
+
+
 def select_into(
     out: Tensor, scores: Tensor, starts: Tensor, positions: Tensor, longest: int
 ) -> None:
@@ -106,7 +122,7 @@ def select_into(
     in_registers = length <= max(IN_REGISTERS, 2 * k)
     values = names = counts = out  # not looked at
     if not in_registers:
-        length = kernels.next_power_of_2(2 * k)
+        length = room_for_candidates(longest, k)
         values = torch.empty((rows, length), device=out.device)
         names = torch.empty((rows, length), dtype=torch.int32, device=out.device)
         counts = torch.empty(rows, dtype=torch.int32, device=out.device)
