@@ -337,7 +337,7 @@ def selection_of(length: int, peers: Peers):
 
     def all_scores() -> None:
         for block in blocks:
-            score(block)
+            indexer.index_scores(inputs, queries, block, scale)
 
     yield measure("index scores", "plugin (Triton)", length, INDEX_HEADS, all_scores, flop)
     score(blocks[-1])

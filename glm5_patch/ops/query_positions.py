@@ -133,7 +133,7 @@ def is_thd(packed_seq_params: PackedSeqParams | None) -> bool:
 
 
 def query_blocks(seqlen: int, bytes_per_query: int, at_least: int = 1) -> Iterator[slice]:
-    """Slices over the queries, each at most ``BLOCK_BYTES`` of logits, but some queries at least."""
+    """Slices over the queries, each at most ``BLOCK_BYTES`` of logits, but some at least."""
     rows = max(at_least, BLOCK_BYTES // max(1, bytes_per_query))
     for begin in range(0, seqlen, rows):
         yield slice(begin, min(begin + rows, seqlen))

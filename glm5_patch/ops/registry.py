@@ -219,8 +219,9 @@ def why_torch(device: torch.device, dtype: torch.dtype) -> str | None:
 def triton_and_libraries(device: torch.device, dtype: torch.dtype) -> str:
     """What computes sparse attention where Triton does, in words."""
     there: dict[str, list[str]] = {}
+    call = Call(device, dtype)
     for one in libraries():
-        if why_not(one, Call(device, dtype)) is None:
+        if why_not(one, call) is None and choose(one.operation, call) is one:
             there.setdefault(one.name, []).append(one.operation)
     does = [f"{' and '.join(operations)} by {name}" for name, operations in there.items()]
     return ", ".join([OWN_KERNELS, *does])

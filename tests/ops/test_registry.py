@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from glm5_patch import env
+from glm5_patch.ops import registry
 from glm5_patch.ops.index_loss.reference import LossSettings, SelectedKeys
 from glm5_patch.ops.index_topk.reference import IndexerInputs
 from glm5_patch.ops.needs import Call
 from glm5_patch.ops.query_positions import QueryPositions
 from glm5_patch.ops.recorded_keys.frame import Frame
-from glm5_patch.ops.registry import backends, names, table, why_not
+from glm5_patch.ops.registry import Backend, backends, names, table, why_not
 from glm5_patch.ops.rotation.reference import Rotation
 from glm5_patch.ops.sparse_attention.absorption import absorbed_inputs
 from glm5_patch.ops.sparse_attention.inputs import AttentionInputs, MLADims
@@ -180,3 +181,14 @@ def test_the_table_has_every_backend_and_why_it_does_not_compute(monkeypatch):
     takes = {(row.operation, row.backend): row.takes for row in rows}
     assert "bfloat16, heads 64 or 128" in takes["sparse_attention.forward", "flash_mla"]
     assert "218 KiB of shared memory" in takes["sparse_attention.forward", "gluon"]
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_library_is_named_where_it_computes(rank, monkeypatch):
+    own = Backend("sum", "gluon", compute=sum, rank=2)
+    library = Backend("sum", "flash_mla", compute=sum, rank=rank, most_difference=1e-3)
+    found = tuple(sorted((own, library), key=lambda one: -one.rank))
+    monkeypatch.setattr(registry, "backends", lambda operation=None: found)
+    monkeypatch.setenv("GLM5_PATCH_KERNELS", "auto")
+    named = registry.triton_and_libraries(torch.device("cpu"), torch.float32)
+    assert named == ("triton, sum by flash_mla" if rank > own.rank else "triton")

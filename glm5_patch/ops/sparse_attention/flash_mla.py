@@ -34,7 +34,7 @@ def flash_mla_sparse_fwd() -> Callable:
 @backend(
     "sparse_attention.forward",
     name="flash_mla",
-    rank=3,
+    rank=2,
     needs=Needs(
         package="flash_mla",
         distribution="flash_mla",

@@ -94,7 +94,7 @@ def _compile_backward() -> None:
 @backend(
     "sparse_attention.forward",
     name="gluon",
-    rank=2,
+    rank=3,
     needs=needs(HEADS * WIDTH + 2 * KEYS * WIDTH + 1024),
     load=compiles(_compile_forward),
     asked_as=(OWN_KERNELS,),
