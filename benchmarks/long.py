@@ -1,6 +1,6 @@
 """The longest sequence that one GPU trains: seven dense layers of GLM-5.2's width, full recompute.
 
-    python benchmarks/long.py [--length 262144] [--layers 7] [--offload] [--thrifty]
+    python benchmarks/long.py [--length 262144] [--layers 7] [--offload]
 
 The layers have hidden size 6144, 64 heads, index_topk 2048 and GLM-5.2's index schedule (FFFSSSF);
 the model has 1024 words, random weights and gradients in bf16, and no optimizer. A step is one
@@ -8,9 +8,7 @@ forward and backward of one sequence. The last of --steps is printed, since the 
 and allocates. TFLOP/s are without the recompute, as ``flops`` counts them.
 
 ``--offload`` sets ``dsa_topk_offload``, and keeps the inputs of recomputed layers in host memory as
-well (``torch.autograd.graph.save_on_cpu``). ``--thrifty`` lets the backward of a layer make its
-queries and the input of its projections again, as ``recompute_modules`` "mla_up_proj" and
-"layernorm" do under selective recompute.
+well (``torch.autograd.graph.save_on_cpu``).
 
 Then it checks the attention core at this length on random inputs, unless --no-check is given:
 
@@ -99,11 +97,7 @@ def build(hf: HFConfig, options, dtype: torch.dtype):
         recompute_num_layers=1,
         dsa_topk_offload=options.offload,
     )
-    model = gpt_model(hf, config).train()
-    if options.thrifty:
-        for layer in model.decoder.layers:
-            layer.self_attention.recompute_up_proj = layer.recompute_input_layernorm = True
-    return model
+    return gpt_model(hf, config).train()
 
 
 def step(model, length: int, options) -> dict[str, float]:
@@ -260,7 +254,6 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=262144, help="tokens of the sequence")
     parser.add_argument("--layers", type=int, default=7)
     parser.add_argument("--offload", action="store_true", help="top-k and inputs to host memory")
-    parser.add_argument("--thrifty", action="store_true", help="make the queries again")
     parser.add_argument("--steps", type=int, default=2, help="the last one is printed")
     parser.add_argument("--no-check", action="store_true", help="leave out the checks of the core")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny, fp32")

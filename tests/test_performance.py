@@ -10,8 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.tiny import relative
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -26,7 +24,7 @@ def test_the_table_is_that_of_the_record():
 
 def test_the_longest_step_runs_and_its_core_is_right():
     pytest.importorskip("triton", reason="benchmarks/long.py runs the kernels")
-    given = "--device cpu --length 21 --layers 4 --steps 1 --offload --thrifty".split()
+    given = "--device cpu --length 21 --layers 4 --steps 1 --offload".split()
     command = [sys.executable, "benchmarks/long.py", *given]
     interpreted = {**os.environ, "TRITON_INTERPRET": "1"}
     ran = subprocess.run(command, cwd=ROOT, env=interpreted, capture_output=True, text=True)
@@ -41,7 +39,7 @@ def test_what_a_long_step_keeps_elsewhere_changes_no_gradient(world, monkeypatch
     long = importlib.import_module("long")
     found = []
     for spared in (False, True):
-        options = SimpleNamespace(device="cpu", layers=7, offload=spared, thrifty=spared)
+        options = SimpleNamespace(device="cpu", layers=7, offload=spared)
         torch.manual_seed(0)
         model = long.build(long.config_of(options), options, torch.float32)
         loss = long.step(model, 40, options)["loss"]
@@ -49,6 +47,5 @@ def test_what_a_long_step_keeps_elsewhere_changes_no_gradient(world, monkeypatch
     (loss, plain), (same_loss, spared) = found
     assert loss == same_loss
     for name, gradient in plain.items():
-        assert (spared[name] is None) == (gradient is None), name
-        # the readers of a norm that is made again add up in another order
-        assert gradient is None or relative(spared[name], gradient) < 3e-6, name
+        same = spared[name] is gradient is None or torch.equal(spared[name], gradient)
+        assert same, name

@@ -43,21 +43,26 @@ class HostMemory:
         self._kept[layer_number] = host, device
 
     def take(self, layer_number: int) -> Tensor:
-        """The top-k of a layer, for use in the current stream. A backward goes from the last layer
-        to the first, so that of the layer before begins to come. No other stays on the device."""
-        before = max((number for number in self._kept if number < layer_number), default=None)
-        wanted = (layer_number,) if before is None else (layer_number, before)
-        self._arriving = {n: one for n, one in self._arriving.items() if n in wanted}
-        for number in wanted:
-            if number not in self._arriving:
-                self._arriving[number] = _fetch(*self._kept[number])
+        """The top-k of a layer, for use in the current stream. It stays on the device until another
+        one is asked for."""
+        self._fetch(layer_number)
         topk_indices, there = self._arriving[layer_number]
         if there is not None:
             torch.cuda.current_stream(topk_indices.device).wait_event(there)
         return topk_indices
 
+    def fetch_before(self, layer_number: int) -> None:
+        """Let the top-k before that of a layer come: a backward goes from the last to the first."""
+        before = max((number for number in self._kept if number < layer_number), default=None)
+        if before is not None:
+            self._fetch(before)
 
-def _fetch(host: Tensor, device: torch.device) -> _Arriving:
+    def _fetch(self, layer_number: int) -> None:
+        if layer_number not in self._arriving:
+            self._arriving = {layer_number: _arriving(*self._kept[layer_number])}
+
+
+def _arriving(host: Tensor, device: torch.device) -> _Arriving:
     """Begin to copy to the device."""
     # Of the current stream's memory, where it can follow and precede everything else.
     topk_indices = torch.empty_like(host, device=device)

@@ -17,13 +17,18 @@ from tests.topk.test_carrier import SCHEDULE, topk
 ON = dict(dsa_topk_offload=True)
 
 
-def test_one_layer_is_on_the_device_and_the_one_before_comes():
+def test_one_layer_is_on_the_device_and_then_the_one_before():
     memory = HostMemory()
     for layer_number in (1, 4, 7):
         memory.put(layer_number, topk(layer_number))
-    for layer_number, on_the_device in ((7, [4, 7]), (4, [1, 4]), (4, [1, 4]), (1, [1])):
-        assert torch.equal(memory.take(layer_number), topk(layer_number))
-        assert sorted(memory._arriving) == on_the_device
+    for layer_number, before in ((7, 4), (4, 1), (1, 1)):
+        for _ in range(2):
+            assert torch.equal(memory.take(layer_number), topk(layer_number))
+            assert list(memory._arriving) == [layer_number]
+        memory.fetch_before(layer_number)
+        assert list(memory._arriving) == [before]
+        arrived = memory._arriving[before].topk_indices
+        assert memory.take(before).data_ptr() == arrived.data_ptr()
     assert torch.equal(memory.take(7), topk(7))  # a second backward
 
 

@@ -22,6 +22,7 @@ def test_copies_wait_for_the_keys_and_their_memory_for_the_copies():
         sums = []
         for layer_number in (4, 3, 2, 1):
             sums.append(memory.take(layer_number).sum())
+            memory.fetch_before(layer_number)
             torch.zeros(SHAPE, dtype=torch.int64, device="cuda")
     finally:
         torch.cuda.set_sync_debug_mode("default")

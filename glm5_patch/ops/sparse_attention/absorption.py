@@ -22,6 +22,9 @@ What comes out of the latent and the gradients of both take about as much each."
 KEPT_BYTES = 8 << 30
 """What comes out of the latent is kept for the backward if it takes no more: that of 131,072 tokens
 with 64 heads in bf16. Else the backward computes it again."""
+KEPT_QUERY_BYTES = 4 << 30
+"""Queries are kept for the backward if they take no more: those of as many tokens. Else the
+backward makes them again, if ``AttentionInputs.make_query`` can."""
 VISIBLE_PLACES = 1 << 26
 """Places of a top-k that holds every visible key, 256 MiB: what one block of queries may have."""
 TOPK_MULTIPLE = 128
@@ -73,14 +76,18 @@ class _AbsorbedAttention(torch.autograd.Function):
             attention = attention._replace(topk_indices=attention.topk_indices.contiguous())
         query, dims, spans = attention.query, attention.dims, attention.queries.spans()
         output = query.new_empty((*query.shape[:3], dims.value))
-        keeps = query[..., 0].numel() * dims.latent * query.element_size() <= KEPT_BYTES
+        wide = query[..., 0].numel() * dims.latent * query.element_size()
         blocks = [
-            _attend(part, _of_rows(spans, rows), output[rows], keeps)
+            _attend(part, _of_rows(spans, rows), output[rows], keeps=wide <= KEPT_BYTES)
             for rows, part in in_blocks(attention, VISIBLE_PLACES)
         ]
         kept, lses = zip(*blocks)
         lse = lses[0] if len(lses) == 1 else torch.cat(lses)
-        ctx.save_for_backward(*attention[:4], lse, *spans, *kept)
+        ctx.make_query = attention.make_query
+        if query.numel() * query.element_size() <= KEPT_QUERY_BYTES:
+            ctx.make_query = None
+        kept_query = query if ctx.make_query is None else None
+        ctx.save_for_backward(kept_query, *attention[1:4], lse, *spans, *kept)
         ctx.queries, ctx.dims, ctx.softmax_scale = attention[4:7]
         ctx.mark_non_differentiable(lse)
         return output.flatten(2), lse
@@ -89,6 +96,8 @@ class _AbsorbedAttention(torch.autograd.Function):
     def backward(ctx, d_output, _):
         query, latent, up_projection, topk_indices, lse, *others = ctx.saved_tensors
         spans, kept = others[:2], others[2:]
+        if query is None:
+            query = ctx.make_query()
         tensors = query, latent, up_projection, topk_indices
         attention = AttentionInputs(*tensors, ctx.queries, ctx.dims, ctx.softmax_scale, lse)
         d_output = d_output.unflatten(2, (-1, ctx.dims.value))
@@ -101,7 +110,7 @@ class _AbsorbedAttention(torch.autograd.Function):
         d_latent, d_up = sums
         if d_up is not None:
             d_up = d_up.to(up_projection.dtype).flatten(1)
-        return d_query, d_latent.to(latent.dtype).unsqueeze(2), d_up, *5 * [None]
+        return d_query, d_latent.to(latent.dtype).unsqueeze(2), d_up, *6 * [None]
 
 
 def _attend(
