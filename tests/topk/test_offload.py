@@ -8,10 +8,11 @@ import torch
 
 from glm5_patch.errors import GLM5PatchError
 from glm5_patch.patches.announce import describe
+from glm5_patch.patches.megatron_core.building.dsa_spec import attention_stack
 from glm5_patch.topk.carrier import carried, open_carrier
 from glm5_patch.topk.offload import HostMemory
 from tests.patches.test_recompute import MODES, gradients, microbatches
-from tests.tiny import megatron_model, saved
+from tests.tiny import megatron_config, megatron_model, saved
 from tests.topk.test_carrier import SCHEDULE, topk
 
 ON = dict(dsa_topk_offload=True)
@@ -107,6 +108,13 @@ def test_the_line_of_a_model_says_so(checkpoint):
     says = "; top-k wait for their backward in host memory"
     assert describe(megatron_model(checkpoint, **MODES["uniform_1"], **ON).config).endswith(says)
     assert says not in describe(megatron_model(checkpoint, **MODES["uniform_1"]).config)
+
+
+def test_the_hosts_attention_does_not_offload(checkpoint, monkeypatch):
+    monkeypatch.setenv("GLM5_PATCH_ATTENTION", "host")
+    config = megatron_config(checkpoint.config, **MODES["uniform_1"], **ON)
+    with pytest.raises(GLM5PatchError, match="dsa_topk_offload=True with .*host.*set it to plugin"):
+        attention_stack(config, wrong=None)
 
 
 @pytest.mark.parametrize(
