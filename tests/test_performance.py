@@ -22,6 +22,7 @@ def test_the_table_is_that_of_the_record():
     assert printed.strip() in (ROOT / "docs" / "performance.md").read_text()
 
 
+@pytest.mark.nightly
 def test_the_longest_step_runs_and_its_core_is_right():
     pytest.importorskip("triton", reason="benchmarks/long.py runs the kernels")
     given = "--device cpu --length 21 --layers 4 --steps 1 --offload".split()
@@ -49,3 +50,11 @@ def test_what_a_long_step_keeps_elsewhere_changes_no_gradient(world, monkeypatch
     for name, gradient in plain.items():
         same = spared[name] is gradient is None or torch.equal(spared[name], gradient)
         assert same, name
+
+
+@pytest.mark.nightly
+def test_nothing_as_wide_as_the_latent_is_alive_for_all_tokens():
+    command = [sys.executable, "benchmarks/alive.py", *"--layers 1 --length 200000".split()]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "[200000, 24576]" in printed  # the MLP's own
+    assert "64, 576]" not in printed and "64, 512]" not in printed

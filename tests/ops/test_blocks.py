@@ -18,20 +18,19 @@ from glm5_patch.ops.sparse_attention.reference import sparse_attention
 from tests.ops.test_triton import DEVICE, SMALL, chosen_keys, inputs, layout
 from tests.tiny import relative
 
-S, HEADS, K = 13, 2, 3
-LAYOUTS = {"bshd": ([S], 2), "thd": ([1, 5, 0, 7], 1)}
+S, HEADS, K = 9, 2, 3
+LAYOUTS = {"bshd": ([S], 2), "thd": ([1, 3, 0, 5], 1)}
 KERNELS = "torch", "triton", "deterministic triton"
 CASES = [
     # kernels, layout, whether all keys are selected, whether what comes out is kept, seed
     ("torch", "bshd", False, True, 0),
-    ("torch", "thd", False, False, 0),
     ("torch", "thd", True, False, 0),
-    ("deterministic triton", "bshd", False, False, 0),
+    ("deterministic triton", "thd", False, False, 0),
 ]
 MORE = set(itertools.product(KERNELS, LAYOUTS, [False, True], [False, True], range(3))) - {*CASES}
 
 
-def into_blocks(monkeypatch, b, rows=5, kept=1 << 30):
+def into_blocks(monkeypatch, b, rows=4, kept=1 << 30):
     """Have blocks of at most so many queries."""
     monkeypatch.setattr(absorption, "BLOCK_ROWS", 1)
     row = b * HEADS * (SMALL.latent + SMALL.rope) * 4
@@ -107,9 +106,9 @@ def test_frozen_inputs(passes_in_torch, monkeypatch, frozen):
 
 def test_some_of_the_queries(passes_in_torch, monkeypatch):
     """As on one rank of a context-parallel group."""
-    whole, (query, *others) = layout([14, 8]), inputs(22, 1, HEADS, SMALL, 0)
-    positions = torch.randperm(22, generator=torch.Generator().manual_seed(1))[:S].to(DEVICE)
-    queries = QueryPositions(whole.starts[positions], positions, 22, whole.longest)
+    whole, (query, *others) = layout([9, 5]), inputs(14, 1, HEADS, SMALL, 0)
+    positions = torch.randperm(14, generator=torch.Generator().manual_seed(1))[:S].to(DEVICE)
+    queries = QueryPositions(whole.starts[positions], positions, 14, whole.longest)
     topk = chosen_keys(whole, 1, K, 0)[:, positions]
     some = [query[positions].detach().requires_grad_(), *others]
     expected = result(some, topk, queries, sparse_attention)
@@ -161,9 +160,9 @@ def test_one_block_is_computed_at_once(passes_in_torch, monkeypatch):
     )
     result(tensors, topk, queries)
     assert rows == [S]
-    into_blocks(monkeypatch, b, rows=5)
+    into_blocks(monkeypatch, b, rows=4)
     result(tensors, topk, queries)
-    assert rows[1:] == [5, 5, 3]
-    into_blocks(monkeypatch, b, rows=5, kept=0)
+    assert rows[1:] == [3, 3, 3]
+    into_blocks(monkeypatch, b, rows=4, kept=0)
     result(tensors, topk, queries)
-    assert rows[4:] == [5, 5, 3] * 2
+    assert rows[4:] == [3, 3, 3] * 2
