@@ -64,7 +64,7 @@ class HostMemory:
 
 def _arriving(host: Tensor, device: torch.device) -> _Arriving:
     """Begin to copy to the device."""
-    # Of the current stream's memory, where it can follow and precede everything else.
+    # The current stream's memory: what another stream frees, this one could not use.
     topk_indices = torch.empty_like(host, device=device)
     if device.type != "cuda":
         return _Arriving(topk_indices.copy_(host), None)

@@ -66,8 +66,10 @@ def in_blocks(attention: AttentionInputs, places: int) -> Iterator[tuple[slice, 
 
 
 class _AbsorbedAttention(torch.autograd.Function):
-    """Works on one block of queries at a time. The absorbed queries are made again in the backward,
-    and so is a top-k of every visible key, which grows with the square of the sequence."""
+    """Works on one block of queries at a time: what is as wide as the latent exists for one alone,
+    but for what comes out of it, which is kept for the backward if it is small. The backward makes
+    absorbed queries again, and a top-k of every visible key, which grows with the square of the
+    sequence."""
 
     @staticmethod
     def forward(ctx, *attention):
@@ -76,16 +78,14 @@ class _AbsorbedAttention(torch.autograd.Function):
             attention = attention._replace(topk_indices=attention.topk_indices.contiguous())
         query, dims, spans = attention.query, attention.dims, attention.queries.spans()
         output = query.new_empty((*query.shape[:3], dims.value))
-        wide = query[..., 0].numel() * dims.latent * query.element_size()
+        keeps = query.nbytes // query.shape[-1] * dims.latent <= KEPT_BYTES
         blocks = [
-            _attend(part, _of_rows(spans, rows), output[rows], keeps=wide <= KEPT_BYTES)
+            _attend(part, _of_rows(spans, rows), output[rows], keeps)
             for rows, part in in_blocks(attention, VISIBLE_PLACES)
         ]
         kept, lses = zip(*blocks)
         lse = lses[0] if len(lses) == 1 else torch.cat(lses)
-        ctx.make_query = attention.make_query
-        if query.numel() * query.element_size() <= KEPT_QUERY_BYTES:
-            ctx.make_query = None
+        ctx.make_query = attention.make_query if query.nbytes > KEPT_QUERY_BYTES else None
         kept_query = query if ctx.make_query is None else None
         ctx.save_for_backward(kept_query, *attention[1:4], lse, *spans, *kept)
         ctx.queries, ctx.dims, ctx.softmax_scale = attention[4:7]
