@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,8 +12,6 @@ from ..registry import backend
 from . import triton
 from .inputs import AbsorbedInputs, AttentionInputs, MLADims
 
-Spans = tuple[Tensor, Tensor]
-"""As of ``QueryPositions.spans``."""
 BLOCK_ROWS = 512
 """Queries that a block has at least."""
 ABSORBED_BYTES = 1 << 30
@@ -76,26 +74,25 @@ class _AbsorbedAttention(torch.autograd.Function):
         attention = AttentionInputs(*attention)
         if attention.topk_indices is not None:
             attention = attention._replace(topk_indices=attention.topk_indices.contiguous())
-        query, dims, spans = attention.query, attention.dims, attention.queries.spans()
+        query, dims = attention.query, attention.dims
         output = query.new_empty((*query.shape[:3], dims.value))
         keeps = query.nbytes // query.shape[-1] * dims.latent <= KEPT_BYTES
         blocks = [
-            _attend(part, _of_rows(spans, rows), output[rows], keeps)
+            _attend(part, output[rows], keeps)
             for rows, part in in_blocks(attention, VISIBLE_PLACES)
         ]
         kept, lses = zip(*blocks)
         lse = lses[0] if len(lses) == 1 else torch.cat(lses)
         ctx.make_query = attention.make_query if query.nbytes > KEPT_QUERY_BYTES else None
         kept_query = query if ctx.make_query is None else None
-        ctx.save_for_backward(kept_query, *attention[1:4], lse, *spans, *kept)
+        ctx.save_for_backward(kept_query, *attention[1:4], lse, *kept)
         ctx.queries, ctx.dims, ctx.softmax_scale = attention[4:7]
         ctx.mark_non_differentiable(lse)
         return output.flatten(2), lse
 
     @staticmethod
     def backward(ctx, d_output, _):
-        query, latent, up_projection, topk_indices, lse, *others = ctx.saved_tensors
-        spans, kept = others[:2], others[2:]
+        query, latent, up_projection, topk_indices, lse, *kept = ctx.saved_tensors
         if query is None:
             query = ctx.make_query()
         tensors = query, latent, up_projection, topk_indices
@@ -105,36 +102,32 @@ class _AbsorbedAttention(torch.autograd.Function):
         trains_up = ctx.needs_input_grad[2]  # not where it is frozen, under an adapter elsewhere
         sums = None, None
         for (rows, part), out in zip(in_blocks(attention, VISIBLE_PLACES), kept):
-            of_rows = _of_rows(spans, rows), out, d_output[rows], d_query[rows]
-            sums = [_plus(*pair) for pair in zip(sums, _gradients(part, *of_rows, trains_up))]
+            of_rows = part, out, d_output[rows], d_query[rows]
+            sums = [_plus(*pair) for pair in zip(sums, _gradients(*of_rows, trains_up))]
         d_latent, d_up = sums
         if d_up is not None:
             d_up = d_up.to(up_projection.dtype).flatten(1)
         return d_query, d_latent.to(latent.dtype).unsqueeze(2), d_up, *6 * [None]
 
 
-def _attend(
-    part: AttentionInputs, spans: Spans, output: Tensor, keeps: bool
-) -> tuple[Tensor | None, Tensor]:
+def _attend(part: AttentionInputs, output: Tensor, keeps: bool) -> tuple[Tensor | None, Tensor]:
     """Attention of some queries.
 
     Args:
         part: theirs.
-        spans: likewise.
         output: [rows, b, n, value], written.
         keeps: whether what comes out of the latent is returned.
 
     Returns:
         That, or None, and the log2-sum-exp2, as of ``reference.forward``.
     """
-    out, lse = _forward(_absorbed(part, spans))
+    out, lse = _forward(_absorbed(part))
     triton.project(out, _value_projection(part.up_projection, part.dims), output)
     return out if keeps else None, lse
 
 
 def _gradients(
     part: AttentionInputs,
-    spans: Spans,
     out: Tensor | None,
     d_output: Tensor,
     d_query: Tensor,
@@ -143,7 +136,7 @@ def _gradients(
     """Gradients of ``_attend``.
 
     Args:
-        part, spans: what it was given.
+        part: what it was given.
         out: what came out of the latent; None: it is computed again.
         d_output: [rows, b, n, value].
         d_query: [rows, b, n, nope + rope], written.
@@ -153,7 +146,7 @@ def _gradients(
         Of the latent, [t, b, latent + rope], and of the up-projection, [latent, n, nope + value].
     """
     query, up_projection, dims = part.query, part.up_projection, part.dims
-    absorbed = _absorbed(part, spans)
+    absorbed = _absorbed(part)
     if out is None:
         out, _ = _forward(absorbed)
     d_output = _by_head(d_output)
@@ -180,12 +173,8 @@ def _plus(total: Tensor | None, block: Tensor | None) -> Tensor | None:
     return block if total is None else total.float().add_(block)
 
 
-def _of_rows(spans: Sequence[Tensor], rows: slice) -> Spans:
-    return tuple(span[rows] for span in spans)
-
-
-def _absorbed(part: AttentionInputs, spans: Spans) -> AbsorbedInputs:
-    return absorbed_inputs(part.with_topk(TOPK_MULTIPLE), spans)
+def _absorbed(part: AttentionInputs) -> AbsorbedInputs:
+    return absorbed_inputs(part.with_topk(TOPK_MULTIPLE))
 
 
 def latent_attention(absorbed: AbsorbedInputs) -> Tensor:
@@ -220,18 +209,13 @@ def _backward(
     return compute("sparse_attention.backward", absorbed.call, absorbed, out, lse, d_out)
 
 
-def absorbed_inputs(attention: AttentionInputs, spans: Spans | None = None) -> AbsorbedInputs:
-    """Of attention with a top-k.
-
-    Args:
-        attention: of all queries, or of a block.
-        spans: of its queries, if they are there already.
-    """
+def absorbed_inputs(attention: AttentionInputs) -> AbsorbedInputs:
+    """Of attention with a top-k."""
     return AbsorbedInputs(
         absorb(attention.query, attention.up_projection, attention.dims),
         attention.latent.squeeze(2).contiguous(),
         attention.topk_indices.contiguous(),
-        *(spans or attention.queries.spans()),
+        *attention.queries.spans(),
         attention.dims.latent,
         attention.softmax_scale,
     )
