@@ -44,6 +44,9 @@ class CrossLayerDSAttention(MegatronModule):
     attention_observer: Callable[[AttentionInputs], None] | None = None
     """Called with what each forward attends to, without padding; for metrics."""
 
+    make_query: Callable[[], Tensor] | None = None
+    """Of the next forward, see ``AttentionInputs``. Not for its recompute, whose query is kept."""
+
     def __init__(
         self,
         config,
@@ -174,6 +177,7 @@ class CrossLayerDSAttention(MegatronModule):
                 self.layer_number,
                 visible_topk(layout.queries, query.shape[1]) if everything else topk_indices,
             )
+        make_query, self.make_query = self.make_query, None
         attention = AttentionInputs(
             query,
             latent,
@@ -182,10 +186,12 @@ class CrossLayerDSAttention(MegatronModule):
             layout.queries,
             self.dims,
             self.softmax_scale,
+            make_query=make_query,
         )
         if self.attention_observer is not None:
             self.attention_observer(_of_real(layout, attention.detach(), None)[0])
         output, lse = sparse_attention(attention)  # [s, b, n * value]
+        self.topk_source.fetch_next(output)
         attention = attention._replace(lse=lse)
         if serves:
             output = self._attach_served_loss(output, indexer_inputs, attention, layout)

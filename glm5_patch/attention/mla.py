@@ -128,11 +128,23 @@ class CrossLayerMLASelfAttention(MLASelfAttention):
         basis = layout.once(("basis", q_latent.dtype), lambda: self._basis(q_latent))
         up_projection = layout.gather_heads(self._up_projection(basis).t())
 
-        query = self.linear_q_up_proj(q_latent)[0]  # [s, b, n * (nope + rope)]
-        query = layout.all_heads(query, dims.nope + dims.rope)  # [own, b, tp, n, nope + rope]
-        query = rotate(query, rotation, first=dims.nope)  # [own, b, tp * n, nope + rope]
+        def make_query() -> Tensor:
+            query = self.linear_q_up_proj(q_latent)[0]  # [s, b, n * (nope + rope)]
+            query = layout.all_heads(query, dims.nope + dims.rope)  # [own, b, tp, n, nope + rope]
+            return rotate(query, rotation, first=dims.nope)  # [own, b, tp * n, nope + rope]
+
+        query = make_query()
+        self.core_attention.make_query = make_query if self._makes_query_again else None
         # [t, b, 1, latent + rope], [latent, tp * n * (nope + value)]
         return query, latent.wait(), up_projection.wait().t()
+
+    @property
+    def _makes_query_again(self) -> bool:
+        """Whether the query of a forward can be made a second time, and is the same then."""
+        if self.recompute_up_proj or not torch.is_grad_enabled():
+            return False
+        dropouts = (m.p for m in self.linear_q_up_proj.modules() if isinstance(m, torch.nn.Dropout))
+        return not (self.config.fp8 or self.config.fp4 or any(dropouts))
 
     def _basis(self, like: Tensor) -> Tensor:
         """An identity, [latent, latent]."""

@@ -24,6 +24,10 @@ REPLAY = "dsa_topk_replay"
 """The name of the switch that refuses forwards without recordings."""
 
 
+OFFLOAD = "dsa_topk_offload"
+"""The name of the switch that lets top-k wait for their backward in host memory."""
+
+
 LOSS_LAYERS = "dsa_indexer_loss_layers"
 SOURCE, SERVED = LOSS_LAYERS_OF = ("source", "served")
 """Whose attention an indexer learns from: its own layer's, or that of every layer that uses its
@@ -143,6 +147,12 @@ class GLM5Fields:
         "error.",
         **on_off_flags(REPLAY),
     )
+    dsa_topk_offload: bool = _setting(
+        False,
+        "Under recompute, the top-k of computing layers wait for their backward in pinned host "
+        "memory.",
+        **on_off_flags(OFFLOAD),
+    )
     dsa_index_topk_freq: int | None = _setting(None, "Another spelling of dsa_indexer_topk_freq.")
     dsa_index_skip_topk_offset: int | None = _setting(
         None, "Another spelling of dsa_indexer_skip_topk_offset."
@@ -176,6 +186,7 @@ _OF_OTHER_MODELS = {
     "dsa_context_parallel_order": (None, ZIGZAG),
     ACROSS_STAGES: (None, False),
     REPLAY: (None, False),
+    OFFLOAD: (None, False),
     "dsa_indexer_precision": (None, "model"),
     LOSS_LAYERS: (None, SOURCE),
     PHASE: (None, NO_PHASE),
@@ -197,7 +208,7 @@ def is_glm5(config: Any) -> bool:
       (``dsa_indexer_types``, or a ``dsa_indexer_topk_freq`` above 1, or an offset),
       ``dsa_indexer_rope_interleaved=True``, ``dsa_indexer_rotate_activation=False``,
       ``dsa_context_parallel_order="contiguous"``, ``dsa_topk_across_stages=True``,
-      ``dsa_topk_replay=True``, ``dsa_indexer_precision="fp8"``,
+      ``dsa_topk_replay=True``, ``dsa_topk_offload=True``, ``dsa_indexer_precision="fp8"``,
       ``dsa_indexer_loss_layers="served"``, or a ``dsa_training_phase``.
 
     Where the host refuses every DSA model (megatron-core 0.16 and 0.17), the ``config_fields``
@@ -227,6 +238,15 @@ def learns_across_layers(config: Any) -> bool:
     """Whether indexers are trained, and by the attention of other layers than their own."""
     asked = getattr(config, LOSS_LAYERS, SOURCE) == SERVED
     return asked and bool(getattr(config, "dsa_indexer_loss_coeff", None))
+
+
+def recomputes_attention(config: Any) -> bool:
+    """Whether a layer that attends is run again in the backward."""
+    modules = getattr(config, "recompute_modules", None)
+    of_core = modules is None or "core_attn" in modules  # None becomes core_attn
+    return config.recompute_granularity == "full" or (
+        config.recompute_granularity == "selective" and of_core
+    )
 
 
 def attends_to_every_key(config: Any) -> bool:

@@ -8,6 +8,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..config.fields import OFFLOAD
 from ..env import logger
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ def _settings(config: Any) -> tuple:
 
     kernels = getattr(config, "dsa_kernel_backend", "none")
     split = config.tensor_model_parallel_size, config.sequence_parallel
-    return IndexSchedule.from_megatron(config), config.params_dtype, kernels, split
+    offloads = getattr(config, OFFLOAD, False)
+    return IndexSchedule.from_megatron(config), config.params_dtype, kernels, split, offloads
 
 
 def _foreign(summary: Summary) -> str:
@@ -161,7 +163,13 @@ def describe(config: Any, *, of_plugin: bool = True) -> str:
         f"{states.count(State.APPLIED)} patches applied, "
         f"{states.count(State.NOT_NEEDED)} not needed; {IndexSchedule.from_megatron(config)}; "
         f"{describe_conventions(config)}; "
-        f"sparse attention by {attention}{_shared_out(config, of_plugin)}"
+        f"sparse attention by {attention}{_shared_out(config, of_plugin)}{_offload(config)}"
+    )
+
+
+def _offload(config: Any) -> str:
+    return (
+        "; top-k wait for their backward in host memory" if getattr(config, OFFLOAD, False) else ""
     )
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from ..config.schedule import IndexSchedule
     from ..ops.index_loss.served import ServedLoss
+    from .offload import HostMemory
     from .record import LayerName, TopkRecorder
     from .replay import ForwardReplay
     from .stages import StageTopk
@@ -45,27 +46,14 @@ _OFFSET = 32767
 
 @dataclass
 class _Slot:
-    kept: Tensor
-    """The top-k; once only recomputes read it, in 16 bits if its positions fit."""
+    kept: Tensor | None
+    """The top-k; once only recomputes read it, in 16 bits if its positions fit, or in host memory
+    alone (None)."""
     readers_left: int
     recomputed: bool
     """Some layer of the group runs in a checkpoint, so the backward pass needs the top-k too."""
-
-    @property
-    def topk_indices(self) -> Tensor:
-        """int32 [b, s, index_topk]."""
-        return self.kept.int().add_(_OFFSET) if self._is_shrunk else self.kept
-
-    def shrink(self, layout: Layout | None) -> None:
-        """Take half of the memory, if the forward has read it and its positions are sure to fit."""
-        if self.readers_left > 0 or self._is_shrunk or layout is None:
-            return
-        if layout.queries.most_keys <= MOST_KEYS_IN_16_BITS:
-            self.kept = (self.kept - _OFFSET).short()
-
-    @property
-    def _is_shrunk(self) -> bool:
-        return self.kept.element_size() == 2
+    waits: bool = False
+    """Whether only recomputes will read it, and it takes as little memory as it may."""
 
 
 @dataclass
@@ -74,7 +62,7 @@ class TopkCarrier:
 
     Top-k are int32 [b, s, index_topk], freed after the last skip layer that reads them, unless
     a checkpoint will run one of the readers again; then they live as long as its graph, in 16 bits
-    if no document is longer than ``MOST_KEYS_IN_16_BITS``.
+    if no document is longer than ``MOST_KEYS_IN_16_BITS``, and in host memory if there is any.
     """
 
     layout: Layout | None = None
@@ -101,6 +89,8 @@ class TopkCarrier:
     """Layers that the recorder has; a recompute records none again."""
     replay: ForwardReplay | None = field(default_factory=begin_replay)
     """Of the ``replay_topk`` block that the forward runs in; a recompute keeps it."""
+    host_memory: HostMemory | None = None
+    """Where top-k wait that only recomputes will read; None: on the device."""
     _slots: dict[int, _Slot] = field(default_factory=dict)
     _in_checkpoint: bool = False
 
@@ -111,10 +101,8 @@ class TopkCarrier:
         schedule, no layer does."""
         readers = 0 if schedule is None else len(schedule.consumers(layer_number))
         if readers or self._in_checkpoint or self.first_iteration is self:
-            slot = _Slot(topk_indices, readers, self._in_checkpoint)
-            self._slots[layer_number] = slot
-            if slot.recomputed:
-                slot.shrink(self.layout)
+            self._slots[layer_number] = _Slot(topk_indices, readers, self._in_checkpoint)
+            self._put_away(layer_number)
 
     def adopt(
         self, layer_number: int, source: int, index_topk: int, schedule: IndexSchedule
@@ -136,11 +124,17 @@ class TopkCarrier:
         """Free what no layer of this stage and no recompute will read."""
         self.arrived = None
         self._slots = {n: slot for n, slot in self._slots.items() if slot.recomputed}
+        for layer_number, slot in self._slots.items():
+            slot.readers_left = 0  # the others are on later stages
+            self._put_away(layer_number)
 
     def published(self, layer_number: int) -> Tensor | None:
         """What a computing layer published earlier in this forward: in a recompute, its own."""
         slot = self._slots.get(layer_number)
-        return None if slot is None else slot.topk_indices
+        if slot is None:
+            return None
+        kept = self.host_memory.take(layer_number) if slot.kept is None else slot.kept
+        return kept.int().add_(_OFFSET) if kept.element_size() == 2 else kept
 
     def read(self, layer_number: int, source: int) -> Tensor:
         """The top-k of ``source`` for the skip layer ``layer_number``.
@@ -153,16 +147,30 @@ class TopkCarrier:
             raise _missing(layer_number, source, "published no top-k in this forward")
         slot.readers_left -= 1
         slot.recomputed |= self._in_checkpoint
-        topk_indices = slot.topk_indices
-        if slot.recomputed:
-            slot.shrink(self.layout)
-        elif slot.readers_left <= 0:
+        topk_indices = self.published(source)
+        if slot.readers_left <= 0 and not slot.recomputed:
             del self._slots[source]
+        else:
+            self._put_away(source)
         return topk_indices
+
+    def _put_away(self, layer_number: int) -> None:
+        """Let a top-k take less memory, if only recomputes will read it: half if its positions are
+        sure to fit, and none of the device if it may leave. That of multi-token prediction stays,
+        since its backward comes first."""
+        slot = self._slots[layer_number]
+        if slot.waits or slot.readers_left > 0 or not slot.recomputed:
+            return
+        slot.waits = True
+        if self.layout is not None and self.layout.queries.most_keys <= MOST_KEYS_IN_16_BITS:
+            slot.kept = (slot.kept - _OFFSET).short()
+        if self.host_memory is not None and not self.is_of_mtp:
+            self.host_memory.put(layer_number, slot.kept)
+            slot.kept = None
 
     @property
     def held_layers(self) -> tuple[int, ...]:
-        """The computing layers whose top-k is in memory."""
+        """The computing layers whose top-k is kept."""
         return tuple(self._slots)
 
 

@@ -17,7 +17,7 @@ from ..ops.recorded_keys.operation import recorded_keys, upload
 from .ahead import Ahead, Decoded
 from .context import replay
 from .record import LayerName, TopkRecording
-from .replay_report import ReplayReport
+from .recordings.report import ReplayReport
 from .tokens import Layout
 
 

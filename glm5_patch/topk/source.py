@@ -112,6 +112,18 @@ class TopkSource:
             losses[self.source] = (OverSelectedKeys if sparse else OverAllKeys)(self.users)
         return losses[self.source], user
 
+    def fetch_next(self, output: Tensor) -> None:
+        """Let the top-k that the backward needs next come from host memory once the gradient of
+        this layer's output is there. Before that, the rest of the layer needs the memory.
+
+        Args:
+            output: of this layer's attention.
+        """
+        carrier = current_carrier()
+        memory = None if carrier is None else carrier.host_memory
+        if memory is not None and self.computes and output.requires_grad:
+            output.register_hook(lambda _: memory.fetch_before(self.source))
+
     def selection(
         self,
         indexer: Indexer | None,

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from glm5_patch.errors import GLM5PatchError
+from glm5_patch.ops.sparse_attention import absorption, operation
 from glm5_patch.tools.verify import forward
+from tests.patches.test_recompute import MODES, gradients
 from tests.tiny import Operations, loss_of, megatron_model, relative, saved, tokens
 
 ONE_LAYER = dict(num_hidden_layers=1, index_topk_freq=1)
@@ -95,3 +97,60 @@ def test_decoding_with_a_cache_is_refused(tmp_path):
     attention = model.decoder.layers[0].self_attention
     with pytest.raises(GLM5PatchError, match="KV cache is not supported"):
         attention.get_query_key_value_tensors(torch.zeros(4, 1, 64), inference_context=object())
+
+
+@pytest.fixture
+def absorbed(monkeypatch):
+    """Absorbed queries, whose passes over the keys are torch's: the interpreter is slow."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("a model on the CPU is for Triton's interpreter, which a GPU switches off")
+    of_absorbed = lambda name, call, attention: absorption.absorbed_attention(attention)
+    monkeypatch.setattr(operation, "compute", of_absorbed)
+
+
+@pytest.fixture(scope="module")
+def one_layer(world, tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("hf"), kv_lora_rank=64, **ONE_LAYER)
+
+
+def steps_of(model):
+    """The gradients of two microbatches, and how often queries were projected."""
+    projected = []
+    projection = model.decoder.layers[0].self_attention.linear_q_up_proj
+    projection.register_forward_hook(lambda *_: projected.append(1))
+    batches = tokens(0, 1, 14), tokens(1, 1, 11)
+    losses = [lambda model, ids=ids: loss_of(forward(model, ids), ids) for ids in batches]
+    return gradients(model, losses), len(projected)
+
+
+@pytest.mark.parametrize(
+    ("mode", "forwards", "again"),
+    [
+        ("", 1, 1),
+        ("uniform_1", 2, 1),
+        pytest.param("core_attn", 1, 0, marks=pytest.mark.nightly),
+        pytest.param("mla_up_proj", 2, 0, marks=pytest.mark.nightly),
+    ],
+)
+def test_a_query_that_is_too_large_is_made_again(
+    absorbed, one_layer, monkeypatch, mode, forwards, again
+):
+    """Of its own microbatch, with the same bits."""
+    found = []
+    for kept_bytes in (1 << 30, 0):
+        monkeypatch.setattr(absorption, "KEPT_QUERY_BYTES", kept_bytes)
+        model = megatron_model(one_layer, **MODES.get(mode, {}))
+        of_step, projected = steps_of(model)
+        found.append(of_step)
+        assert projected == 2 * (forwards + (0 if kept_bytes else again))
+        assert model.decoder.layers[0].self_attention.core_attention.make_query is None
+    assert all(torch.equal(found[1][name], gradient) for name, gradient in found[0].items())
+
+
+def test_a_query_that_would_differ_is_kept(absorbed, one_layer, monkeypatch):
+    """As one of an adapter with dropout."""
+    monkeypatch.setattr(absorption, "KEPT_QUERY_BYTES", 0)
+    model = megatron_model(one_layer)
+    model.decoder.layers[0].self_attention.linear_q_up_proj.dropout = torch.nn.Dropout(0.5)
+    assert steps_of(model)[1] == 2

@@ -209,6 +209,48 @@ def _with_other_splits(packed: str):
     )
 
 
+def _in_host_memory(packed: str):
+    """Top-k that wait for their backward in host memory, also those that the next stage reads."""
+    thd, on = dict(thd=bool(packed)), dict(dsa_topk_offload=True)
+    offload = {**on, **RECOMPUTE["full"]}
+    yield Case(
+        f"PP 2 from layer 5, offload{packed}",
+        pp=2,
+        **thd,
+        settings={**first(4), **FREED, **offload},
+    )
+    yield Case(
+        f"PP 2 x VPP 2, eight in flight, offload{packed}",
+        pp=2,
+        vpp=2,
+        **thd,
+        microbatches=8,
+        indexer_loss=0.1,
+        settings={**layout(TWO_CHUNKS[4]), **OVERLAPPED, **IN_FLIGHT, **offload},
+    )
+    yield Case(
+        f"PP 2, trains from layer 5, offload{packed}",
+        pp=2,
+        **thd,
+        trains_from=5,
+        varies=True,
+        settings={**first(4), **offload},
+    )
+    yield Case(
+        f"PP 4 from layer 6, offload{packed}",
+        pp=4,
+        **thd,
+        settings={**layout(FOUR_STAGES[6]), **on, **RECOMPUTE["core_attn"]},
+    )
+    yield Case(
+        f"PP 2 x TP 2 + SP from layer 6, offload{packed}",
+        pp=2,
+        tp=2,
+        **thd,
+        settings={**first(5), **SP, **offload},
+    )
+
+
 def _one_of_each():
     for mode in ("none", "full"):  # where tokens are shared out, each rank has its own top-k
         yield Case(
@@ -263,12 +305,13 @@ def _cases():
         yield from _stages_alone(packed)
         yield from _kinds_of_steps(packed)
         yield from _with_other_splits(packed)
+        yield from _in_host_memory(packed)
     yield from _one_of_each()
 
 
 CASES = tuple(_cases())
 _SOME = """
-PP 2 from layer 5, recompute full, thd
+PP 2 from layer 5, offload, thd
 PP 4 x VPP 2, a layer each, eight in flight, overlapped
 PP 2 x VPP 2, after training and evaluation, recompute none
 PP 2 x TP 2 + SP from layer 6, recompute full

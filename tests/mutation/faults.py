@@ -355,6 +355,27 @@ FAULTS = (
         "tests/topk/test_carrier.py",
     ),
     Fault(
+        "the gradient of the latent is that of the last block of queries",
+        "ops/sparse_attention/absorption.py",
+        "return block if total is None else total.float().add_(block)",
+        "return block",
+        "tests/ops/test_blocks.py",
+    ),
+    Fault(
+        "a backward keeps a query that it can make again",
+        "ops/sparse_attention/absorption.py",
+        "kept_query = query if ctx.make_query is None else None",
+        "kept_query = query",
+        "tests/attention/test_mla.py",
+    ),
+    Fault(
+        "a top-k in host memory comes back as another layer's",
+        "topk/offload.py",
+        "if layer_number not in self._arriving:",
+        "if not self._arriving:",
+        "tests/topk/test_offload.py",
+    ),
+    Fault(
         "a recompute selects its top-k again",
         "topk/source.py",
         "None if saved_in is None else saved_in.published(self.layer_number)",

@@ -89,12 +89,9 @@ class _Target(NamedTuple):
 
 def _targets(attention: AttentionInputs, settings: LossSettings) -> Iterator[_Target]:
     """Of all queries, in blocks, in their order."""
-    parts = [attention]
     if not settings.sparse and attention.topk_indices is not None:
         attention = attention._replace(topk_indices=None, lse=None)
-    if attention.topk_indices is None:
-        parts = in_blocks(attention, VISIBLE_PLACES)
-    for part in parts:
+    for _, part in in_blocks(attention, VISIBLE_PLACES):
         yield _target(absorbed_inputs(part.with_topk()), part.lse, settings.tp_group)
 
 
@@ -115,7 +112,11 @@ def _target(absorbed: AbsorbedInputs, lse: Tensor | None, tp_group: ProcessGroup
 )
 def attention_target(attention: AttentionInputs, tp_group: ProcessGroup | None) -> Tensor:
     """As ``reference.attention_target``."""
-    target = _target(absorbed_inputs(attention), attention.lse, tp_group).probabilities
+    parts = [
+        _target(absorbed_inputs(part), part.lse, tp_group).probabilities
+        for _, part in in_blocks(attention, VISIBLE_PLACES)
+    ]
+    target = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     return target.div_(target.sum(-1, keepdim=True).clamp_min_(EPSILON))
 
 

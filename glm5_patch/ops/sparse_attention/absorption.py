@@ -14,6 +14,15 @@ from .inputs import AbsorbedInputs, AttentionInputs, MLADims
 
 BLOCK_ROWS = 512
 """Queries that a block has at least."""
+ABSORBED_BYTES = 1 << 30
+"""What the absorbed queries of one block may take: those of 14,563 tokens with 64 heads in bf16.
+What comes out of the latent and the gradients of both take about as much each."""
+KEPT_BYTES = 8 << 30
+"""What comes out of the latent is kept for the backward if it takes no more: that of 131,072 tokens
+with 64 heads in bf16. Else the backward computes it again."""
+KEPT_QUERY_BYTES = 4 << 30
+"""Queries are kept for the backward if they take no more: those of as many tokens. Else the
+backward makes them again, if ``AttentionInputs.make_query`` can."""
 VISIBLE_PLACES = 1 << 26
 """Places of a top-k that holds every visible key, 256 MiB: what one block of queries may have."""
 TOPK_MULTIPLE = 128
@@ -26,83 +35,146 @@ def absorbed_attention(attention: AttentionInputs) -> tuple[Tensor, Tensor]:
     """As ``operation.sparse_attention``: a query times its key's projection meets the latent
     itself, and what comes out of the latent is projected to values after. Each of the two passes
     over the keys is an operation of its own, so that a library may compute one of them."""
-    if attention.topk_indices is not None:
-        return _AbsorbedAttention.apply(*attention)
-    parts = [_AbsorbedAttention.apply(*part) for part in in_blocks(attention, VISIBLE_PLACES)]
-    if len(parts) == 1:
-        return parts[0]
-    outputs, lses = zip(*parts)
-    return torch.cat(outputs), torch.cat(lses)
+    return _AbsorbedAttention.apply(*attention)
 
 
-def in_blocks(attention: AttentionInputs, places: int) -> Iterator[AttentionInputs]:
-    """Attention in blocks of queries, whole if it fits.
+def in_blocks(attention: AttentionInputs, places: int) -> Iterator[tuple[slice, AttentionInputs]]:
+    """Attention in blocks of queries of about the same size, whole if it fits.
 
     Args:
-        attention: without a top-k.
-        places: most that a top-k of every visible key may have, of one block.
+        attention: what to cut.
+        places: most that a top-k of every visible key may have, of one block without a top-k.
+
+    Yields:
+        Which queries, and their attention.
     """
-    s, b = attention.query.shape[:2]
-    rows = max(BLOCK_ROWS, places // (b * attention.queries.most_keys))
-    if s <= rows:
-        yield attention
+    s, b, heads, _ = attention.query.shape
+    width = attention.dims.latent + attention.dims.rope
+    most = ABSORBED_BYTES // (b * heads * width * attention.query.element_size())
+    if attention.topk_indices is None:
+        most = min(most, places // (b * attention.queries.most_keys))
+    blocks = -(-s // max(BLOCK_ROWS, most))
+    if blocks <= 1:
+        yield slice(0, s), attention
         return
+    rows = -(-s // blocks)
     for first in range(0, s, rows):
-        yield attention.of_queries(slice(first, min(first + rows, s)))
+        block = slice(first, min(first + rows, s))
+        yield block, attention.of_queries(block)
 
 
 class _AbsorbedAttention(torch.autograd.Function):
-    """Keeps what comes out of the latent; the absorbed queries, as large, are made again. So is a
-    top-k of every visible key, which grows with the square of the sequence."""
+    """Works on one block of queries at a time: what is as wide as the latent exists for one alone,
+    but for what comes out of it, which is kept for the backward if it is small. The backward makes
+    absorbed queries again, and a top-k of every visible key, which grows with the square of the
+    sequence."""
 
     @staticmethod
     def forward(ctx, *attention):
-        absorbed = absorbed_inputs(AttentionInputs(*attention).with_topk(TOPK_MULTIPLE))
-        query, latent, up_projection, topk_indices, queries, dims, softmax_scale, _ = attention
-        out, lse = _forward(absorbed)
+        attention = AttentionInputs(*attention)
+        if attention.topk_indices is not None:
+            attention = attention._replace(topk_indices=attention.topk_indices.contiguous())
+        query, dims = attention.query, attention.dims
         output = query.new_empty((*query.shape[:3], dims.value))
-        triton.project(out, _value_projection(up_projection, dims), output)
-        if topk_indices is not None:
-            topk_indices = absorbed.topk_indices
-        selected = topk_indices, absorbed.starts, absorbed.positions
-        ctx.save_for_backward(query, latent, up_projection, *selected, out, lse)
-        ctx.queries, ctx.dims, ctx.softmax_scale = queries, dims, softmax_scale
+        keeps = query.nbytes // query.shape[-1] * dims.latent <= KEPT_BYTES
+        blocks = [
+            _attend(part, output[rows], keeps)
+            for rows, part in in_blocks(attention, VISIBLE_PLACES)
+        ]
+        kept, lses = zip(*blocks)
+        lse = lses[0] if len(lses) == 1 else torch.cat(lses)
+        ctx.make_query = attention.make_query if query.nbytes > KEPT_QUERY_BYTES else None
+        kept_query = query if ctx.make_query is None else None
+        ctx.save_for_backward(kept_query, *attention[1:4], lse, *kept)
+        ctx.queries, ctx.dims, ctx.softmax_scale = attention[4:7]
         ctx.mark_non_differentiable(lse)
         return output.flatten(2), lse
 
     @staticmethod
     def backward(ctx, d_output, _):
-        query, latent, up_projection, topk_indices, *spans, out, lse = ctx.saved_tensors
-        dims = ctx.dims
-        attention = query, latent, up_projection, topk_indices, ctx.queries, dims, ctx.softmax_scale
-        topk_indices = AttentionInputs(*attention).with_topk(TOPK_MULTIPLE).topk_indices
-        absorbed = AbsorbedInputs(
-            absorb(query, up_projection, dims),
-            latent.squeeze(2).contiguous(),
-            topk_indices.contiguous(),
-            *spans,
-            dims.latent,
-            ctx.softmax_scale,
-        )
-        d_output = _by_head(d_output.unflatten(2, (-1, dims.value)))
-        d_out = out.new_empty(out.shape)
-        value_projection = _value_projection(up_projection, dims)
-        torch.bmm(d_output, value_projection.transpose(1, 2), out=_by_head(d_out))
-        d_absorbed, d_latent = _backward(absorbed, out, lse, d_out)
+        query, latent, up_projection, topk_indices, lse, *kept = ctx.saved_tensors
+        if query is None:
+            query = ctx.make_query()
+        tensors = query, latent, up_projection, topk_indices
+        attention = AttentionInputs(*tensors, ctx.queries, ctx.dims, ctx.softmax_scale, lse)
+        d_output = d_output.unflatten(2, (-1, ctx.dims.value))
         d_query = query.new_empty(query.shape)
-        d_nope = _by_head(d_absorbed[..., : dims.latent])
-        key_projection = _key_projection(up_projection, dims)
-        torch.bmm(d_nope, key_projection.transpose(1, 2), out=_by_head(d_query[..., : dims.nope]))
-        d_query[..., dims.nope :] = d_absorbed[..., dims.latent :]
-        d_up = None
-        if ctx.needs_input_grad[2]:  # not where it is frozen, under an adapter elsewhere
-            d_up = up_projection.new_empty((dims.latent, query.shape[2], dims.nope + dims.value))
-            q_nope = _by_head(query[..., : dims.nope])
-            d_up[..., : dims.nope] = torch.bmm(d_nope.transpose(1, 2), q_nope).transpose(0, 1)
-            d_value = torch.bmm(_by_head(out).transpose(1, 2), d_output)
-            d_up[..., dims.nope :] = d_value.transpose(0, 1)
-            d_up = d_up.flatten(1)
-        return d_query, d_latent.to(latent.dtype).unsqueeze(2), d_up, *5 * [None]
+        trains_up = ctx.needs_input_grad[2]  # not where it is frozen, under an adapter elsewhere
+        sums = None, None
+        for (rows, part), out in zip(in_blocks(attention, VISIBLE_PLACES), kept):
+            of_rows = part, out, d_output[rows], d_query[rows]
+            sums = [_plus(*pair) for pair in zip(sums, _gradients(*of_rows, trains_up))]
+        d_latent, d_up = sums
+        if d_up is not None:
+            d_up = d_up.to(up_projection.dtype).flatten(1)
+        return d_query, d_latent.to(latent.dtype).unsqueeze(2), d_up, *6 * [None]
+
+
+def _attend(part: AttentionInputs, output: Tensor, keeps: bool) -> tuple[Tensor | None, Tensor]:
+    """Attention of some queries.
+
+    Args:
+        part: theirs.
+        output: [rows, b, n, value], written.
+        keeps: whether what comes out of the latent is returned.
+
+    Returns:
+        That, or None, and the log2-sum-exp2, as of ``reference.forward``.
+    """
+    out, lse = _forward(_absorbed(part))
+    triton.project(out, _value_projection(part.up_projection, part.dims), output)
+    return out if keeps else None, lse
+
+
+def _gradients(
+    part: AttentionInputs,
+    out: Tensor | None,
+    d_output: Tensor,
+    d_query: Tensor,
+    of_up_projection: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of ``_attend``.
+
+    Args:
+        part: what it was given.
+        out: what came out of the latent; None: it is computed again.
+        d_output: [rows, b, n, value].
+        d_query: [rows, b, n, nope + rope], written.
+        of_up_projection: whether that one's is wanted.
+
+    Returns:
+        Of the latent, [t, b, latent + rope], and of the up-projection, [latent, n, nope + value].
+    """
+    query, up_projection, dims = part.query, part.up_projection, part.dims
+    absorbed = _absorbed(part)
+    if out is None:
+        out, _ = _forward(absorbed)
+    d_output = _by_head(d_output)
+    d_out = out.new_empty(out.shape)
+    value_projection = _value_projection(up_projection, dims)
+    torch.bmm(d_output, value_projection.transpose(1, 2), out=_by_head(d_out))
+    d_absorbed, d_latent = _backward(absorbed, out, part.lse, d_out)
+    d_nope = _by_head(d_absorbed[..., : dims.latent])
+    key_projection = _key_projection(up_projection, dims)
+    torch.bmm(d_nope, key_projection.transpose(1, 2), out=_by_head(d_query[..., : dims.nope]))
+    d_query[..., dims.nope :] = d_absorbed[..., dims.latent :]
+    if not of_up_projection:
+        return d_latent, None
+    d_up = up_projection.new_empty((dims.latent, query.shape[2], dims.nope + dims.value))
+    q_nope = _by_head(query[..., : dims.nope])
+    d_up[..., : dims.nope] = torch.bmm(d_nope.transpose(1, 2), q_nope).transpose(0, 1)
+    d_value = torch.bmm(_by_head(out).transpose(1, 2), d_output)
+    d_up[..., dims.nope :] = d_value.transpose(0, 1)
+    return d_latent, d_up
+
+
+def _plus(total: Tensor | None, block: Tensor | None) -> Tensor | None:
+    """The sum over blocks, in fp32 from the second one on."""
+    return block if total is None else total.float().add_(block)
+
+
+def _absorbed(part: AttentionInputs) -> AbsorbedInputs:
+    return absorbed_inputs(part.with_topk(TOPK_MULTIPLE))
 
 
 def latent_attention(absorbed: AbsorbedInputs) -> Tensor:

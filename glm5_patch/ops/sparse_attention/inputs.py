@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -49,6 +50,8 @@ class AttentionInputs(NamedTuple):
     lse: Tensor | None = None
     """What the attention found over these keys: the log2-sum-exp2 of each query's logits, fp32
     [s, b, n]; None: not known."""
+    make_query: Callable[[], Tensor] | None = None
+    """Makes the query again, with the same bits, so that a backward need not keep it."""
 
     @property
     def call(self) -> Call:
@@ -65,6 +68,7 @@ class AttentionInputs(NamedTuple):
             query=self.query.detach(),
             latent=self.latent.detach(),
             up_projection=self.up_projection.detach(),
+            make_query=None,
         )
 
     def with_topk(self, multiple: int = 1) -> AttentionInputs:
@@ -82,6 +86,7 @@ class AttentionInputs(NamedTuple):
             topk_indices=None if topk_indices is None else topk_indices[:, places],
             queries=self.queries.of_queries(places),
             lse=None if self.lse is None else self.lse[places],
+            make_query=None,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from types import SimpleNamespace
 
-from ...config.fields import ACROSS_STAGES, is_glm5
+from ...config.fields import ACROSS_STAGES, OFFLOAD, is_glm5
 from ...errors import GLM5PatchError
 from ...patching.ledger import State
 from ...patching.patch import Finding
@@ -35,6 +35,10 @@ def with_carrier(wrapped, instance, args, kwargs, crosses_stages: bool = False):
         _open_loss_log(instance)
     crosses_stages = crosses_stages and getattr(instance.config, ACROSS_STAGES, False)
     with open_carrier() as carrier:
+        if getattr(instance.config, OFFLOAD, False):
+            from ...topk.offload import HostMemory
+
+            carrier.host_memory = HostMemory()
         if carrier.replay is not None or carrier.recorder is not None:
             _refuse_to_replay_other_attention(instance)
         if carrier.replay is not None:

@@ -94,6 +94,11 @@ def attention_stack(config, wrong: str | None) -> Stack:
             f"dsa_topk_replay=True with {reason}: megatron-core's own sparse attention replays no "
             f"recorded keys; {unset}"
         )
+    if config.dsa_topk_offload:
+        raise GLM5PatchError(
+            f"dsa_topk_offload=True with {reason}: megatron-core's own sparse attention keeps its "
+            f"top-k on the device; {unset}"
+        )
     if attends_to_every_key(config):
         raise GLM5PatchError(
             f"{PHASE}={config.dsa_training_phase!r} with {reason}: megatron-core's own sparse "

@@ -13,6 +13,7 @@ from ....config.fields import (
     LOSS_LAYERS,
     LOSS_LAYERS_OF,
     NO_PHASE,
+    OFFLOAD,
     PHASE,
     REPLAY,
     ZIGZAG,
@@ -22,6 +23,7 @@ from ....config.fields import (
     is_dsa,
     is_glm5,
     on_off_flags,
+    recomputes_attention,
     set_conventions,
     unlike_glm5,
     why_not_phase,
@@ -153,6 +155,7 @@ def _validate(config) -> None:
     _check_precision(config)
     _check_loss_layers(config)
     _check_phase(config)
+    _check_offload(config)
     order = config.dsa_context_parallel_order
     if order not in CONTEXT_PARALLEL_ORDERS:
         raise GLM5PatchError(
@@ -200,6 +203,23 @@ def _check_phase(config) -> None:
         raise GLM5PatchError(
             f"{REPLAY}=True with {PHASE}={config.dsa_training_phase!r}: a dense warm-up selects no "
             f"keys; set {REPLAY}=False"
+        )
+
+
+def _check_offload(config) -> None:
+    if not config.dsa_topk_offload:
+        return
+    if attends_to_every_key(config):
+        raise GLM5PatchError(
+            f"{OFFLOAD}=True with {PHASE}={config.dsa_training_phase!r}: a dense warm-up selects "
+            f"no keys, so there is nothing to offload; set {OFFLOAD}=False"
+        )
+    if not recomputes_attention(config):
+        raise GLM5PatchError(
+            f"{OFFLOAD}=True with recompute_granularity={config.recompute_granularity!r} and "
+            f"recompute_modules={config.recompute_modules}: no top-k is kept for a recompute of "
+            f"its layer, so there is nothing to offload; set {OFFLOAD}=False, or "
+            "recompute_granularity='full'"
         )
 
 

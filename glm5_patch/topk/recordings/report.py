@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.fallback import compute
-from ..ops.index_topk.reference import IndexerInputs
-from ..ops.query_positions import QueryPositions, query_blocks
-from .ahead import Decoded
-from .record import LayerName
+from ...ops.fallback import compute
+from ...ops.index_topk.reference import IndexerInputs
+from ...ops.query_positions import QueryPositions, query_blocks
+from ..ahead import Decoded
+from ..record import LayerName
 
 
 class ReplayReport:
