@@ -611,11 +611,11 @@ def plot(figures: list[Figure], path: Path) -> None:
 
 
 def table(runs: list[dict]) -> str:
-    """The figures as Markdown, a column for each length; of further runs, those of other peers."""
+    """The figures as Markdown, a column for each length; of further runs, the rows that are new."""
     figures = [Figure(**figure) for figure in runs[0]["figures"]]
     for run in runs[1:]:
-        known = {figure.who for figure in figures}
-        figures += [Figure(**f) for f in run["figures"] if f["who"] not in known]
+        known = {(figure.what, figure.who) for figure in figures}
+        figures += [Figure(**f) for f in run["figures"] if (f["what"], f["who"]) not in known]
     lengths = sorted({figure.length for figure in figures})
     lines = [
         "| | who | heads | " + " | ".join(f"{length // 1024}k" for length in lengths) + " |",
@@ -649,7 +649,7 @@ def main() -> int:
         type=Path,
         nargs="+",
         metavar="JSON",
-        help="print an earlier run's table, and beside it the peers of further runs",
+        help="print an earlier run's table, and beside it the new rows of further runs",
     )
     parser.add_argument("--plot", type=Path, metavar="JSON", help="draw an earlier run again")
     options = parser.parse_args()
