@@ -12,11 +12,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..sparse_attention.gluon import HEADS, KEYS, LATENT, ROPE
-from ..sparse_attention.gluon_kernels import (
+from ..sparse_attention.gluon_kernels.tiles import (
     LOGITS,
     ROWS,
     SHARED,
+    K,
+    L,
+    N,
+    R,
     gather,
     keys_of_tile,
     load_query,
@@ -24,11 +27,6 @@ from ..sparse_attention.gluon_kernels import (
     start_logits,
     thread_barrier,
 )
-
-_N = gl.constexpr(HEADS)
-_L = gl.constexpr(LATENT)
-_R = gl.constexpr(ROPE)
-_K = gl.constexpr(KEYS)
 
 
 @gluon.jit
@@ -43,19 +41,19 @@ def head_sums(
     by_head: gl.constexpr = gl.SliceLayout(1, LOGITS)
     by_key: gl.constexpr = gl.SliceLayout(0, LOGITS)
     b, query, start, count, TOPK = query_of_program(TOPK, STARTS, POSITIONS, rows, batch, 1, k)
-    line = SUMS + (b.to(gl.int64) * rows + query // _N // batch) * k
-    tiles = (count + _K - 1) // _K
+    line = SUMS + (b.to(gl.int64) * rows + query // N // batch) * k
+    tiles = (count + K - 1) // K
 
-    q_latent = gl.allocate_shared_memory(dtype, [_N, _L], SHARED)
-    q_rope = gl.allocate_shared_memory(dtype, [_N, _R], SHARED)
-    latents = gl.allocate_shared_memory(dtype, [2, _K, _L], SHARED)
-    ropes = gl.allocate_shared_memory(dtype, [2, _K, _R], SHARED)
+    q_latent = gl.allocate_shared_memory(dtype, [N, L], SHARED)
+    q_rope = gl.allocate_shared_memory(dtype, [N, R], SHARED)
+    latents = gl.allocate_shared_memory(dtype, [2, K, L], SHARED)
+    ropes = gl.allocate_shared_memory(dtype, [2, K, R], SHARED)
     key = keys_of_tile(TOPK, 0, count, start, batch, b, by_row)
     gather(LATENTS, key, latents.index(0), ropes.index(0))
-    key = keys_of_tile(TOPK, _K, count, start, batch, b, by_row)
+    key = keys_of_tile(TOPK, K, count, start, batch, b, by_row)
     load_query(Q, query, q_latent, q_rope)
-    lse = gl.load(LSE + query + gl.arange(0, _N, layout=by_head))
-    zeros = gl.full([_N, _K], 0.0, gl.float32, layout=LOGITS)
+    lse = gl.load(LSE + query + gl.arange(0, N, layout=by_head))
+    zeros = gl.full([N, K], 0.0, gl.float32, layout=LOGITS)
     for tile in range(0, tiles):
         async_copy.wait_group(0)
         fence_async_shared()
@@ -64,9 +62,9 @@ def head_sums(
         rope = ropes.index(tile % 2)
         if tile + 1 < tiles:
             gather(LATENTS, key, latents.index(1 - tile % 2), ropes.index(1 - tile % 2))
-        key = keys_of_tile(TOPK, (tile + 2) * _K, count, start, batch, b, by_row)
+        key = keys_of_tile(TOPK, (tile + 2) * K, count, start, batch, b, by_row)
         logits = start_logits(q_latent, q_rope, latent, rope, zeros)
         logits = warpgroup_mma_wait(num_outstanding=0, deps=[logits])
         sums = gl.sum(gl.exp2(logits * scale_log2 - lse[:, None]), 0)
-        place = tile * _K + gl.arange(0, _K, layout=by_key)
+        place = tile * K + gl.arange(0, K, layout=by_key)
         gl.store(line + place, sums, mask=place < count)

@@ -1,5 +1,5 @@
 """Sparse attention of absorbed queries in Gluon, for GLM-5's own shape on Hopper: heads in groups
-of 64, latent 512, rotary 64; see ``gluon_forward`` and ``gluon_kernels`` for how."""
+of 64, latent 512, rotary 64; see ``gluon_kernels`` for how."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ HEADS, LATENT, ROPE = 64, 512, 64
 WIDTH = LATENT + ROPE
 KEYS = 64
 """Of a tile."""
+WARPS = 4
+"""Of each part of a program whose parts do different work."""
 WHOLE_GROUPS = Width(multiple_of=HEADS)
 
 
@@ -77,18 +79,18 @@ SIZES = 16, 1, 1, 2048
 
 
 def _compile_forward() -> None:
-    from . import gluon_forward as kernels
+    from .gluon_kernels import forward as kernels
 
     kernels.forward.warmup(
-        *TENSORS, torch.bfloat16, torch.float32, *SIZES, 1.0, grid=(1,), num_warps=kernels.WARPS
+        *TENSORS, torch.bfloat16, torch.float32, *SIZES, 1.0, grid=(1,), num_warps=WARPS
     )
 
 
 def _compile_backward() -> None:
-    from . import gluon_kernels as kernels
+    from .gluon_kernels import backward as kernels
 
     outputs = torch.bfloat16, torch.float32, torch.float32, torch.bfloat16, torch.float32, None
-    kernels.backward.warmup(*TENSORS, *outputs, *SIZES, 1.0, 1.0, grid=(1,), num_warps=4)
+    kernels.backward.warmup(*TENSORS, *outputs, *SIZES, 1.0, 1.0, grid=(1,), num_warps=WARPS)
 
 
 @backend(
@@ -101,7 +103,7 @@ def _compile_backward() -> None:
 )
 def forward(absorbed: AbsorbedInputs) -> tuple[Tensor, Tensor]:
     """As ``reference.forward``; empty places of a top-k come last, after all that is visible."""
-    from . import gluon_forward as kernels
+    from .gluon_kernels import forward as kernels
 
     query, latent, topk_indices, starts, positions, _, softmax_scale = absorbed
     s, b, heads, _ = query.shape
@@ -110,7 +112,7 @@ def forward(absorbed: AbsorbedInputs) -> tuple[Tensor, Tensor]:
     groups = heads // HEADS
     kernels.forward[(s * b, groups)](
         query, latent, topk_indices, starts, positions, out, lse,
-        s, b, groups, topk_indices.shape[-1], softmax_scale * LOG2_E, num_warps=kernels.WARPS,
+        s, b, groups, topk_indices.shape[-1], softmax_scale * LOG2_E, num_warps=WARPS,
     )  # fmt: skip
     return out, lse
 
@@ -119,7 +121,7 @@ def forward(absorbed: AbsorbedInputs) -> tuple[Tensor, Tensor]:
     "sparse_attention.backward",
     name="gluon",
     rank=2,
-    needs=needs(HEADS * (WIDTH + LATENT) + KEYS * WIDTH + 2 * HEADS * KEYS),
+    needs=needs(HEADS * (WIDTH + LATENT) + KEYS * WIDTH + 2 * HEADS * KEYS + 256),
     load=compiles(_compile_backward),
     asked_as=(OWN_KERNELS,),
 )
@@ -134,7 +136,7 @@ def key_gradients(
     absorbed: AbsorbedInputs, lse: Tensor, terms: Tensor, d_out: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As ``backward``, of row terms that are there already."""
-    from . import gluon_kernels as kernels
+    from .gluon_kernels import backward as kernels
 
     query, latent, topk_indices, starts, positions, _, softmax_scale = absorbed
     s, b, heads, _ = query.shape
@@ -148,7 +150,7 @@ def key_gradients(
     d_query, pairs = torch.empty_like(query), exact_pairs(absorbed, d_out, measure)
     d_latent = room_for(latent) if pairs is None else pairs.integers
     units = None if pairs is None else pairs.units
-    kernels.backward[grid](*given, d_query, d_latent, units, *sizes, num_warps=4)
+    kernels.backward[grid](*given, d_query, d_latent, units, *sizes, num_warps=WARPS)
     if pairs is not None:
         return d_query, pairs.value()
     # Back from renamed columns, see gluon_kernels.

@@ -1,6 +1,6 @@
 """Gluon kernel of sparse attention's forward for GLM-5's own shape on Hopper.
 
-A program works on one query and 64 heads, on pairs of tiles of 64 keys. Its warps are in three
+A program works on pairs of tiles of 64 keys. Its warps are in three
 parts. The producer copies the rows of the latent that the top-k names to shared memory. Two
 consumers share out the products: one computes the logits and probabilities of the first tile of
 each pair and the left half of the output's columns, the other those of the second tile and the
@@ -9,8 +9,6 @@ right half. So the tensor cores multiply for one consumer while the other comput
 Each tile lies in two halves of 256 columns and the rotary part. A half that has served is filled
 again at once, while the other is still in use. Where the rotary part of a tile was, its
 probabilities go, for the consumer that did not compute them.
-
-Pointers and their shapes are those of ``triton_kernels``, with n = ``groups`` * 64.
 """
 
 from __future__ import annotations
@@ -25,25 +23,28 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon import HEADS, KEYS, LATENT, ROPE, WIDTH
-from .gluon_kernels import SHARED, async_load, keys_of_tile, query_of_program, tell, zero_of
+from .tiles import (
+    BARRIER,
+    PART_HALF,
+    PART_LOGITS,
+    PART_ROWS,
+    PART_THREADS,
+    PART_WARPS,
+    SHARED,
+    H,
+    K,
+    L,
+    N,
+    R,
+    W,
+    async_load,
+    keys_of_tile,
+    query_of_program,
+    tell,
+    zero_of,
+)
 
-_N = gl.constexpr(HEADS)
-_H = gl.constexpr(LATENT // 2)
-_L = gl.constexpr(LATENT)
-_R = gl.constexpr(ROPE)
-_W = gl.constexpr(WIDTH)
-_K = gl.constexpr(KEYS)
-
-WARPS = 4
-"""Of a consumer, and of the producer."""
-_WARPS = gl.constexpr(WARPS)
-
-_LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS, 16]))
-_HALF = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, LATENT // 2, 16]))
-_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0]))
 _LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-_BARRIER = gl.constexpr(mbarrier.MBarrierLayout())
 
 # Halves of the first and the second tile, in ``ready`` (filled) and ``free`` (to be filled).
 _LEFT = gl.constexpr(0)
@@ -58,7 +59,7 @@ _TOTAL = gl.constexpr(4)
 @gluon.jit
 def _copy(rows, column, target, columns: gl.constexpr):
     """Start copying ``columns`` of the rows at some pointers."""
-    column += gl.arange(0, columns, layout=gl.SliceLayout(0, _ROWS))
+    column += gl.arange(0, columns, layout=gl.SliceLayout(0, PART_ROWS))
     async_load(target, rows[:, None] + column[None, :])
 
 
@@ -68,33 +69,33 @@ def _produce(
     q_latent, q_rope, left, right, rope, ready, free,
 ):  # fmt: skip
     """Halves in the order in which the consumers need them, and let go of them."""
-    by_row: gl.constexpr = gl.SliceLayout(1, _ROWS)
-    heads = Q + (query + gl.arange(0, _N, layout=by_row)) * _W
-    _copy(heads, 0, q_latent.index(0), _L)
-    _copy(heads, _L, q_rope.index(0), _R)
+    by_row: gl.constexpr = gl.SliceLayout(1, PART_ROWS)
+    heads = Q + (query + gl.arange(0, N, layout=by_row)) * W
+    _copy(heads, 0, q_latent.index(0), L)
+    _copy(heads, L, q_rope.index(0), R)
     async_copy.mbarrier_arrive(ready.index(_QUERY), increment_count=False)
     first = keys_of_tile(TOPK, 0, count, start, batch, b, by_row)
-    second = keys_of_tile(TOPK, _K, count, start, batch, b, by_row)
+    second = keys_of_tile(TOPK, K, count, start, batch, b, by_row)
     for pair in range(0, pairs):
         phase = (pair + 1) % 2
-        first_rows = LATENTS + first.to(gl.int64) * _W
-        second_rows = LATENTS + second.to(gl.int64) * _W
+        first_rows = LATENTS + first.to(gl.int64) * W
+        second_rows = LATENTS + second.to(gl.int64) * W
         mbarrier.wait(free.index(_LEFT), phase)
-        _copy(first_rows, 0, left.index(0), _H)
+        _copy(first_rows, 0, left.index(0), H)
         async_copy.mbarrier_arrive(ready.index(_LEFT), increment_count=False)
         mbarrier.wait(free.index(_RIGHT + 1), phase)
-        _copy(second_rows, _H, right.index(1), _H)
+        _copy(second_rows, H, right.index(1), H)
         async_copy.mbarrier_arrive(ready.index(_RIGHT + 1), increment_count=False)
         mbarrier.wait(free.index(_RIGHT), phase)
-        _copy(first_rows, _H, right.index(0), _H)
-        _copy(first_rows, _L, rope.index(0), _R)
+        _copy(first_rows, H, right.index(0), H)
+        _copy(first_rows, L, rope.index(0), R)
         async_copy.mbarrier_arrive(ready.index(_RIGHT), increment_count=False)
         mbarrier.wait(free.index(_LEFT + 1), phase)
-        _copy(second_rows, 0, left.index(1), _H)
-        _copy(second_rows, _L, rope.index(1), _R)
+        _copy(second_rows, 0, left.index(1), H)
+        _copy(second_rows, L, rope.index(1), R)
         async_copy.mbarrier_arrive(ready.index(_LEFT + 1), increment_count=False)
-        first = keys_of_tile(TOPK, (2 * pair + 2) * _K, count, start, batch, b, by_row)
-        second = keys_of_tile(TOPK, (2 * pair + 3) * _K, count, start, batch, b, by_row)
+        first = keys_of_tile(TOPK, (2 * pair + 2) * K, count, start, batch, b, by_row)
+        second = keys_of_tile(TOPK, (2 * pair + 3) * K, count, start, batch, b, by_row)
 
 
 @gluon.jit
@@ -103,7 +104,7 @@ def _logits(
 ):
     """Of a tile, [64, 64]; its half that comes later brings the rotary part. ``place`` [64] of its
     keys in the top-k: those past ``count`` are none."""
-    zeros = gl.full([_N, _K], 0.0, gl.float32, layout=_LOGITS)
+    zeros = gl.full([N, K], 0.0, gl.float32, layout=PART_LOGITS)
     mbarrier.wait(early_ready, phase)
     fence_async_shared()
     logits = warpgroup_mma(q_early, early.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -117,13 +118,13 @@ def _logits(
 
 @gluon.jit
 def _shrunk(out, shrink):
-    return out * gl.convert_layout(shrink, gl.SliceLayout(1, _HALF))[:, None]
+    return out * gl.convert_layout(shrink, gl.SliceLayout(1, PART_HALF))[:, None]
 
 
 @gluon.jit
 def _start_values(probs, half, out):
     """Start adding the values of a tile's half of columns, by probabilities of this consumer."""
-    probs = gl.convert_layout(probs.to(half.dtype), gl.DotOperandLayout(0, _HALF, 2))
+    probs = gl.convert_layout(probs.to(half.dtype), gl.DotOperandLayout(0, PART_HALF, 2))
     return warpgroup_mma(probs, half, out, is_async=True)
 
 
@@ -137,11 +138,11 @@ def _add_values(probs, half, out):
 @gluon.jit
 def _finish(out, total, buffer, OUT, query, column):
     """Normalise, and write by way of ``buffer``."""
-    total = gl.convert_layout(gl.where(total > 0, total, 1.0), gl.SliceLayout(1, _HALF))
+    total = gl.convert_layout(gl.where(total > 0, total, 1.0), gl.SliceLayout(1, PART_HALF))
     buffer.store((out / total[:, None]).to(buffer.dtype))
-    row = query + gl.arange(0, _N, layout=gl.SliceLayout(1, _ROWS))
-    column += gl.arange(0, _H, layout=gl.SliceLayout(0, _ROWS))
-    gl.store(OUT + row[:, None] * _L + column[None, :], buffer.load(_ROWS))
+    row = query + gl.arange(0, N, layout=gl.SliceLayout(1, PART_ROWS))
+    column += gl.arange(0, H, layout=gl.SliceLayout(0, PART_ROWS))
+    gl.store(OUT + row[:, None] * L + column[None, :], buffer.load(PART_ROWS))
 
 
 @gluon.jit
@@ -151,18 +152,18 @@ def _consume_first(
 ):  # fmt: skip
     """First tiles, and the left half of the columns. Tells the largest logits up to its tile, and
     hears them up to the second one."""
-    by_head: gl.constexpr = gl.SliceLayout(1, _LOGITS)
-    place = gl.arange(0, _K, layout=gl.SliceLayout(0, _LOGITS))
-    largest = gl.full([_N], -1e30, gl.float32, layout=by_head)
-    total = gl.full([_N], 0.0, gl.float32, layout=by_head)
-    out = gl.full([_N, _H], 0.0, gl.float32, layout=_HALF)
+    by_head: gl.constexpr = gl.SliceLayout(1, PART_LOGITS)
+    place = gl.arange(0, K, layout=gl.SliceLayout(0, PART_LOGITS))
+    largest = gl.full([N], -1e30, gl.float32, layout=by_head)
+    total = gl.full([N], 0.0, gl.float32, layout=by_head)
+    out = gl.full([N, H], 0.0, gl.float32, layout=PART_HALF)
     mbarrier.wait(ready.index(_QUERY), 0)
     for pair in range(0, pairs):
         phase = pair % 2
         logits = _logits(
-            q_latent.index(0).slice(0, _H, dim=1), left.index(0), ready.index(_LEFT),
-            q_latent.index(0).slice(_H, _H, dim=1), right.index(0), ready.index(_RIGHT),
-            q_rope.index(0), rope.index(0), phase, 2 * pair * _K + place, count, scale_log2,
+            q_latent.index(0).slice(0, H, dim=1), left.index(0), ready.index(_LEFT),
+            q_latent.index(0).slice(H, H, dim=1), right.index(0), ready.index(_RIGHT),
+            q_rope.index(0), rope.index(0), phase, 2 * pair * K + place, count, scale_log2,
         )  # fmt: skip
         larger = gl.maximum(largest, gl.max(logits, 1))
         rows.index(0).store(larger)
@@ -190,7 +191,7 @@ def _consume_first(
     total += rows.index(3).load(by_head)
     _finish(out, total, left.index(0), OUT, query, 0)
     lse = largest + gl.log2(gl.where(total > 0, total, 1.0))
-    gl.store(LSE + query + gl.arange(0, _N, layout=by_head), lse)
+    gl.store(LSE + query + gl.arange(0, N, layout=by_head), lse)
 
 
 @gluon.jit
@@ -200,20 +201,20 @@ def _consume_second(
 ):  # fmt: skip
     """Second tiles, and the right half of the columns. Hears the largest logits up to the first
     tile, and tells them up to its own."""
-    by_head: gl.constexpr = gl.SliceLayout(1, _LOGITS)
-    place = _K + gl.arange(0, _K, layout=gl.SliceLayout(0, _LOGITS))
-    largest = gl.full([_N], -1e30, gl.float32, layout=by_head)
-    total = gl.full([_N], 0.0, gl.float32, layout=by_head)
-    out = gl.full([_N, _H], 0.0, gl.float32, layout=_HALF)
+    by_head: gl.constexpr = gl.SliceLayout(1, PART_LOGITS)
+    place = K + gl.arange(0, K, layout=gl.SliceLayout(0, PART_LOGITS))
+    largest = gl.full([N], -1e30, gl.float32, layout=by_head)
+    total = gl.full([N], 0.0, gl.float32, layout=by_head)
+    out = gl.full([N, H], 0.0, gl.float32, layout=PART_HALF)
     mbarrier.wait(ready.index(_QUERY), 0)
     for pair in range(0, pairs):
         phase = pair % 2
         zero = zero_of(pair)
         one = zero + 1
         logits = _logits(
-            q_latent.index(zero).slice(_H, _H, dim=1), right.index(one), ready.index(_RIGHT + 1),
-            q_latent.index(zero).slice(0, _H, dim=1), left.index(one), ready.index(_LEFT + 1),
-            q_rope.index(zero), rope.index(one), phase, 2 * pair * _K + place, count, scale_log2,
+            q_latent.index(zero).slice(H, H, dim=1), right.index(one), ready.index(_RIGHT + 1),
+            q_latent.index(zero).slice(0, H, dim=1), left.index(one), ready.index(_LEFT + 1),
+            q_rope.index(zero), rope.index(one), phase, 2 * pair * K + place, count, scale_log2,
         )  # fmt: skip
         larger = gl.max(logits, 1)
         mbarrier.wait(told.index(_LARGEST), phase)
@@ -237,7 +238,7 @@ def _consume_second(
     tell(told.index(_TOTAL + 1))
     mbarrier.wait(told.index(_TOTAL), 0)
     total += rows.index(2).load(by_head)
-    _finish(out, total, right.index(1), OUT, query, _H)
+    _finish(out, total, right.index(1), OUT, query, H)
 
 
 @gluon.jit
@@ -249,18 +250,18 @@ def forward(
     b, query, start, count, TOPK = query_of_program(
         TOPK, STARTS, POSITIONS, topk_rows, batch, groups, k
     )
-    pairs = (count + 2 * _K - 1) // (2 * _K)
-    q_latent = gl.allocate_shared_memory(dtype, [1, _N, _L], SHARED)
-    q_rope = gl.allocate_shared_memory(dtype, [1, _N, _R], SHARED)
-    left = gl.allocate_shared_memory(dtype, [2, _K, _H], SHARED)
-    right = gl.allocate_shared_memory(dtype, [2, _K, _H], SHARED)
-    rope = gl.allocate_shared_memory(dtype, [2, _K, _R], SHARED)
-    rows = gl.allocate_shared_memory(gl.float32, [4, _N], _LINE)
-    ready = gl.allocate_shared_memory(gl.int64, [5, 1], _BARRIER)
-    free = gl.allocate_shared_memory(gl.int64, [4, 1], _BARRIER)
-    told = gl.allocate_shared_memory(gl.int64, [6, 1], _BARRIER)
+    pairs = (count + 2 * K - 1) // (2 * K)
+    q_latent = gl.allocate_shared_memory(dtype, [1, N, L], SHARED)
+    q_rope = gl.allocate_shared_memory(dtype, [1, N, R], SHARED)
+    left = gl.allocate_shared_memory(dtype, [2, K, H], SHARED)
+    right = gl.allocate_shared_memory(dtype, [2, K, H], SHARED)
+    rope = gl.allocate_shared_memory(dtype, [2, K, R], SHARED)
+    rows = gl.allocate_shared_memory(gl.float32, [4, N], _LINE)
+    ready = gl.allocate_shared_memory(gl.int64, [5, 1], BARRIER)
+    free = gl.allocate_shared_memory(gl.int64, [4, 1], BARRIER)
+    told = gl.allocate_shared_memory(gl.int64, [6, 1], BARRIER)
     for number in gl.static_range(5):
-        mbarrier.init(ready.index(number), count=32 * _WARPS)
+        mbarrier.init(ready.index(number), count=PART_THREADS)
     for number in gl.static_range(4):
         mbarrier.init(free.index(number), count=1)
     for number in gl.static_range(6):
@@ -289,6 +290,6 @@ def forward(
                 ),
             ),
         ],
-        [_WARPS, _WARPS],
+        [PART_WARPS, PART_WARPS],
         [216, 72],  # registers of a thread; the first consumer has what is left, 216
     )  # fmt: skip

@@ -1,0 +1,391 @@
+"""Gluon kernels of sparse attention's backward for GLM-5's own shape on Hopper."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..gluon import KEYS, WARPS
+from ..triton_kernels import most_of_keys
+from .tiles import (
+    BARRIER,
+    LOGITS,
+    PART_HALF,
+    PART_LOGITS,
+    PART_ROWS,
+    PART_THREADS,
+    PART_WARPS,
+    ROWS,
+    SHARED,
+    H,
+    K,
+    L,
+    N,
+    R,
+    W,
+    async_load,
+    gather,
+    keys_of_tile,
+    load_query,
+    query_of_program,
+    start_logits,
+    tell,
+    thread_barrier,
+    zero_of,
+)
+
+COLUMNS = 32
+"""Columns of the latent's gradient that are computed, and added to memory, at a time."""
+
+
+def fours() -> gl.DistributedLinearLayout:
+    """Of an accumulator [64, 32] whose columns are renamed: four values of a thread are neighbours,
+    for one 16-byte atomic, and eight threads add to one line of 128."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [1, 0], [8, 0]],
+        lane_bases=[[0, 4], [0, 8], [0, 16], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[KEYS, COLUMNS],
+    )
+
+
+def pairs() -> gl.DistributedLinearLayout:
+    """Of every second column of an accumulator [64, 32]: four threads have four neighbours, 32
+    bytes of 64-bit integers, for one transaction."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[8, 0], [0, 4], [0, 8]],
+        lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[KEYS, COLUMNS // 2],
+    )
+
+
+_COLUMNS = gl.constexpr(COLUMNS)
+_FOURS = gl.constexpr(fours())
+_PAIRS = gl.constexpr(pairs())
+_ACCUMULATOR = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 16]))
+_FETCHED_AT = gl.constexpr(4)
+"""After how many parts of the keys' gradient the next tile is fetched: then this one has served."""
+
+# In ``filled`` (to be read) and ``free`` (to be filled).
+_TILE = gl.constexpr(0)
+_PROBS = gl.constexpr(1)
+_QUERY = gl.constexpr(2)
+
+
+@gluon.jit
+def _fetch_query(Q, D_OUT, query, q_latent, q_rope, d_out, filled):
+    column = gl.arange(0, L, layout=gl.SliceLayout(0, PART_ROWS))[None, :]
+    rope_column = L + gl.arange(0, R, layout=gl.SliceLayout(0, PART_ROWS))[None, :]
+    head = (query + gl.arange(0, N, layout=gl.SliceLayout(1, PART_ROWS)))[:, None]
+    async_load(q_latent, Q + head * W + column)
+    async_load(q_rope, Q + head * W + rope_column)
+    async_load(d_out, D_OUT + head * L + column)
+    async_copy.mbarrier_arrive(filled, increment_count=False)
+
+
+@gluon.jit
+def _fetch_tile(LATENTS, TOPK, first, count, start, batch, b, latent, rope, filled):
+    key = keys_of_tile(TOPK, first, count, start, batch, b, gl.SliceLayout(1, PART_ROWS))
+    row = LATENTS + key.to(gl.int64)[:, None] * W
+    async_load(latent, row + gl.arange(0, L, layout=gl.SliceLayout(0, PART_ROWS))[None, :])
+    async_load(rope, row + L + gl.arange(0, R, layout=gl.SliceLayout(0, PART_ROWS))[None, :])
+    async_copy.mbarrier_arrive(filled, increment_count=False)
+
+
+@gluon.jit
+def _attend(
+    LSE, TERMS, D_Q, query, count, tiles, scale, scale_log2,
+    q_latent, q_rope, d_out, latent, rope, probs_shared, d_logits_shared, filled, free,
+):  # fmt: skip
+    """Probabilities and their gradients, and the right half of the query's gradient."""
+    dtype: gl.constexpr = latent.dtype
+    by_head: gl.constexpr = gl.SliceLayout(1, PART_LOGITS)
+    place = gl.arange(0, K, layout=gl.SliceLayout(0, PART_LOGITS))
+    own = query + gl.arange(0, N, layout=by_head)
+    lse = gl.load(LSE + own)
+    terms = gl.load(TERMS + own)
+    zeros = gl.full([N, K], 0.0, gl.float32, layout=PART_LOGITS)
+    d_q = gl.full([N, H], 0.0, gl.float32, layout=PART_HALF)
+    mbarrier.wait(filled.index(_QUERY), 0)
+    for tile in range(0, tiles):
+        phase = tile % 2
+        zero = zero_of(tile)
+        keys = latent.index(zero)
+        mbarrier.wait(filled.index(_TILE), phase)
+        fence_async_shared()
+        logits = start_logits(
+            q_latent.index(zero), q_rope.index(zero), keys, rope.index(zero), zeros
+        )
+        d_probs = warpgroup_mma(
+            d_out.index(zero), keys.permute((1, 0)), zeros, use_acc=False, is_async=True
+        )
+        logits = warpgroup_mma_wait(num_outstanding=1, deps=[logits])
+        probs = gl.exp2(logits * scale_log2 - lse[:, None])
+        probs = gl.where((tile * K + place)[None, :] < count, probs, 0.0)
+        mbarrier.wait(free.index(_PROBS), (tile + 1) % 2)
+        probs_shared.index(0).store(probs.to(dtype))
+        d_probs = warpgroup_mma_wait(num_outstanding=0, deps=[d_probs])
+        d_logits_shared.index(0).store((probs * (d_probs - terms[:, None]) * scale).to(dtype))
+        fence_async_shared()
+        tell(filled.index(_PROBS))
+        d_q = warpgroup_mma(
+            d_logits_shared.index(zero), keys.slice(H, H, dim=1), d_q, is_async=True
+        )
+        d_q = warpgroup_mma_wait(num_outstanding=0, deps=[d_q])
+        tell(free.index(_TILE))
+    _store_half(d_q, latent.index(0).slice(H, H, dim=1), D_Q, query, H)
+
+
+@gluon.jit
+def _add_up_query(
+    D_Q, query, tiles, latent, rope, d_logits_shared, filled, free
+):  # fmt: skip
+    """The left half of the query's gradient, and its rotary part."""
+    d_q = gl.full([N, H], 0.0, gl.float32, layout=PART_HALF)
+    d_q_rope = gl.full([N, R], 0.0, gl.float32, layout=PART_LOGITS)
+    for tile in range(0, tiles):
+        phase = tile % 2
+        zero = zero_of(tile)
+        d_logits = d_logits_shared.index(zero)
+        mbarrier.wait(filled.index(_TILE), phase)
+        mbarrier.wait(filled.index(_PROBS), phase)
+        fence_async_shared()
+        d_q = warpgroup_mma(d_logits, latent.index(zero).slice(0, H, dim=1), d_q, is_async=True)
+        d_q_rope = warpgroup_mma(d_logits, rope.index(zero), d_q_rope, is_async=True)
+        d_q, d_q_rope = warpgroup_mma_wait(num_outstanding=0, deps=[d_q, d_q_rope])
+        thread_barrier()
+        mbarrier.arrive(free.index(_TILE))
+        mbarrier.arrive(free.index(_PROBS))
+    _store_half(d_q, latent.index(0).slice(0, H, dim=1), D_Q, query, 0)
+    rope = rope.index(0)
+    rope.store(d_q_rope.to(rope.dtype))
+    thread_barrier()
+    row = query + gl.arange(0, N, layout=gl.SliceLayout(1, PART_ROWS))
+    column = L + gl.arange(0, R, layout=gl.SliceLayout(0, PART_ROWS))
+    gl.store(D_Q + row[:, None] * W + column[None, :], rope.load(PART_ROWS))
+
+
+@gluon.jit
+def _store_half(d_q, buffer, D_Q, query, column):
+    """Write by way of ``buffer``."""
+    buffer.store(d_q.to(buffer.dtype))
+    thread_barrier()
+    row = query + gl.arange(0, N, layout=gl.SliceLayout(1, PART_ROWS))
+    column += gl.arange(0, H, layout=gl.SliceLayout(0, PART_ROWS))
+    gl.store(D_Q + row[:, None] * W + column[None, :], buffer.load(PART_ROWS))
+
+
+@gluon.jit
+def _start_columns(probs, d_logits, q_latent, d_out, number: gl.constexpr, zeros):
+    """Start the products of 32 columns of the keys' gradient, [64, 32]."""
+    part = warpgroup_mma(
+        d_logits,
+        q_latent.slice(number * _COLUMNS, _COLUMNS, dim=1),
+        zeros,
+        use_acc=False,
+        is_async=True,
+    )
+    values = d_out.slice(number * _COLUMNS, _COLUMNS, dim=1)
+    return warpgroup_mma(probs, values, part, is_async=True)
+
+
+@gluon.jit
+def _add_up_keys(
+    Q, LATENTS, D_OUT, D_LATENTS, UNITS, TOPK, query, start, count, batch, b, tiles,
+    q_latent, q_rope, d_out, latent, rope, probs_shared, d_logits_shared, filled, free,
+):  # fmt: skip
+    """The gradient of the keys: 32 columns are multiplied while those before are added up. Copies
+    the rows of the query, and of the next tile when this one has served."""
+    ADDED: gl.constexpr = _FOURS if UNITS is None else _PAIRS
+    by_key: gl.constexpr = gl.SliceLayout(1, ADDED)
+    zeros = gl.full([K, _COLUMNS], 0.0, gl.float32, layout=_ACCUMULATOR)
+    _fetch_query(
+        Q, D_OUT, query, q_latent.index(0), q_rope.index(0), d_out.index(0), filled.index(_QUERY)
+    )
+    latent = latent.index(0)
+    rope = rope.index(0)
+    _fetch_tile(LATENTS, TOPK, 0, count, start, batch, b, latent, rope, filled.index(_TILE))
+    mbarrier.wait(filled.index(_QUERY), 0)
+    for tile in range(0, tiles):
+        zero = zero_of(tile)
+        probs = probs_shared.index(zero).permute((1, 0))
+        d_logits = d_logits_shared.index(zero).permute((1, 0))
+        q = q_latent.index(zero)
+        upstream = d_out.index(zero)
+        key = keys_of_tile(TOPK, tile * K, count, start, batch, b, by_key)
+        inside = tile * K + gl.arange(0, K, layout=by_key) < count
+        mbarrier.wait(filled.index(_PROBS), tile % 2)
+        fence_async_shared()
+        part = _start_columns(probs, d_logits, q, upstream, 0, zeros)
+        for number in gl.static_range(1, L // _COLUMNS):
+            later = _start_columns(probs, d_logits, q, upstream, number, zeros)
+            part = warpgroup_mma_wait(num_outstanding=2, deps=[part])
+            _add_to_keys(D_LATENTS, UNITS, key, inside, part, (number - 1) * _COLUMNS)
+            part = later
+            if number == _FETCHED_AT:
+                mbarrier.wait(free.index(_TILE), tile % 2)
+                if tile + 1 < tiles:
+                    _fetch_tile(
+                        LATENTS, TOPK, (tile + 1) * K, count, start, batch, b, latent, rope,
+                        filled.index(_TILE),
+                    )  # fmt: skip
+        for number in gl.static_range(R // _COLUMNS):
+            later = warpgroup_mma(
+                d_logits,
+                q_rope.index(zero).slice(number * _COLUMNS, _COLUMNS, dim=1),
+                zeros,
+                use_acc=False,
+                is_async=True,
+            )
+            part = warpgroup_mma_wait(num_outstanding=1, deps=[part])
+            _add_to_keys(D_LATENTS, UNITS, key, inside, part, L + (number - 1) * _COLUMNS)
+            part = later
+        part = warpgroup_mma_wait(num_outstanding=0, deps=[part])
+        tell(free.index(_PROBS))
+        _add_to_keys(D_LATENTS, UNITS, key, inside, part, W - _COLUMNS)
+
+
+@gluon.jit
+def _add_to_keys(D_LATENTS, UNITS, key, inside, tile, column):
+    """Add ``tile`` [64, 32] to the gradient of a tile's keys, from ``column`` on: in fours, the
+    columns 8 h + 2 r + e of every 16 renamed to 4 r + 2 h + e; or with ``UNITS`` in pairs."""
+    if UNITS is None:
+        tile = tile.reshape([K, _COLUMNS // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4))
+        tile = gl.convert_layout(tile.reshape([K, _COLUMNS]), _FOURS)
+        place = column + gl.arange(0, _COLUMNS, layout=gl.SliceLayout(0, _FOURS))
+        place = key[:, None] * W + place[None, :]
+        gl.atomic_add(D_LATENTS + place, tile, mask=inside[:, None], sem="relaxed")
+    else:
+        units = gl.load(UNITS + key)[:, None]
+        lower, upper = gl.split(tile.reshape([K, _COLUMNS // 2, 2]))
+        lower = _rounded(gl.convert_layout(lower, _PAIRS) * units)
+        upper = _rounded(gl.convert_layout(upper, _PAIRS) * units)
+        place = column // 2 + gl.arange(0, _COLUMNS // 2, layout=gl.SliceLayout(0, _PAIRS))
+        place = key[:, None] * (W // 2) + place[None, :]
+        integers = lower + (upper << 32)
+        gl.atomic_add(D_LATENTS + place, integers, mask=inside[:, None], sem="relaxed")
+
+
+@gluon.jit
+def _rounded(number):
+    """To the nearest integer, of 32 bits, in 64."""
+    return (number + gl.where(number > 0, 0.5, -0.5)).to(gl.int32).to(gl.int64)
+
+
+@gluon.jit
+def backward(
+    Q, LATENTS, TOPK, STARTS, POSITIONS, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS,
+    rows, batch, groups, k, scale, scale_log2,
+):  # fmt: skip
+    """Three parts of warps, so that adding to memory, which bounds it, hardly ever waits: one
+    computes probabilities and half of the query's gradient, one the other half, and one adds up the
+    gradient of the keys."""
+    dtype: gl.constexpr = Q.dtype.element_ty
+    b, query, start, count, TOPK = query_of_program(TOPK, STARTS, POSITIONS, rows, batch, groups, k)
+    tiles = (count + K - 1) // K
+    q_latent = gl.allocate_shared_memory(dtype, [1, N, L], SHARED)
+    q_rope = gl.allocate_shared_memory(dtype, [1, N, R], SHARED)
+    d_out = gl.allocate_shared_memory(dtype, [1, N, L], SHARED)
+    latent = gl.allocate_shared_memory(dtype, [1, K, L], SHARED)
+    rope = gl.allocate_shared_memory(dtype, [1, K, R], SHARED)
+    probs = gl.allocate_shared_memory(dtype, [1, N, K], SHARED)
+    d_logits = gl.allocate_shared_memory(dtype, [1, N, K], SHARED)
+    filled = gl.allocate_shared_memory(gl.int64, [3, 1], BARRIER)
+    free = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    mbarrier.init(filled.index(_TILE), count=PART_THREADS)
+    mbarrier.init(filled.index(_PROBS), count=1)
+    mbarrier.init(filled.index(_QUERY), count=PART_THREADS)
+    mbarrier.init(free.index(_TILE), count=2)
+    mbarrier.init(free.index(_PROBS), count=2)
+    gl.warp_specialize(
+        [
+            (
+                _attend,
+                (
+                    LSE, TERMS, D_Q, query, count, tiles, scale, scale_log2,
+                    q_latent, q_rope, d_out, latent, rope, probs, d_logits, filled, free,
+                ),
+            ),
+            (_add_up_query, (D_Q, query, tiles, latent, rope, d_logits, filled, free)),
+            (
+                _add_up_keys,
+                (
+                    Q, LATENTS, D_OUT, D_LATENTS, UNITS, TOPK, query, start, count, batch, b, tiles,
+                    q_latent, q_rope, d_out, latent, rope, probs, d_logits, filled, free,
+                ),
+            ),
+        ],
+        [PART_WARPS, PART_WARPS],
+        [192, 88],  # registers of a thread; 224 are left
+    )  # fmt: skip
+
+
+@gluon.jit
+def bounds(
+    Q, LATENTS, TOPK, STARTS, POSITIONS, D_OUT, LSE, TERMS, BOUNDS, UNIT,
+    rows, batch, groups, k, scale, scale_log2,
+):  # fmt: skip
+    """What one query adds at most to any number of a key's gradient, as ``backward`` adds it."""
+    dtype: gl.constexpr = Q.dtype.element_ty
+    by_row: gl.constexpr = gl.SliceLayout(1, ROWS)
+    by_column: gl.constexpr = gl.SliceLayout(0, ROWS)
+    by_head: gl.constexpr = gl.SliceLayout(1, LOGITS)
+    by_key: gl.constexpr = gl.SliceLayout(0, LOGITS)
+    b, query, start, count, TOPK = query_of_program(TOPK, STARTS, POSITIONS, rows, batch, groups, k)
+
+    q_latent = gl.allocate_shared_memory(dtype, [N, L], SHARED)
+    q_rope = gl.allocate_shared_memory(dtype, [N, R], SHARED)
+    d_out = gl.allocate_shared_memory(dtype, [N, L], SHARED)
+    latent = gl.allocate_shared_memory(dtype, [K, L], SHARED)
+    rope = gl.allocate_shared_memory(dtype, [K, R], SHARED)
+    gather(LATENTS, keys_of_tile(TOPK, 0, count, start, batch, b, by_row), latent, rope)
+    key = keys_of_tile(TOPK, K, count, start, batch, b, by_row)
+    head = gl.arange(0, N, layout=by_row)
+    load_query(Q, query, q_latent, q_rope)
+    column = gl.arange(0, L, layout=by_column)
+    d_out.store(gl.load(D_OUT + (query + head)[:, None] * L + column[None, :]))
+    thread_barrier()
+    most_q = gl.maximum(_largest(q_latent.load(ROWS)), _largest(q_rope.load(ROWS)))
+    most_q = gl.convert_layout(most_q, by_head) * scale
+    most_d_out = gl.convert_layout(_largest(d_out.load(ROWS)), by_head)
+    own = query + gl.arange(0, N, layout=by_head)
+    lse = gl.load(LSE + own)
+    terms = gl.load(TERMS + own)
+    unit = gl.load(UNIT)
+    zeros = gl.full([N, K], 0.0, gl.float32, layout=LOGITS)
+    for first in range(0, count, K):
+        async_copy.wait_group(0)
+        fence_async_shared()
+        thread_barrier()
+        logits = start_logits(q_latent, q_rope, latent, rope, zeros)
+        d_probs = warpgroup_mma(d_out, latent.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        logits, d_probs = warpgroup_mma_wait(num_outstanding=0, deps=[logits, d_probs])
+        thread_barrier()
+        if first + K < count:
+            gather(LATENTS, key, latent, rope)
+        key = keys_of_tile(TOPK, first + 2 * K, count, start, batch, b, by_row)
+        probs = gl.exp2(logits * scale_log2 - lse[:, None])
+        most = most_of_keys(probs, d_probs, terms, most_q, most_d_out)
+        inside = first + gl.arange(0, K, layout=by_key) < count
+        gl.atomic_add(
+            BOUNDS + keys_of_tile(TOPK, first, count, start, batch, b, by_key),
+            (most * unit).to(gl.int64) + 1,
+            mask=inside,
+            sem="relaxed",
+        )
+
+
+@gluon.jit
+def _largest(tile):
+    tile = tile.to(gl.float32)
+    return gl.max(gl.maximum(tile, -tile), 1)

@@ -1,0 +1,101 @@
+"""What the Gluon kernels share: layouts, and how rows come to shared memory.
+
+Tiles of keys are [64, 512] of the latent and [64, 64] of the rotary part.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
+
+from ..gluon import HEADS, KEYS, LATENT, ROPE, WARPS, WIDTH
+
+# Triton 3.6 has other names than the versions after it.
+thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+N = gl.constexpr(HEADS)
+L = gl.constexpr(LATENT)
+H = gl.constexpr(LATENT // 2)
+R = gl.constexpr(ROPE)
+W = gl.constexpr(WIDTH)
+K = gl.constexpr(KEYS)
+
+SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+BARRIER = gl.constexpr(mbarrier.MBarrierLayout())
+
+# Of 8 warps that do the same: 4 x 16 rows of an accumulator, and 2 halves of its columns.
+LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, KEYS // 2, 16]))
+ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
+
+# Of the warps of one part.
+PART_LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS, 16]))
+PART_HALF = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, LATENT // 2, 16]))
+PART_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0]))
+PART_WARPS = gl.constexpr(WARPS)
+PART_THREADS = gl.constexpr(32 * WARPS)
+
+
+@gluon.jit
+def query_of_program(TOPK, STARTS, POSITIONS, rows, batch, groups, k):
+    """Batch of this program, the place of its first head in [s, b, n], where its document starts,
+    how many keys it has and which. The last rows come first: they have most keys."""
+    row = rows - 1 - gl.program_id(0) // batch
+    b = gl.program_id(0) % batch
+    query = ((row * batch + b) * groups + gl.program_id(1)).to(gl.int64) * N
+    start = gl.load(STARTS + row)
+    count = gl.minimum(gl.load(POSITIONS + row) - start + 1, k)
+    return b, query, start, count, TOPK + (b.to(gl.int64) * rows + row) * k
+
+
+@gluon.jit
+def keys_of_tile(TOPK, first, count, start, batch, b, layout: gl.constexpr):
+    """Rows of the latent that a tile of the top-k names; past its end, some row."""
+    place = first + gl.arange(0, K, layout=layout)
+    local = gl.load(TOPK + place, mask=place < count, other=0)
+    return (local + start) * batch + b
+
+
+@gluon.jit
+def gather(LATENTS, key, latent, rope):
+    """Start copying rows of the latent, by key, to shared memory."""
+    columns: gl.constexpr = gl.SliceLayout(0, ROWS)
+    row = LATENTS + key.to(gl.int64)[:, None] * W
+    async_load(latent, row + gl.arange(0, L, layout=columns)[None, :])
+    async_load(rope, row + L + gl.arange(0, R, layout=columns)[None, :])
+    async_copy.commit_group()
+
+
+@gluon.jit
+def load_query(Q, query, latent, rope):
+    """Copy the heads of a query to shared memory."""
+    columns: gl.constexpr = gl.SliceLayout(0, ROWS)
+    q = Q + (query + gl.arange(0, N, layout=gl.SliceLayout(1, ROWS)))[:, None] * W
+    latent.store(gl.load(q + gl.arange(0, L, layout=columns)[None, :]))
+    rope.store(gl.load(q + L + gl.arange(0, R, layout=columns)[None, :]))
+
+
+@gluon.jit
+def start_logits(q_latent, q_rope, latent, rope, zeros):
+    """Start the products of a query's heads and a tile of keys, [64, 64]; not to be read before a
+    ``warpgroup_mma_wait``."""
+    logits = warpgroup_mma(q_latent, latent.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    return warpgroup_mma(q_rope, rope.permute((1, 0)), logits, is_async=True)
+
+
+@gluon.jit
+def tell(barrier):
+    """All threads of this part have done what came before."""
+    thread_barrier()
+    mbarrier.arrive(barrier)
+
+
+@gluon.jit
+def zero_of(number):
+    """0, of a number that is not negative, unknown to the compiler: addresses that depend on it
+    are computed in a loop. Before it, they would take the registers of the output."""
+    return gl.inline_asm_elementwise(
+        "shr.u32 $0, $1, 31;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1
+    )
