@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..errors import PipelineSplitError
-from .costs import estimate
+from .costs import estimate, topk_bytes_per_token
 from .huggingface import HFConfig
 from .pipeline_split import best_splits
 
-FLOPS = 4.3e14
+FLOPS = 4.4e14
 """FLOP/s of a layer's step."""
 PASSES = 4
 """A step's work in forward passes: forward, its recompute, and a backward of two."""
@@ -25,7 +25,7 @@ NVLINK, NETWORK = 2.8e11, 4.5e10
 """Bytes/s that a GPU sends in a collective, inside a host and between hosts."""
 LATENCY = 2e-5
 """Seconds of a collective, however small."""
-SMALL_PARTS = 5e-3
+SMALL_PARTS = 6.5e-3
 """Seconds that a layer's step takes longer where a sequence is split: smaller matrix products,
 waits of the ranks for each other."""
 GPUS_OF_A_HOST = 8
@@ -156,7 +156,8 @@ class _Model:
         states = 12 * (others + experts) / ranks
         own = self.tokens / (split.tp * split.cp)
         kept = own * (2 * hf.hidden_size * hf.num_hidden_layers / split.pp)
-        kept += own * 4 * hf.index_topk * len(hf.schedule.computing_layers) / split.pp
+        topk = topk_bytes_per_token(hf.index_topk, self.tokens)
+        kept += own * topk * len(hf.schedule.computing_layers) / split.pp
         qk, value = hf.qk_nope_head_dim + hf.qk_rope_head_dim, hf.v_head_dim
         at_once = 16 * hf.num_attention_heads * (qk + value)
         at_once += 8 * hf.num_experts_per_tok * hf.hidden_size
