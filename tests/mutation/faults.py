@@ -208,6 +208,27 @@ FAULTS = (
         BACKENDS,
     ),
     Fault(
+        "the bound of a key's gradient leaves out what it is as a value",
+        "ops/sparse_attention/triton_kernels.py",
+        "most = probs * (difference * most_q[:, None] + most_d_out[:, None])",
+        "most = probs * (difference * most_q[:, None])",
+        "tests/ops/test_exact_sums.py",
+    ),
+    Fault(
+        "what the lower sum of a pair borrows is not given back to the upper one",
+        "ops/exact_sums.py",
+        "upper = ((self.integers - lower) >> 32).int()",
+        "upper = (self.integers >> 32).int()",
+        "tests/ops/test_exact_sums.py",
+    ),
+    Fault(
+        "the sample of a very long row is that of a short one",
+        "ops/index_topk/triton.py",
+        "        room *= 2\n",
+        "        break\n",
+        f"{TRITON}::test_a_sample_of_a_long_row_seldom_misleads",
+    ),
+    Fault(
         "fewer candidates than keys to select are enough",
         "ops/index_topk/triton_kernels.py",
         "found = (written >= k) & (written <= CAPACITY)",

@@ -10,9 +10,10 @@ from glm5_patch.ops.index_topk.reference import IndexerInputs
 from glm5_patch.ops.needs import Call
 from glm5_patch.ops.query_positions import QueryPositions
 from glm5_patch.ops.recorded_keys.frame import Frame
-from glm5_patch.ops.registry import Backend, backends, names, table, why_not
+from glm5_patch.ops.registry import Backend, backends, choose, names, table, why_not
 from glm5_patch.ops.rotation.reference import Rotation
 from glm5_patch.ops.sparse_attention.absorption import absorbed_inputs
+from glm5_patch.ops.sparse_attention.gluon import compiles
 from glm5_patch.ops.sparse_attention.inputs import AttentionInputs, MLADims
 from tests.ops.test_sparse_attention import random_topk
 from tests.tiny import relative
@@ -192,3 +193,17 @@ def test_a_library_is_named_where_it_computes(rank, monkeypatch):
     monkeypatch.setenv("GLM5_PATCH_KERNELS", "auto")
     named = registry.triton_and_libraries(torch.device("cpu"), torch.float32)
     assert named == ("triton, sum by flash_mla" if rank > own.rank else "triton")
+
+
+def test_a_gluon_that_compiles_something_else_gives_way_with_a_warning(monkeypatch):
+    def unknown():
+        raise AttributeError("module 'gluon' has no attribute 'warp_specialize'")
+
+    gluon_backend = Backend("sum", "gluon", compute=sum, rank=2, load=compiles(unknown))
+    own = Backend("sum", "triton", compute=sum, rank=1)
+    monkeypatch.setattr(registry, "backends", lambda operation=None: (gluon_backend, own))
+    monkeypatch.setenv("GLM5_PATCH_KERNELS", "auto")
+    call = Call(torch.device("cpu"), torch.float32)
+    with pytest.warns(RuntimeWarning, match="Gluon is unknown .*warp_specialize.*plain Triton"):
+        assert choose("sum", call) is own
+    assert "warp_specialize" in why_not(gluon_backend, call)
