@@ -48,9 +48,11 @@ def test_the_order_changes_no_bit_and_the_sum_is_right(size, add, bits):
 
 
 @pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, 1), (-1, -1)])
-def test_a_pair_as_large_as_its_bound_keeps_both_sums(signs):
+def test_a_pair_keeps_both_sums(signs):
     terms = torch.tensor(signs, dtype=torch.float32).expand(1000, 2)
     assert added_in_pairs(terms, 1000.0).tolist() == [1000.0 * sign for sign in signs]
+    # As small as a unit.
+    assert added_in_pairs(terms[:1], 2.0**30).tolist() == list(signs)
 
 
 @pytest.mark.parametrize("add", [added, added_in_pairs])
@@ -61,16 +63,17 @@ def test_zeros_stay_zeros_and_what_is_no_number_is_none(add):
 
 
 @pytest.mark.parametrize(
-    ("heads", "sink"),
+    ("heads", "sink", "scale"),
     [
-        pytest.param(4, True, id="4-sink"),
+        pytest.param(4, True, 0.2, id="4-sink"),
+        pytest.param(4, False, 1e-6, id="4-as-values"),  # as keys they have no gradient then
         *(
-            pytest.param(heads, sink, id=name, marks=pytest.mark.nightly)
+            pytest.param(heads, sink, 0.2, id=name, marks=pytest.mark.nightly)
             for heads, sink, name in ((4, False, "4"), (40, True, "40-sink"), (40, False, "40"))
         ),
     ],
 )
-def test_no_gradient_of_a_key_exceeds_its_bound(interpreted, monkeypatch, heads, sink):
+def test_no_gradient_of_a_key_exceeds_its_bound(interpreted, monkeypatch, heads, sink, scale):
     """Also where all queries attend to the first key alone, with the same upstream gradient."""
     pytest.importorskip("triton", reason="triton is not installed")
     queries, tensors = layout([24]), [t.detach() for t in inputs(24, 1, heads, SMALL, seed=1)]
@@ -79,7 +82,7 @@ def test_no_gradient_of_a_key_exceeds_its_bound(interpreted, monkeypatch, heads,
         tensors[1] = tensors[1].abs() * 0.01
         tensors[1][0] = 50.0
         tensors[2] = tensors[2].abs()
-    attention = AttentionInputs(*tensors, chosen_keys(queries, 1, 24, 0), queries, SMALL, 0.2)
+    attention = AttentionInputs(*tensors, chosen_keys(queries, 1, 24, 0), queries, SMALL, scale)
     absorbed = absorbed_inputs(attention)
     out, lse = triton.forward(absorbed)
     upstream = torch.ones_like(out)
