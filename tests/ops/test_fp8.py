@@ -73,7 +73,7 @@ def test_the_hadamard_matrix_and_the_rounding():
         assert values[0].float() * scale == power
 
 
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("kernels", ["torch", pytest.param("triton", marks=pytest.mark.nightly)])
 def test_every_key_is_that_of_the_arithmetic_written_out(kernels, request, monkeypatch):
     if kernels == "triton":
         request.getfixturevalue("interpreted")

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import collections, sys, warnings
 warnings.filterwarnings("ignore")
@@ -51,6 +53,7 @@ MTP_LAYER = (
 )
 
 
+@pytest.mark.nightly
 def test_parameters_equal_the_published_count_with_21_indexers():
     import json
 
