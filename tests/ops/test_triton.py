@@ -244,7 +244,7 @@ def test_a_sample_of_a_long_row_seldom_misleads(longest):
     k, room = 2048, indexer_kernels.room_for_candidates(longest, 2048)
     sample = room // 2
     expected = k * sample / longest
-    wanted = int(expected + 5 * expected**0.5) + 1
+    wanted = int(expected + indexer_kernels.DEVIATIONS * expected**0.5) + 1
     torch.manual_seed(0)
     share = torch.distributions.Beta(wanted, sample - wanted + 1.0).sample((20000,))
     candidates = share * longest

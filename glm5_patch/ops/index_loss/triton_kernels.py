@@ -28,8 +28,9 @@ import triton.language as tl
 
 from ..sparse_attention.triton_kernels import (
     gather_columns,
+    keys_of_query,
     load_columns,
-    load_span,
+    logits_of,
     tile_of_keys,
 )
 
@@ -44,9 +45,7 @@ def _logits(
     latent_0 = gather_columns(LATENTS, key, 0, HALF)
     latent_1 = gather_columns(LATENTS, key, HALF, HALF)
     rope = gather_columns(LATENTS, key, LATENT, ROPE)
-    logits = tl.dot(q_0, tl.trans(latent_0), input_precision=PRECISION)
-    logits = tl.dot(q_1, tl.trans(latent_1), logits, input_precision=PRECISION)
-    return tl.dot(q_rope, tl.trans(rope), logits, input_precision=PRECISION) * scale_log2
+    return logits_of(q_0, q_1, q_rope, latent_0, latent_1, rope, PRECISION) * scale_log2
 
 
 @triton.jit
@@ -67,9 +66,7 @@ def head_sums(
     q_0 = load_columns(Q, query * WIDTH, 0, HALF, own)
     q_1 = load_columns(Q, query * WIDTH, HALF, HALF, own)
     q_rope = load_columns(Q, query * WIDTH, LATENT, ROPE, own)
-    start, seen = load_span(STARTS, POSITIONS, row)
-    count = tl.minimum(seen, k)
-    line = (b.to(tl.int64) * rows + row) * k
+    start, count, line = keys_of_query(STARTS, POSITIONS, row, b, rows, k)
     if LSE is not None:
         lse = tl.load(LSE + query, mask=own, other=0.0)
     else:  # a pass for the softmax's sum
@@ -110,9 +107,7 @@ def loss(
     everyone = tl.arange(0, HEADS) >= 0
     q = load_columns(Q, query * DIM, 0, DIM, everyone)
     weights = tl.load(WEIGHTS + query) * scale
-    start, seen = load_span(STARTS, POSITIONS, row)
-    count = tl.minimum(seen, k)
-    line = (b.to(tl.int64) * rows + row) * k
+    start, count, line = keys_of_query(STARTS, POSITIONS, row, b, rows, k)
     largest, total, mass = -1e30, 0.0, 0.0
     # Two passes: the scores and their softmax's sum, then the loss and its gradients.
     for first in range(0, count, KEYS):

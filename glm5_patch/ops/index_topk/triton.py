@@ -22,6 +22,9 @@ FEWEST_QUERIES = 256
 """Of a block: fewer leave a GPU idle. Their scores take 1 GiB where there are a million keys."""
 IN_REGISTERS = 4096
 """Scores of a row that a program holds in registers to select from; of longer rows, candidates."""
+DEVIATIONS = 5
+"""Standard deviations by which more scores of a sample are candidates than are expected of the k
+largest."""
 
 TRITON = Needs(
     package="triton",
@@ -104,7 +107,7 @@ def room_for_candidates(longest: int, k: int) -> int:
     room = 1 << (2 * k - 1).bit_length()
     while room < longest:
         expected = k * (room / 2) / longest  # of the k largest, in the sample
-        wanted = expected + 5 * math.sqrt(expected) + 1
+        wanted = expected + DEVIATIONS * math.sqrt(expected) + 1
         if k * wanted / expected * (1 + 3 / math.sqrt(wanted)) <= room:
             break
         room *= 2
@@ -128,7 +131,7 @@ def select_into(
         counts = torch.empty(rows, dtype=torch.int32, device=out.device)
         kernels.candidates[(rows,)](
             scores, starts, positions, values, names, counts, scores.shape[1], k,
-            SAMPLE=length // 2, CAPACITY=length, BLOCK=1024, num_warps=4,
+            SAMPLE=length // 2, CAPACITY=length, DEVIATIONS=DEVIATIONS, BLOCK=1024, num_warps=4,
         )  # fmt: skip
     kernels.topk[(rows,)](
         scores, starts, positions, values, names, counts, out, scores.shape[1], k,

@@ -202,7 +202,7 @@ def _write_chosen(
 @triton.jit
 def candidates(
     SCORES, STARTS, POSITIONS, VALUES, NAMES, COUNTS, num_keys, k,
-    SAMPLE: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
+    SAMPLE: tl.constexpr, CAPACITY: tl.constexpr, DEVIATIONS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The scores, and their places, above a bar that a sample says somewhat more than k reach.
 
@@ -218,7 +218,7 @@ def candidates(
         stride = visible // SAMPLE
         value = _value(line, number * stride + number * 7919 % stride, number >= 0)
         expected = k * SAMPLE / visible
-        wanted = (expected + 5 * tl.sqrt(expected)).to(tl.int32) + 1  # 5 standard deviations
+        wanted = (expected + DEVIATIONS * tl.sqrt(expected)).to(tl.int32) + 1
         bar, _ = _kth_largest(value, number >= 0, SAMPLE, tl.minimum(wanted, SAMPLE), wanted // 16)
     values = VALUES + row.to(tl.int64) * CAPACITY
     names = NAMES + row.to(tl.int64) * CAPACITY

@@ -9,12 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..exact_sums import ExactSums
+from ..exact_sums import ExactPairs, ExactSums
 from ..needs import Needs, Width
 from ..registry import OWN_KERNELS, backend
 from .inputs import AbsorbedInputs
 from .reference import LOG2_E
-from .triton import exact_pairs, room_for, row_terms
+from .triton import room_for_latents, row_terms
 
 HEADS, LATENT, ROPE = 64, 512, 64
 WIDTH = LATENT + ROPE
@@ -147,12 +147,11 @@ def key_gradients(
     def measure(bounds: ExactSums) -> None:
         kernels.bounds[grid](*given, *bounds, *sizes, num_warps=8)
 
-    d_query, pairs = torch.empty_like(query), exact_pairs(absorbed, d_out, measure)
-    d_latent = room_for(latent) if pairs is None else pairs.integers
-    units = None if pairs is None else pairs.units
+    d_query = torch.empty_like(query)
+    d_latent, units = room_for_latents(absorbed, d_out, measure)
     kernels.backward[grid](*given, d_query, d_latent, units, *sizes, num_warps=WARPS)
-    if pairs is not None:
-        return d_query, pairs.value()
+    if units is not None:
+        return d_query, ExactPairs(d_latent, units).value()
     # Back from renamed columns, see gluon_kernels.
     fours = d_latent.unflatten(-1, (WIDTH // 16, 4, 2, 2))
     return d_query, fours.transpose(-3, -2).flatten(-4)

@@ -89,7 +89,7 @@ def backward(
     absorbed: AbsorbedInputs, out: Tensor, lse: Tensor, d_out: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.backward``, with the latent's gradient in fp32. Deterministic where
-    ``torch.use_deterministic_algorithms`` asks for it, see ``exact_pairs``."""
+    ``torch.use_deterministic_algorithms`` asks for it, see ``room_for_latents``."""
     return key_gradients(absorbed, lse, row_terms(out, d_out), d_out)
 
 
@@ -128,31 +128,25 @@ def key_gradients(
     def measure(bounds: ExactSums) -> None:
         kernels.bounds[grid](*given, *bounds, *sizes, **launch)
 
-    d_query, pairs = torch.empty_like(query), exact_pairs(absorbed, d_out, measure)
-    d_latent = room_for(latent) if pairs is None else pairs.integers
-    units = None if pairs is None else pairs.units
+    d_query = torch.empty_like(query)
+    d_latent, units = room_for_latents(absorbed, d_out, measure)
     kernels.backward[grid](*given, d_query, d_latent, units, *sizes, **launch)
-    return d_query, d_latent if pairs is None else pairs.value()
+    return d_query, d_latent if units is None else ExactPairs(d_latent, units).value()
 
 
-def room_for(latent: Tensor) -> Tensor:
-    """Where programs add up the gradient of the latents: zeros, fp32."""
-    return torch.zeros(latent.shape, dtype=torch.float32, device=latent.device)
-
-
-def exact_pairs(
+def room_for_latents(
     absorbed: AbsorbedInputs, d_out: Tensor, measure: Callable[[ExactSums], None]
-) -> ExactPairs | None:
-    """Where programs add up the gradient of the latents if ``torch.use_deterministic_algorithms``
-    asks for the same bits every time; else None.
+) -> tuple[Tensor, Tensor | None]:
+    """Where programs add up the gradient of the latents: zeros, fp32, and None; or ``ExactPairs``
+    where ``torch.use_deterministic_algorithms`` asks for the same bits every time.
 
     Args:
         absorbed, d_out: of ``backward``.
         measure: adds to sums [t, b] how large the gradient of each key gets at most.
     """
-    if not torch.are_deterministic_algorithms_enabled():
-        return None
     latent = absorbed.latent
+    if not torch.are_deterministic_algorithms_enabled():
+        return torch.zeros(latent.shape, dtype=torch.float32, device=latent.device), None
     norm = partial(torch.linalg.vector_norm, dim=-1, dtype=torch.float32)
     # A probability is at most 1, and what comes out of the latents no longer than one of them.
     of_logits = (

@@ -62,10 +62,11 @@ def query_of_program(rows, batch, heads, HEADS: tl.constexpr):
 
 
 @triton.jit
-def load_span(STARTS, POSITIONS, row):
-    """The first key that a query sees, and how many it sees."""
+def keys_of_query(STARTS, POSITIONS, row, b, rows, k):
+    """The first key that a query sees, how many its top-k names, and where that begins in TOPK."""
     start = tl.load(STARTS + row)
-    return start, tl.load(POSITIONS + row) - start + 1
+    count = tl.minimum(tl.load(POSITIONS + row) - start + 1, k)
+    return start, count, (b.to(tl.int64) * rows + row) * k
 
 
 @triton.jit
@@ -123,6 +124,14 @@ def project(
 
 
 @triton.jit
+def logits_of(q_0, q_1, q_rope, latent_0, latent_1, rope, PRECISION: tl.constexpr):
+    """[HEADS, KEYS], of queries and keys in two halves of the latent and the rotary part."""
+    logits = tl.dot(q_0, tl.trans(latent_0), input_precision=PRECISION)
+    logits = tl.dot(q_1, tl.trans(latent_1), logits, input_precision=PRECISION)
+    return tl.dot(q_rope, tl.trans(rope), logits, input_precision=PRECISION)
+
+
+@triton.jit
 def forward(
     Q, LATENTS, TOPK, STARTS, POSITIONS, OUT, LSE,
     rows, batch, heads, k, scale_log2,
@@ -136,9 +145,8 @@ def forward(
     q_0 = load_columns(Q, query * WIDTH, 0, HALF, own)  # [HEADS, HALF]
     q_1 = load_columns(Q, query * WIDTH, HALF, HALF, own)
     q_rope = load_columns(Q, query * WIDTH, LATENT, ROPE, own)  # [HEADS, ROPE]
-    start, visible = load_span(STARTS, POSITIONS, row)
-    count = tl.minimum(visible, k)
-    TOPK += (b.to(tl.int64) * rows + row) * k
+    start, count, line = keys_of_query(STARTS, POSITIONS, row, b, rows, k)
+    TOPK += line
     largest = tl.full([HEADS], -1e30, tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     out_0 = tl.zeros([HEADS, HALF], tl.float32)
@@ -148,9 +156,7 @@ def forward(
         latent_0 = gather_columns(LATENTS, key, 0, HALF)  # [KEYS, HALF]
         latent_1 = gather_columns(LATENTS, key, HALF, HALF)
         rope = gather_columns(LATENTS, key, LATENT, ROPE)  # [KEYS, ROPE]
-        logits = tl.dot(q_0, tl.trans(latent_0), input_precision=PRECISION)  # [HEADS, KEYS]
-        logits = tl.dot(q_1, tl.trans(latent_1), logits, input_precision=PRECISION)
-        logits = tl.dot(q_rope, tl.trans(rope), logits, input_precision=PRECISION) * scale_log2
+        logits = logits_of(q_0, q_1, q_rope, latent_0, latent_1, rope, PRECISION) * scale_log2
         logits = tl.where(valid[None, :], logits, -1e30)
         larger = tl.maximum(largest, tl.max(logits, 1))
         # A tile without a valid key would otherwise count exp2(-1e30 + 1e30).
@@ -232,17 +238,14 @@ def bounds(
     lse = tl.load(LSE + query, mask=own, other=0.0)
     terms = tl.load(TERMS + query, mask=own, other=0.0)
     unit = tl.load(UNIT)
-    start, visible = load_span(STARTS, POSITIONS, row)
-    count = tl.minimum(visible, k)
-    TOPK += (b.to(tl.int64) * rows + row) * k
+    start, count, line = keys_of_query(STARTS, POSITIONS, row, b, rows, k)
+    TOPK += line
     for first in tl.range(0, count, KEYS, num_stages=STAGES):
         key, valid = tile_of_keys(TOPK, first, count, start, batch, b, KEYS, WIDTH)
         latent_0 = gather_columns(LATENTS, key, 0, HALF)  # [KEYS, HALF]
         latent_1 = gather_columns(LATENTS, key, HALF, HALF)
         rope = gather_columns(LATENTS, key, LATENT, ROPE)
-        logits = tl.dot(q_0, tl.trans(latent_0), input_precision=PRECISION)  # [HEADS, KEYS]
-        logits = tl.dot(q_1, tl.trans(latent_1), logits, input_precision=PRECISION)
-        logits = tl.dot(q_rope, tl.trans(rope), logits, input_precision=PRECISION)
+        logits = logits_of(q_0, q_1, q_rope, latent_0, latent_1, rope, PRECISION)
         d_probs = tl.dot(d_out_0, tl.trans(latent_0), input_precision=PRECISION)
         d_probs = tl.dot(d_out_1, tl.trans(latent_1), d_probs, input_precision=PRECISION)
         probs = tl.exp2(logits * scale_log2 - lse[:, None])
@@ -290,9 +293,8 @@ def backward(
     d_out_3 = load_columns(D_OUT, query * LATENT, 3 * PART, PART, own)
     lse = tl.load(LSE + query, mask=own, other=0.0)
     terms = tl.load(TERMS + query, mask=own, other=0.0)
-    start, visible = load_span(STARTS, POSITIONS, row)
-    count = tl.minimum(visible, k)
-    TOPK += (b.to(tl.int64) * rows + row) * k
+    start, count, line = keys_of_query(STARTS, POSITIONS, row, b, rows, k)
+    TOPK += line
     d_q_0 = tl.zeros([HEADS, PART], tl.float32)
     d_q_1 = tl.zeros([HEADS, PART], tl.float32)
     d_q_2 = tl.zeros([HEADS, PART], tl.float32)

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..gluon import KEYS, WARPS
-from ..triton_kernels import most_of_keys
+from ..triton_kernels import most_of_keys, rounded
 from .tiles import (
     BARRIER,
     LOGITS,
@@ -31,6 +31,7 @@ from .tiles import (
     R,
     W,
     async_load,
+    copy_rows,
     gather,
     keys_of_tile,
     load_query,
@@ -38,6 +39,7 @@ from .tiles import (
     start_logits,
     tell,
     thread_barrier,
+    write_heads,
     zero_of,
 )
 
@@ -84,21 +86,17 @@ _QUERY = gl.constexpr(2)
 
 @gluon.jit
 def _fetch_query(Q, D_OUT, query, q_latent, q_rope, d_out, filled):
-    column = gl.arange(0, L, layout=gl.SliceLayout(0, PART_ROWS))[None, :]
-    rope_column = L + gl.arange(0, R, layout=gl.SliceLayout(0, PART_ROWS))[None, :]
-    head = (query + gl.arange(0, N, layout=gl.SliceLayout(1, PART_ROWS)))[:, None]
-    async_load(q_latent, Q + head * W + column)
-    async_load(q_rope, Q + head * W + rope_column)
-    async_load(d_out, D_OUT + head * L + column)
+    column = gl.arange(0, L, layout=gl.SliceLayout(0, PART_ROWS))
+    head = query + gl.arange(0, N, layout=gl.SliceLayout(1, PART_ROWS))
+    copy_rows(Q + head * W, q_latent, q_rope, PART_ROWS)
+    async_load(d_out, (D_OUT + head * L)[:, None] + column[None, :])
     async_copy.mbarrier_arrive(filled, increment_count=False)
 
 
 @gluon.jit
 def _fetch_tile(LATENTS, TOPK, first, count, start, batch, b, latent, rope, filled):
     key = keys_of_tile(TOPK, first, count, start, batch, b, gl.SliceLayout(1, PART_ROWS))
-    row = LATENTS + key.to(gl.int64)[:, None] * W
-    async_load(latent, row + gl.arange(0, L, layout=gl.SliceLayout(0, PART_ROWS))[None, :])
-    async_load(rope, row + L + gl.arange(0, R, layout=gl.SliceLayout(0, PART_ROWS))[None, :])
+    copy_rows(LATENTS + key.to(gl.int64) * W, latent, rope, PART_ROWS)
     async_copy.mbarrier_arrive(filled, increment_count=False)
 
 
@@ -143,7 +141,7 @@ def _attend(
         )
         d_q = warpgroup_mma_wait(num_outstanding=0, deps=[d_q])
         tell(free.index(_TILE))
-    _store_half(d_q, latent.index(0).slice(H, H, dim=1), D_Q, query, H)
+    write_heads(d_q, latent.index(0).slice(H, H, dim=1), D_Q, query, W, H, H)
 
 
 @gluon.jit
@@ -166,23 +164,8 @@ def _add_up_query(
         thread_barrier()
         mbarrier.arrive(free.index(_TILE))
         mbarrier.arrive(free.index(_PROBS))
-    _store_half(d_q, latent.index(0).slice(0, H, dim=1), D_Q, query, 0)
-    rope = rope.index(0)
-    rope.store(d_q_rope.to(rope.dtype))
-    thread_barrier()
-    row = query + gl.arange(0, N, layout=gl.SliceLayout(1, PART_ROWS))
-    column = L + gl.arange(0, R, layout=gl.SliceLayout(0, PART_ROWS))
-    gl.store(D_Q + row[:, None] * W + column[None, :], rope.load(PART_ROWS))
-
-
-@gluon.jit
-def _store_half(d_q, buffer, D_Q, query, column):
-    """Write by way of ``buffer``."""
-    buffer.store(d_q.to(buffer.dtype))
-    thread_barrier()
-    row = query + gl.arange(0, N, layout=gl.SliceLayout(1, PART_ROWS))
-    column += gl.arange(0, H, layout=gl.SliceLayout(0, PART_ROWS))
-    gl.store(D_Q + row[:, None] * W + column[None, :], buffer.load(PART_ROWS))
+    write_heads(d_q, latent.index(0).slice(0, H, dim=1), D_Q, query, W, 0, H)
+    write_heads(d_q_rope, rope.index(0), D_Q, query, W, L, R)
 
 
 @gluon.jit
@@ -268,18 +251,12 @@ def _add_to_keys(D_LATENTS, UNITS, key, inside, tile, column):
     else:
         units = gl.load(UNITS + key)[:, None]
         lower, upper = gl.split(tile.reshape([K, _COLUMNS // 2, 2]))
-        lower = _rounded(gl.convert_layout(lower, _PAIRS) * units)
-        upper = _rounded(gl.convert_layout(upper, _PAIRS) * units)
+        lower = rounded(gl.convert_layout(lower, _PAIRS) * units)
+        upper = rounded(gl.convert_layout(upper, _PAIRS) * units)
         place = column // 2 + gl.arange(0, _COLUMNS // 2, layout=gl.SliceLayout(0, _PAIRS))
         place = key[:, None] * (W // 2) + place[None, :]
         integers = lower + (upper << 32)
         gl.atomic_add(D_LATENTS + place, integers, mask=inside[:, None], sem="relaxed")
-
-
-@gluon.jit
-def _rounded(number):
-    """To the nearest integer, of 32 bits, in 64."""
-    return (number + gl.where(number > 0, 0.5, -0.5)).to(gl.int32).to(gl.int64)
 
 
 @gluon.jit

@@ -38,9 +38,11 @@ from .tiles import (
     R,
     W,
     async_load,
+    copy_rows,
     keys_of_tile,
     query_of_program,
     tell,
+    write_heads,
     zero_of,
 )
 
@@ -71,8 +73,7 @@ def _produce(
     """Halves in the order in which the consumers need them, and let go of them."""
     by_row: gl.constexpr = gl.SliceLayout(1, PART_ROWS)
     heads = Q + (query + gl.arange(0, N, layout=by_row)) * W
-    _copy(heads, 0, q_latent.index(0), L)
-    _copy(heads, L, q_rope.index(0), R)
+    copy_rows(heads, q_latent.index(0), q_rope.index(0), PART_ROWS)
     async_copy.mbarrier_arrive(ready.index(_QUERY), increment_count=False)
     first = keys_of_tile(TOPK, 0, count, start, batch, b, by_row)
     second = keys_of_tile(TOPK, K, count, start, batch, b, by_row)
@@ -139,10 +140,7 @@ def _add_values(probs, half, out):
 def _finish(out, total, buffer, OUT, query, column):
     """Normalise, and write by way of ``buffer``."""
     total = gl.convert_layout(gl.where(total > 0, total, 1.0), gl.SliceLayout(1, PART_HALF))
-    buffer.store((out / total[:, None]).to(buffer.dtype))
-    row = query + gl.arange(0, N, layout=gl.SliceLayout(1, PART_ROWS))
-    column += gl.arange(0, H, layout=gl.SliceLayout(0, PART_ROWS))
-    gl.store(OUT + row[:, None] * L + column[None, :], buffer.load(PART_ROWS))
+    write_heads(out / total[:, None], buffer, OUT, query, L, column, H)
 
 
 @gluon.jit

@@ -59,12 +59,18 @@ def keys_of_tile(TOPK, first, count, start, batch, b, layout: gl.constexpr):
 
 
 @gluon.jit
+def copy_rows(rows, latent, rope, layout: gl.constexpr):
+    """Start copying the rows at some pointers, latent and rotary part, to shared memory."""
+    columns: gl.constexpr = gl.SliceLayout(0, layout)
+    rows = rows[:, None]
+    async_load(latent, rows + gl.arange(0, L, layout=columns)[None, :])
+    async_load(rope, rows + L + gl.arange(0, R, layout=columns)[None, :])
+
+
+@gluon.jit
 def gather(LATENTS, key, latent, rope):
     """Start copying rows of the latent, by key, to shared memory."""
-    columns: gl.constexpr = gl.SliceLayout(0, ROWS)
-    row = LATENTS + key.to(gl.int64)[:, None] * W
-    async_load(latent, row + gl.arange(0, L, layout=columns)[None, :])
-    async_load(rope, row + L + gl.arange(0, R, layout=columns)[None, :])
+    copy_rows(LATENTS + key.to(gl.int64) * W, latent, rope, ROWS)
     async_copy.commit_group()
 
 
@@ -99,3 +105,14 @@ def zero_of(number):
     return gl.inline_asm_elementwise(
         "shr.u32 $0, $1, 31;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def write_heads(tile, buffer, OUT, query, WIDTH: gl.constexpr, column, columns: gl.constexpr):
+    """Write ``tile`` [64, columns] to the heads of a query, rows of WIDTH, from ``column`` on; by
+    way of ``buffer``."""
+    buffer.store(tile.to(buffer.dtype))
+    thread_barrier()
+    row = query + gl.arange(0, N, layout=gl.SliceLayout(1, PART_ROWS))
+    column += gl.arange(0, columns, layout=gl.SliceLayout(0, PART_ROWS))
+    gl.store(OUT + row[:, None] * WIDTH + column[None, :], buffer.load(PART_ROWS))
