@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 import record
 import torch
+from random_topk import random_topk
 from torch import Tensor
 
 from glm5_patch import env
@@ -94,20 +95,6 @@ def pairs(length: int, k: int) -> int:
     return short * (short + 1) // 2 + (length - short) * k
 
 
-def random_topk(length: int, generator) -> Tensor:
-    """Distinct random causal keys, one of each of TOPK equal parts; all of them in short rows."""
-    topk = torch.empty((1, length, TOPK), dtype=torch.int32, device="cuda")
-    part = torch.arange(TOPK, device="cuda", dtype=torch.float64)
-    for begin in range(0, length, 4096):
-        row = torch.arange(begin, min(begin + 4096, length), device="cuda")[:, None]
-        low, high = (part * (row + 1) / TOPK).floor(), ((part + 1) * (row + 1) / TOPK).floor()
-        draw = torch.rand(low.shape, generator=generator, device="cuda", dtype=torch.float64)
-        chosen = low + (draw * (high - low)).floor()
-        everything = torch.where(part <= row, part, -1)
-        topk[0, begin : begin + 4096] = torch.where(row < TOPK, everything, chosen).int()
-    return topk
-
-
 def random_batch(length: int, heads: int, seed: int = 0) -> Batch:
     generator = torch.Generator("cuda").manual_seed(seed)
 
@@ -119,7 +106,7 @@ def random_batch(length: int, heads: int, seed: int = 0) -> Batch:
         draw(length, 1, heads, DIMS.nope + DIMS.rope),
         draw(length, 1, 1, DIMS.latent + DIMS.rope),
         up,
-        random_topk(length, generator),
+        random_topk(length, TOPK, generator),
         QueryPositions(torch.zeros(length, dtype=torch.int64, device="cuda"), longest=length),
         draw(length, 1, heads * DIMS.value),
     )

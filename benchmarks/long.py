@@ -36,6 +36,8 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import flops
 import torch
+from random_topk import random_topk
+from splits.model import Shape
 from torch import Tensor
 
 import glm5_patch
@@ -48,39 +50,14 @@ from glm5_patch.ops.sparse_attention.inputs import AttentionInputs, MLADims
 from glm5_patch.testing.cpu_host import single_process
 
 VOCABULARY = 1024
-TINY = dict(
-    hidden_size=64,
-    intermediate_size=96,
-    num_attention_heads=2,
-    q_lora_rank=48,
-    kv_lora_rank=64,
-    qk_nope_head_dim=24,
-    qk_rope_head_dim=16,
-    v_head_dim=32,
-    index_topk=8,
-    index_head_dim=32,
-    index_n_heads=4,
-)
-"""Widths on a CPU."""
 BOUNDS = {torch.bfloat16: 5e-3, torch.float32: 1e-5}
 """Relative errors; of bf16 a few roundings."""
 ROWS, SHORT = 16, 8192
 
 
 def config_of(options) -> HFConfig:
-    return HFConfig(
-        {
-            "model_type": "glm_moe_dsa",
-            "num_hidden_layers": options.layers,
-            "first_k_dense_replace": options.layers,
-            "index_topk_freq": 4,
-            "index_skip_topk_offset": 3,
-            "num_nextn_predict_layers": 0,
-            "vocab_size": VOCABULARY,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 8e6},
-            **(TINY if options.device == "cpu" else {}),
-        }
-    )
+    shape = Shape(layers=options.layers, experts=0, vocabulary=VOCABULARY)
+    return shape.config(on_cpu=options.device == "cpu")
 
 
 def build(hf: HFConfig, options, dtype: torch.dtype):
@@ -194,21 +171,6 @@ class Core(NamedTuple):
 
 def dims_of(hf: HFConfig) -> MLADims:
     return MLADims(hf.kv_lora_rank, hf.qk_nope_head_dim, hf.qk_rope_head_dim, hf.v_head_dim)
-
-
-def random_topk(length: int, k: int, draw: torch.Generator) -> Tensor:
-    """Distinct random causal keys, int32 [1, length, k]: one of each of k equal parts, or all that
-    a query sees, then -1."""
-    topk = torch.empty((1, length, k), dtype=torch.int32, device=draw.device)
-    part = torch.arange(k, device=draw.device)
-    for begin in range(0, length, 4096):
-        row = torch.arange(begin, min(begin + 4096, length), device=draw.device)[:, None]
-        low, high = part * (row + 1) // k, (part + 1) * (row + 1) // k
-        share = torch.rand(low.shape, generator=draw, device=draw.device, dtype=torch.float64)
-        chosen = low + (share * (high - low)).long()
-        everything = torch.where(part <= row, part, -1)
-        topk[0, begin : begin + 4096] = torch.where(row < k, everything, chosen).int()
-    return topk
 
 
 def check_core(core: Core) -> Iterator[tuple[str, float]]:
