@@ -23,7 +23,6 @@ It prints relative errors, and fails if one is above its bound or if the loss is
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
 import time
@@ -37,7 +36,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import flops
 import torch
 from random_topk import random_topk
-from splits.model import Shape
+from splits.model import Shape, inputs_kept
 from torch import Tensor
 
 import glm5_patch
@@ -84,15 +83,12 @@ def step(model, length: int, options) -> dict[str, float]:
     peak = (lambda: 0.0) if on_cpu else (lambda: torch.cuda.max_memory_allocated() / 2**30)
     ids = torch.randint(VOCABULARY, (1, length), device=options.device)
     positions = torch.arange(length, device=options.device)[None]
-    inputs_kept = contextlib.nullcontext()
-    if options.offload:
-        inputs_kept = torch.autograd.graph.save_on_cpu(pin_memory=not on_cpu)
     model.zero_grad()
     synchronize()
     if not on_cpu:
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    with inputs_kept:
+    with inputs_kept(options.offload, options.device):
         loss = model(ids, positions, None, labels=ids.roll(-1, 1)).float().mean()
     synchronize()
     found = {"forward_gib": peak()}

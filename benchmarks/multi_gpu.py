@@ -69,7 +69,9 @@ LAYOUTS = {
         "--only 'CP 4' --dense --microbatches 1 --vocabulary 2048 --steps 1 --compare-at 8192 "
         "--tokens 32768 131072 262144",
         "--only 'CP 4' --dense --microbatches 1 --vocabulary 2048 --steps 1 --compare-at 0 "
-        "--warmup 0 --no-phases --tokens 1048576",
+        "--warmup 0 --no-phases --offload --tokens 524288",
+        "--only 'CP 4' --dense --layers 4 --microbatches 1 --vocabulary 2048 --steps 1 "
+        "--compare-at 0 --warmup 0 --no-phases --offload --tokens 1048576",
     ),
 }
 """Options of the runs that --layouts makes."""
@@ -88,7 +90,9 @@ class Comparison:
         self.device, self.on_gpu = torch.device(options.device), options.device == "cuda"
         self.dtype = torch.float32 if options.fp32 else dtype_on(options.device)
         experts = 0 if options.dense else options.experts
-        self.shape = Shape(options.layers, experts, options.microbatches, options.vocabulary)
+        self.shape = Shape(
+            options.layers, experts, options.microbatches, options.vocabulary, options.offload
+        )
         self.compared_at = options.tokens[0] if options.compare_at is None else options.compare_at
         self.reference: Reference | None = None
         self.bound = ON_CPU
@@ -269,6 +273,8 @@ def parser() -> argparse.ArgumentParser:
     )
     vocabulary = "tokens of it (32768): logits of a million tokens take more than the layers"
     found.add_argument("--vocabulary", type=int, help=vocabulary)
+    offload = "top-k, and inputs of recomputed layers, wait in host memory"
+    found.add_argument("--offload", action="store_true", help=offload)
     found.add_argument("--steps", type=int, default=3, help="timed, of each split and length (3)")
     found.add_argument("--warmup", type=int, default=1, help="steps before those timed (1)")
     phases = "one more step of each split and length, for where its time goes"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -55,6 +55,8 @@ class Shape(NamedTuple):
     microbatches: int = MICROBATCHES
     vocabulary: int | None = None
     """None: the usual one."""
+    offload: bool = False
+    """Top-k and inputs of recomputed layers wait in host memory."""
 
     def config(self, on_cpu: bool) -> HFConfig:
         """The model's."""
@@ -68,6 +70,13 @@ class Shape(NamedTuple):
 
 def dtype_on(device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def inputs_kept(offload: bool, device: str) -> AbstractContextManager:
+    """Around a forward: where inputs of recomputed layers wait for the backward."""
+    if not offload:
+        return nullcontext()
+    return torch.autograd.graph.save_on_cpu(pin_memory=device != "cpu")
 
 
 def settings(
@@ -184,6 +193,7 @@ class Model:
         self.dtype = dtype
         self.hf = shape.config(on_cpu=device == "cpu")
         own = settings(device, split.tp, split.ep if shape.experts else 1, split.cp, dtype)
+        own["dsa_topk_offload"] = shape.offload
         config = transformer_config(self.hf, **own, pipeline_dtype=dtype, **split.stages(self.hf))
         config.finalize_model_grads_func = None if split.alone else finalize_model_grads
         model = gpt_model(
@@ -287,7 +297,8 @@ class Model:
 
         def forward(iterator, model):
             self._begun, ids, labels, positions = next(iterator)
-            return model(ids, positions, None, labels=labels), loss
+            with inputs_kept(self.shape.offload, self.device.type):
+                return model(ids, positions, None, labels=labels), loss
 
         self.ddp.train()
         self.ddp.zero_grad_buffer()
