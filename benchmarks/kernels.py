@@ -37,7 +37,9 @@ from torch import Tensor
 from glm5_patch import env
 from glm5_patch.ops.index_loss import triton as indexer_loss
 from glm5_patch.ops.index_loss.reference import LossSettings
+from glm5_patch.ops.index_topk import gluon as gluon_indexer
 from glm5_patch.ops.index_topk import triton as indexer
+from glm5_patch.ops.index_topk.operation import index_topk
 from glm5_patch.ops.index_topk.reference import IndexerInputs
 from glm5_patch.ops.needs import Call
 from glm5_patch.ops.query_positions import QueryPositions, selected_keys
@@ -306,6 +308,8 @@ def selection_of(length: int, peers: Peers):
     queries = QueryPositions(torch.zeros(length, dtype=torch.int64, device="cuda"), longest=length)
     starts, positions = queries.spans()
     inputs = IndexerInputs(query, key, weights)
+    hopper = library("index_topk", "gluon", inputs.call)
+    own, name = (gluon_indexer, "plugin (Gluon)") if hopper else (indexer, "plugin (Triton)")
     flop = 2 * INDEX_HEADS * INDEX_DIM * pairs(length, length)
     scale = INDEX_DIM**-0.5
     height = min(length, (256 << 20) // (4 * length))
@@ -314,7 +318,7 @@ def selection_of(length: int, peers: Peers):
     blocks = [slice(at, min(at + height, length)) for at in range(0, length, height)]
 
     def score(block: slice) -> None:
-        scores[: block.stop - block.start] = indexer.index_scores(inputs, queries, block, scale)[0]
+        scores[: block.stop - block.start] = own.index_scores(inputs, queries, block, scale)[0]
 
     def ours() -> None:
         for block in blocks:
@@ -324,9 +328,9 @@ def selection_of(length: int, peers: Peers):
 
     def all_scores() -> None:
         for block in blocks:
-            indexer.index_scores(inputs, queries, block, scale)
+            own.index_scores(inputs, queries, block, scale)
 
-    yield measure("index scores", "plugin (Triton)", length, INDEX_HEADS, all_scores, flop)
+    yield measure("index scores", name, length, INDEX_HEADS, all_scores, flop)
     score(blocks[-1])
     yield measure("top-k", "plugin (Triton)", length, INDEX_HEADS, ours)
     yield measure(
@@ -338,9 +342,9 @@ def selection_of(length: int, peers: Peers):
     )
 
     def select():
-        return indexer.index_topk(IndexerInputs(query, key, weights), queries, TOPK, scale)
+        return own.index_topk(IndexerInputs(query, key, weights), queries, TOPK, scale)
 
-    yield measure("selection", "plugin (Triton)", length, INDEX_HEADS, select)
+    yield measure("selection", name, length, INDEX_HEADS, select)
     if cudnn := library("index_topk.selection", "cudnn", inputs.call):
         theirs = lambda: [
             cudnn.compute(
@@ -496,7 +500,7 @@ def check_selection(length: int) -> list[str]:
     query, key = query.bfloat16(), key.bfloat16()
     queries = QueryPositions(torch.zeros(length, dtype=torch.int64, device="cuda"), longest=length)
     scale = INDEX_DIM**-0.5
-    ours = indexer.index_topk(IndexerInputs(query, key, weights), queries, TOPK, scale)[0]
+    ours = index_topk(IndexerInputs(query, key, weights), queries, TOPK, scale)[0]
     with computed_by("auto"):
         if not torch.equal(
             indexer.index_topk(IndexerInputs(query, key, weights), queries, TOPK, scale)[0], ours

@@ -23,6 +23,7 @@ from glm5_patch.ops import tiles
 from glm5_patch.ops.index_loss import gluon as gluon_loss
 from glm5_patch.ops.index_loss import triton as index_loss
 from glm5_patch.ops.index_loss.reference import LossSettings
+from glm5_patch.ops.index_topk import gluon as gluon_index_topk
 from glm5_patch.ops.index_topk import triton as index_topk
 from glm5_patch.ops.index_topk.reference import IndexerInputs
 from glm5_patch.ops.query_positions import QueryPositions
@@ -75,6 +76,7 @@ def compile_all(capability: int, shared_memory: int) -> None:
         _attention(heads, sparse_attention, index_loss)
     if capability == 90:
         _attention(64, gluon_attention, gluon_loss)
+        _one_pass()
     _indexer()
     _recorded_keys()
     for name, figures in found.items():
@@ -123,6 +125,17 @@ def _indexer() -> None:
         torch.use_deterministic_algorithms(deterministic)
         index_loss.loss_of_target(inputs, index_loss.SelectedKeys(topk, queries), target, settings)
     torch.use_deterministic_algorithms(False)
+
+
+def _one_pass() -> None:
+    rows, keys = 16, 2 * KEYS  # on the CPU, which counts as one processor, no fewer queries
+    places = torch.arange(keys - rows, keys)
+    queries = QueryPositions(torch.zeros_like(places), places, keys, keys)
+    for heads in (32, 64):
+        query, weights = _half(rows, 1, heads, 128), torch.zeros(rows, 1, heads)
+        inputs = IndexerInputs(query, _half(keys, 1, 128), weights)
+        gluon_index_topk.index_scores(inputs, queries, slice(0, rows), 0.1)
+        gluon_index_topk.index_topk(inputs, queries, TOPK, 0.1)
 
 
 def _recorded_keys() -> None:

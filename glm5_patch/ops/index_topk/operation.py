@@ -67,8 +67,13 @@ def select(
         int32 [block, k], as of ``index_topk``.
     """
     longest = min(queries.most_keys, queries.end(block))
-    call = Call.of(inputs.query).sized(
-        dsa_indexer_topk=k, keys=longest, one_sequence=int(queries.is_one_sequence)
-    )
+    call = selection_call(inputs, queries, longest, k)
     starts, places = (span[block] for span in spans)
     return compute("index_topk.selection", call, scores, starts, places, longest, k)
+
+
+def selection_call(inputs: IndexerInputs, queries: QueryPositions, longest: int, k: int) -> Call:
+    """What decides which backend selects from scores of at most ``longest`` keys a query."""
+    return Call.of(inputs.query).sized(
+        dsa_indexer_topk=k, keys=longest, one_sequence=int(queries.is_one_sequence)
+    )

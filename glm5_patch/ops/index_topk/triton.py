@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ def index_topk(inputs: IndexerInputs, queries: QueryPositions, k: int, scale: fl
         scores = compute("index_scores", inputs.call, inputs, queries, block, scale)
         for batch in range(b):
             topk_indices[batch, block] = select(inputs, scores[batch], queries, spans, block, k)
+        del scores  # before there are those of the next block
     return topk_indices
 
 
@@ -101,17 +103,43 @@ def selection(scores: Tensor, starts: Tensor, positions: Tensor, longest: int, k
     return out
 
 
+def most_candidates(k: int, expected: float) -> float:
+    """How many scores of a row reach its bar at most, unless its sample misleads.
+
+    Args:
+        k: how many keys to select.
+        expected: of the k largest scores, in the sample.
+    """
+    wanted = expected + DEVIATIONS * math.sqrt(expected) + 1
+    return k * wanted / expected * (1 + 3 / math.sqrt(wanted))
+
+
 def room_for_candidates(longest: int, k: int) -> int:
     """How many candidates of a row there is room for, a power of two. A sample of half as many says
     which scores are candidates: enough that they reach k and fit, of a row of ``longest``."""
     room = 1 << (2 * k - 1).bit_length()
-    while room < longest:
-        expected = k * (room / 2) / longest  # of the k largest, in the sample
-        wanted = expected + DEVIATIONS * math.sqrt(expected) + 1
-        if k * wanted / expected * (1 + 3 / math.sqrt(wanted)) <= room:
-            break
+    while room < longest and most_candidates(k, k * (room / 2) / longest) > room:
         room *= 2
     return room
+
+
+class Candidates(NamedTuple):
+    """Of the rows of a block: what may be among the k highest scores."""
+
+    values: Tensor
+    """fp32 [block, room], in the order of the keys."""
+    names: Tensor
+    """int32 [block, room]: their places."""
+    counts: Tensor
+    """int32 [block]: how many, or -1 of a row that its sample misled."""
+
+    @classmethod
+    def empty(cls, rows: int, room: int, device: torch.device) -> Candidates:
+        return cls(
+            torch.empty((rows, room), device=device),
+            torch.empty((rows, room), dtype=torch.int32, device=device),
+            torch.empty(rows, dtype=torch.int32, device=device),
+        )
 
 
 def select_into(
@@ -122,19 +150,87 @@ def select_into(
 
     rows, k = out.shape
     length = kernels.next_power_of_2(longest)
-    in_registers = length <= max(IN_REGISTERS, 2 * k)
-    values = names = counts = out  # not looked at
-    if not in_registers:
-        length = room_for_candidates(longest, k)
-        values = torch.empty((rows, length), device=out.device)
-        names = torch.empty((rows, length), dtype=torch.int32, device=out.device)
-        counts = torch.empty(rows, dtype=torch.int32, device=out.device)
-        kernels.candidates[(rows,)](
-            scores, starts, positions, values, names, counts, scores.shape[1], k,
-            SAMPLE=length // 2, CAPACITY=length, DEVIATIONS=DEVIATIONS, BLOCK=1024, num_warps=4,
-        )  # fmt: skip
+    if length <= max(IN_REGISTERS, 2 * k):
+        _launch_topk(out, scores, Candidates(out, out, out), starts, positions, length, False)
+        return
+    room = room_for_candidates(longest, k)
+    candidates = Candidates.empty(rows, room, out.device)
+    kernels.candidates[(rows,)](
+        scores, starts, positions, *candidates, scores.shape[1], k,
+        SAMPLE=room // 2, CAPACITY=room, DEVIATIONS=DEVIATIONS, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    select_from_candidates(out, candidates, starts, positions)
+    select_misled(out, scores, candidates.counts, starts, positions)
+
+
+def select_from_candidates(
+    out: Tensor, candidates: Candidates, starts: Tensor, positions: Tensor
+) -> None:
+    """As ``select_into``, of the rows that their sample did not mislead."""
+    room = candidates.values.shape[1]
+    _launch_topk(out, candidates.values, candidates, starts, positions, room, True)
+
+
+def select_misled(
+    out: Tensor, scores: Tensor, counts: Tensor, starts: Tensor, positions: Tensor
+) -> None:
+    """As ``select_into``, of the rows that their sample misled; the other rows of ``scores`` are
+    not looked at."""
+    from . import triton_kernels as kernels
+
+    rows, k = out.shape
+    kernels.topk_of_misled[(rows,)](
+        scores, starts, positions, counts, out, scores.shape[1], k, BLOCK=1024, num_warps=4
+    )
+
+
+def _launch_topk(
+    out: Tensor,
+    scores: Tensor,
+    candidates: Candidates,
+    starts: Tensor,
+    positions: Tensor,
+    length: int,
+    from_candidates: bool,
+) -> None:
+    from . import triton_kernels as kernels
+
+    rows, k = out.shape
     kernels.topk[(rows,)](
-        scores, starts, positions, values, names, counts, out, scores.shape[1], k,
-        LENGTH=length, BLOCK=min(length, 1024), CANDIDATES=not in_registers,
+        scores, starts, positions, *candidates, out, scores.shape[1], k,
+        LENGTH=length, BLOCK=min(length, 1024), CANDIDATES=from_candidates,
+        num_warps=min(16, max(4, length // 2048)),
+    )  # fmt: skip
+
+
+def write_bars(
+    bars: Tensor,
+    samples: Tensor,
+    starts: Tensor,
+    positions: Tensor,
+    longest: int,
+    k: int,
+    stride: int,
+    room: int,
+) -> None:
+    """What the scores of each row must reach to be candidates.
+
+    Args:
+        bars: fp32 [block], the result.
+        samples: fp32 [block, t // stride], scores of one key of every ``stride``; not looked at in
+            rows for whose keys there is room.
+        starts, positions: int32 [block], the first and the last key that each query sees.
+        longest: no query sees more keys.
+        k: how many keys to select.
+        stride: of the sample.
+        room: for candidates of a row.
+    """
+    from . import triton_kernels as kernels
+
+    rows, width = samples.shape
+    length = kernels.next_power_of_2(max(1, longest // stride))
+    kernels.bars[(rows,)](
+        samples, starts, positions, bars, width, k, stride,
+        LENGTH=length, CAPACITY=room, DEVIATIONS=DEVIATIONS,
         num_warps=min(16, max(4, length // 2048)),
     )  # fmt: skip

@@ -10,6 +10,8 @@ STARTS, POSITIONS  int32, the first and the last key that each query sees
 SCORES             fp32 [block, t]
 VALUES, NAMES      fp32 and int32 [block, CAPACITY], candidates and their places
 COUNTS             int32 [block], how many candidates
+BARS               fp32 [block], what candidates reach
+SAMPLES            fp32 [block, width], scores of one key of every ``stride``
 TOPK               int32 [block, k], places counted from the query's document start
 ================== ========================================================================
 
@@ -200,6 +202,36 @@ def _write_chosen(
 
 
 @triton.jit
+def _bar(value, inside, count, visible, k, DEVIATIONS: tl.constexpr):
+    """What somewhat more than k of a row's ``visible`` scores reach, by a sample of ``count``."""
+    expected = k * count / visible
+    wanted = (expected + DEVIATIONS * tl.sqrt(expected)).to(tl.int32) + 1
+    bar, _ = _kth_largest(value, inside, count, tl.minimum(wanted, count), wanted // 16)
+    return bar
+
+
+@triton.jit
+def bars(
+    SAMPLES, STARTS, POSITIONS, BARS, width, k, stride,
+    LENGTH: tl.constexpr, CAPACITY: tl.constexpr, DEVIATIONS: tl.constexpr,
+):  # fmt: skip
+    """The scores from which on a row's keys are candidates; of rows for which there is room,
+    every score."""
+    row = tl.program_id(0)
+    start = tl.load(STARTS + row)
+    end = tl.load(POSITIONS + row) + 1
+    bar = float("-inf")
+    if end - start > CAPACITY:
+        first = (start + stride - 1) // stride
+        count = end // stride - first
+        place = tl.arange(0, LENGTH)
+        value = _value(SAMPLES + row.to(tl.int64) * width + first, place, place < count)
+        rank = _bar(value, place < count, count, end - start, k, DEVIATIONS)
+        bar = _ordered(rank).to(tl.float32, bitcast=True)
+    tl.store(BARS + row, bar)
+
+
+@triton.jit
 def candidates(
     SCORES, STARTS, POSITIONS, VALUES, NAMES, COUNTS, num_keys, k,
     SAMPLE: tl.constexpr, CAPACITY: tl.constexpr, DEVIATIONS: tl.constexpr, BLOCK: tl.constexpr,
@@ -217,9 +249,7 @@ def candidates(
         number = tl.arange(0, SAMPLE)
         stride = visible // SAMPLE
         value = _value(line, number * stride + number * 7919 % stride, number >= 0)
-        expected = k * SAMPLE / visible
-        wanted = (expected + DEVIATIONS * tl.sqrt(expected)).to(tl.int32) + 1
-        bar, _ = _kth_largest(value, number >= 0, SAMPLE, tl.minimum(wanted, SAMPLE), wanted // 16)
+        bar = _bar(value, number >= 0, SAMPLE, visible, k, DEVIATIONS)
     values = VALUES + row.to(tl.int64) * CAPACITY
     names = NAMES + row.to(tl.int64) * CAPACITY
     written = 0
@@ -243,12 +273,12 @@ def topk(
     LENGTH: tl.constexpr, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """The places of the k largest of a row's visible scores, ascending; the lower wins among
-    equals. LENGTH scores are kept in registers: the whole row's, or the candidates'."""
+    equals. LENGTH scores are kept in registers: the whole row's, or the candidates'. Rows that
+    their sample misled are left to ``topk_of_misled``."""
     row = tl.program_id(0)
     start = tl.load(STARTS + row)
     visible = tl.load(POSITIONS + row) - start + 1
     out = TOPK + row.to(tl.int64) * k
-    line = SCORES + row.to(tl.int64) * num_keys + start
     place = tl.arange(0, LENGTH)
     if visible <= k:
         for first in range(0, k, BLOCK):
@@ -256,16 +286,31 @@ def topk(
             tl.store(out + number, tl.where(number < visible, number, -1), mask=number < k)
     elif CANDIDATES:
         count = tl.load(COUNTS + row)
-        values = VALUES + row.to(tl.int64) * LENGTH
         if count >= 0:
+            values = VALUES + row.to(tl.int64) * LENGTH
             value = _value(values, place, place < count)
             kth, reached = _kth_largest(value, place < count, count, k, 0)
             names = NAMES + row.to(tl.int64) * LENGTH
             _write_chosen(values, names, out, count, kth, reached, k, True, BLOCK)
-        else:
-            kth, reached = _kth_largest_of_line(line, visible, k, BLOCK)
-            _write_chosen(line, line, out, visible, kth, reached, k, False, BLOCK)
     else:
+        line = SCORES + row.to(tl.int64) * num_keys + start
         value = _value(line, place, place < visible)
         kth, reached = _kth_largest(value, place < visible, visible, k, 0)
         _write_chosen(line, line, out, visible, kth, reached, k, False, BLOCK)
+
+
+@triton.jit
+def topk_of_misled(
+    SCORES, STARTS, POSITIONS, COUNTS, TOPK, num_keys, k, BLOCK: tl.constexpr
+):  # fmt: skip
+    """As ``topk``, from all scores of those rows that see more than k keys, and whose count of
+    candidates is -1."""
+    row = tl.program_id(0)
+    start = tl.load(STARTS + row)
+    visible = tl.load(POSITIONS + row) - start + 1
+    if visible > k:
+        if tl.load(COUNTS + row) < 0:
+            line = SCORES + row.to(tl.int64) * num_keys + start
+            out = TOPK + row.to(tl.int64) * k
+            kth, reached = _kth_largest_of_line(line, visible, k, BLOCK)
+            _write_chosen(line, line, out, visible, kth, reached, k, False, BLOCK)
