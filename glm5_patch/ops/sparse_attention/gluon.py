@@ -22,6 +22,8 @@ KEYS = 64
 """Of a tile."""
 WARPS = 4
 """Of each part of a program whose parts do different work."""
+BACKWARD_NUMBERS = HEADS * (WIDTH + LATENT) + KEYS * WIDTH + 2 * HEADS * KEYS + 256
+"""16-bit numbers that a program of the backward holds in shared memory."""
 WHOLE_GROUPS = Width(multiple_of=HEADS)
 
 
@@ -121,7 +123,7 @@ def forward(absorbed: AbsorbedInputs) -> tuple[Tensor, Tensor]:
     "sparse_attention.backward",
     name="gluon",
     rank=2,
-    needs=needs(HEADS * (WIDTH + LATENT) + KEYS * WIDTH + 2 * HEADS * KEYS + 256),
+    needs=needs(BACKWARD_NUMBERS),
     load=compiles(_compile_backward),
     asked_as=(OWN_KERNELS,),
 )
@@ -152,6 +154,9 @@ def key_gradients(
     kernels.backward[grid](*given, d_query, d_latent, units, *sizes, num_warps=WARPS)
     if units is not None:
         return d_query, ExactPairs(d_latent, units).value()
-    # Back from renamed columns, see gluon_kernels.
-    fours = d_latent.unflatten(-1, (WIDTH // 16, 4, 2, 2))
-    return d_query, fours.transpose(-3, -2).flatten(-4)
+    return d_query, fours(d_latent).flatten(-4)
+
+
+def fours(d_latent: Tensor) -> Tensor:
+    """Back from renamed columns, see ``gluon_kernels``: a view [..., WIDTH / 16, 2, 4, 2]."""
+    return d_latent.unflatten(-1, (WIDTH // 16, 4, 2, 2)).transpose(-3, -2)
