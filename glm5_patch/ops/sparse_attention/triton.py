@@ -126,7 +126,11 @@ def key_gradients(
 
 
 def query_by_query(
-    kernel, absorbed: AbsorbedInputs, *pointers: Tensor | None, united: Tensor | None = None
+    kernel,
+    absorbed: AbsorbedInputs,
+    *pointers: Tensor | None,
+    united: Tensor | None = None,
+    queries: int = 1,
 ) -> None:
     """Launch a kernel of the backward.
 
@@ -134,8 +138,9 @@ def query_by_query(
         kernel: ``bounds`` or ``backward`` of ``triton_kernels``.
         absorbed: what it works on.
         pointers: those that follow.
-        united: int32 [groups, b], see ``union_kernels``: groups of queries that are passed over
-            where it is not 0.
+        united: int32 [groups, b]; groups of neighbouring queries are passed over where it is
+            not 0.
+        queries: of a group.
     """
     query, latent, topk_indices, starts, positions, latent_dim, softmax_scale = absorbed
     s, b, heads, width = query.shape
@@ -144,8 +149,7 @@ def query_by_query(
         query, latent, topk_indices, starts, positions, *pointers,
         s, b, heads, topk_indices.shape[-1], softmax_scale, softmax_scale * LOG2_E, united,
         LATENT=latent_dim, ROPE=width - latent_dim, HEADS=block, KEYS=32,
-        PRECISION=precision(query.dtype), STAGES=2,
-        QUERIES=1 if united is None else -(-s // len(united)), num_warps=4,
+        PRECISION=precision(query.dtype), STAGES=2, QUERIES=queries, num_warps=4,
     )  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def _compile() -> None:
     tensors = torch.bfloat16, torch.bfloat16, torch.int32, torch.int32
     outputs = torch.bfloat16, torch.float32, torch.float32, torch.bfloat16, torch.float32, None
     sizes = 0, 16, 1, 2048, 1.0, 1.0
-    kernels.backward.warmup(*tensors, *outputs, *sizes, HEADS=16, grid=(1,), num_warps=WARPS)
+    kernels.union_backward.warmup(*tensors, *outputs, *sizes, HEADS=16, grid=(1,), num_warps=WARPS)
 
 
 @backend(
@@ -118,27 +118,26 @@ def key_gradients(
     rows = d_out, lse, terms
     scales = absorbed.softmax_scale, absorbed.softmax_scale * LOG2_E
 
-    def run(kernel: str, outputs: tuple, warps: int) -> None:
+    def together(kernel, outputs: tuple, warps: int) -> None:
         for first, entries in unions(absorbed, counts):
             groups, _, capacity = entries.shape
-            getattr(kernels, kernel)[(groups * b,)](
+            kernel[(groups * b,)](
                 query, latent, entries, counts, *rows, *outputs,
                 first, s, b, capacity, *scales, HEADS=heads, num_warps=warps,
             )  # fmt: skip
 
-    def alone(kernel: str, outputs: tuple) -> None:
-        one = getattr(triton_kernels, kernel)
-        triton.query_by_query(one, absorbed, *rows, *outputs, united=counts)
+    def alone(kernel, outputs: tuple) -> None:
+        triton.query_by_query(kernel, absorbed, *rows, *outputs, united=counts, queries=queries)
 
     def measure(bounds: ExactSums) -> None:
-        run("bounds", bounds, 8)
-        alone("bounds", bounds)
+        together(kernels.union_bounds, bounds, 8)
+        alone(triton_kernels.bounds, bounds)
 
     d_query = torch.empty_like(query)
     d_latent, units = room_for_latents(absorbed, d_out, measure)
     renamed = d_latent if units is not None else torch.zeros_like(d_latent)
-    run("backward", (d_query, renamed, units), WARPS)
-    alone("backward", (d_query, d_latent, units))
+    together(kernels.union_backward, (d_query, renamed, units), WARPS)
+    alone(triton_kernels.backward, (d_query, d_latent, units))
     if units is not None:
         return d_query, ExactPairs(d_latent, units).value()
     plain = d_latent.unflatten(-1, (WIDTH // 16, 2, 4, 2))

@@ -1,6 +1,7 @@
-"""Gluon kernels of sparse attention's backward over unions: 64 rows are HEADS of 64 / HEADS queries.
+"""Gluon kernels of sparse attention's backward over unions of neighbouring queries, on Hopper.
 
-Pointers are those of ``union_kernels`` and ``triton_kernels``.
+The 64 rows of a program are the HEADS of 64 / HEADS neighbours. Pointers are those of
+``union_kernels`` and ``triton_kernels``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from .tiles import union_of_program
 
 
 @gluon.jit
-def backward(
+def union_backward(
     Q, LATENTS, ENTRIES, COUNTS, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS,
     first, rows, batch, capacity, scale, scale_log2, HEADS: gl.constexpr,
 ):  # fmt: skip
@@ -29,7 +30,7 @@ def backward(
 
 
 @gluon.jit
-def bounds(
+def union_bounds(
     Q, LATENTS, ENTRIES, COUNTS, D_OUT, LSE, TERMS, BOUNDS, UNIT,
     first, rows, batch, capacity, scale, scale_log2, HEADS: gl.constexpr,
 ):  # fmt: skip
