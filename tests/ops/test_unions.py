@@ -1,4 +1,4 @@
-"""Unions of neighbouring queries' keys, in Triton's interpreter; what is made of them, on Hopper."""
+"""Unions of neighbouring queries' keys in Triton's interpreter, and gradients on Hopper."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def united(absorbed, first, size):
 @pytest.mark.parametrize("scattered", [False, True])
 def test_unions_are_those_of_sets(interpreted, monkeypatch, lengths, b, heads, seed, scattered):
     monkeypatch.setattr(unions, "BLOCK", 16)
-    monkeypatch.setattr(unions, "SCRATCH_BYTES", 512)
+    monkeypatch.setattr(unions, "SCRATCH_BYTES", 300)
     absorbed = absorbed_inputs(lengths, b, heads, 9, seed)
     if scattered:  # as on one rank of a context-parallel group
         order = torch.randperm(41, generator=torch.Generator().manual_seed(seed))[:23]
@@ -95,17 +95,17 @@ def test_unions_are_those_of_sets(interpreted, monkeypatch, lengths, b, heads, s
                     for key in sorted(keys)
                 ]
     assert blocks > 1
-    assert served and (alone or heads == 8 or scattered)
+    assert served and (alone or heads < 32)
 
 
 def test_a_program_leaves_what_a_union_serves(interpreted):
     """Every query is computed by one of the two kernels, and only by one."""
-    absorbed = absorbed_inputs([11, 15], 2, 8, 5, seed=0)
+    absorbed = absorbed_inputs([7, 10], 1, 8, 5, seed=0)
     out, lse = triton.forward(absorbed)
     d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     rows = d_out, lse, triton.row_terms(out, d_out)
-    counts = torch.tensor([[3, 0], [0, 0], [0, 7], [2, 2]], dtype=torch.int32)
-    together = counts.repeat_interleave(8, 0)[:26, :, None, None] > 0  # [s, b, 1, 1]
+    counts = torch.tensor([[3], [0], [7]], dtype=torch.int32)
+    together = counts.repeat_interleave(8, 0)[:17, :, None, None] > 0  # [s, b, 1, 1]
 
     def gradients(skipped):
         d_query = torch.full_like(absorbed.query, float("nan"))
@@ -121,7 +121,7 @@ def test_a_program_leaves_what_a_union_serves(interpreted):
         assert torch.equal(d_query.isnan(), (~there).expand_as(d_query))
         assert torch.equal(d_query.nan_to_num(), whole[0] * there)
     assert relative(ours[1] + theirs[1], whole[1]) < 1e-6
-    bounds = [torch.zeros(26, 2, dtype=torch.int64) for _ in range(3)]
+    bounds = [torch.zeros(17, 1, dtype=torch.int64) for _ in range(3)]
     for sums, skipped in zip(bounds, (None, counts, (counts == 0).int())):
         kernel, unit = triton_kernels.bounds, torch.tensor(2.0**30)
         triton.query_by_query(kernel, absorbed, *rows, sums, unit, united=skipped, queries=8)
