@@ -139,6 +139,7 @@ def key_gradients(
 ) -> tuple[Tensor, Tensor]:
     """As ``backward``, of row terms that are there already."""
     from .gluon_kernels import backward as kernels
+    from .gluon_kernels import bounds as bound_kernels
 
     query, latent, topk_indices, starts, positions, _, softmax_scale = absorbed
     s, b, heads, _ = query.shape
@@ -147,7 +148,7 @@ def key_gradients(
     grid = (s * b, heads // HEADS)
 
     def measure(bounds: ExactSums) -> None:
-        kernels.bounds[grid](*given, *bounds, *sizes, num_warps=8)
+        bound_kernels.bounds[grid](*given, *bounds, *sizes, num_warps=8)
 
     d_query = torch.empty_like(query)
     d_latent, units = room_for_latents(absorbed, d_out, measure)

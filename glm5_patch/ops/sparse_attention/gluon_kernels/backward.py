@@ -13,16 +13,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..gluon import KEYS, WARPS
-from ..triton_kernels import most_of_keys, rounded
+from ..triton_kernels import rounded
 from .tiles import (
     BARRIER,
-    LOGITS,
     PART_HALF,
     PART_LOGITS,
     PART_ROWS,
     PART_THREADS,
     PART_WARPS,
-    ROWS,
     SHARED,
     H,
     K,
@@ -32,10 +30,7 @@ from .tiles import (
     W,
     async_load,
     copy_rows,
-    gather,
-    keys_of_tile,
-    keys_of_union,
-    load_rows,
+    named_keys,
     owned,
     place_of_rows,
     query_of_program,
@@ -99,21 +94,10 @@ def _fetch_query(
 
 
 @gluon.jit
-def _keys(
-    TOPK, first, count, start, batch, b, HEADS: gl.constexpr, layout: gl.constexpr
-):  # fmt: skip
-    if HEADS == N:
-        key = keys_of_tile(TOPK, first, count, start, batch, b, layout)
-    else:
-        key = keys_of_union(TOPK, first, count, layout)
-    return key
-
-
-@gluon.jit
 def _fetch_tile(
     LATENTS, TOPK, first, count, start, batch, b, HEADS: gl.constexpr, latent, rope, filled
 ):  # fmt: skip
-    key = _keys(TOPK, first, count, start, batch, b, HEADS, gl.SliceLayout(1, PART_ROWS))
+    key = named_keys(TOPK, first, count, start, batch, b, HEADS, gl.SliceLayout(1, PART_ROWS))
     copy_rows(LATENTS + key.to(gl.int64) * W, latent, rope, PART_ROWS)
     async_copy.mbarrier_arrive(filled, increment_count=False)
 
@@ -233,7 +217,7 @@ def _add_up_keys(
         d_logits = d_logits_shared.index(zero).permute((1, 0))
         q = q_latent.index(zero)
         upstream = d_out.index(zero)
-        key = _keys(TOPK, tile * K, count, start, batch, b, HEADS, by_key)
+        key = named_keys(TOPK, tile * K, count, start, batch, b, HEADS, by_key)
         inside = tile * K + gl.arange(0, K, layout=by_key) < count
         mbarrier.wait(filled.index(_PROBS), tile % 2)
         fence_async_shared()
@@ -354,78 +338,3 @@ def backward(
         Q, LATENTS, TOPK, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS,
         query, None, None, N, start, count, batch, b, scale, scale_log2,
     )  # fmt: skip
-
-
-@gluon.jit
-def add_bounds(
-    Q, LATENTS, TOPK, D_OUT, LSE, TERMS, BOUNDS, UNIT,
-    query, stride, present, HEADS: gl.constexpr, start, count, batch, b, scale, scale_log2,
-):  # fmt: skip
-    """What 64 rows add at most to any number of a key's gradient; arguments as of
-    ``work_in_parts``."""
-    dtype: gl.constexpr = Q.dtype.element_ty
-    by_row: gl.constexpr = gl.SliceLayout(1, ROWS)
-    by_column: gl.constexpr = gl.SliceLayout(0, ROWS)
-    by_head: gl.constexpr = gl.SliceLayout(1, LOGITS)
-    by_key: gl.constexpr = gl.SliceLayout(0, LOGITS)
-    q_latent = gl.allocate_shared_memory(dtype, [N, L], SHARED)
-    q_rope = gl.allocate_shared_memory(dtype, [N, R], SHARED)
-    d_out = gl.allocate_shared_memory(dtype, [N, L], SHARED)
-    latent = gl.allocate_shared_memory(dtype, [K, L], SHARED)
-    rope = gl.allocate_shared_memory(dtype, [K, R], SHARED)
-    gather(LATENTS, _keys(TOPK, 0, count, start, batch, b, HEADS, by_row), latent, rope)
-    key = _keys(TOPK, K, count, start, batch, b, HEADS, by_row)
-    row = place_of_rows(query, stride, present, HEADS, by_row)
-    load_rows(Q, row, q_latent, q_rope)
-    column = gl.arange(0, L, layout=by_column)
-    d_out.store(gl.load((D_OUT + row * L)[:, None] + column[None, :]))
-    thread_barrier()
-    most_q = gl.maximum(_largest(q_latent.load(ROWS)), _largest(q_rope.load(ROWS)))
-    most_q = gl.convert_layout(most_q, by_head) * scale
-    most_d_out = gl.convert_layout(_largest(d_out.load(ROWS)), by_head)
-    own = place_of_rows(query, stride, present, HEADS, by_head)
-    lse = gl.load(LSE + own)
-    terms = gl.load(TERMS + own)
-    unit = gl.load(UNIT)
-    zeros = gl.full([N, K], 0.0, gl.float32, layout=LOGITS)
-    for first in range(0, count, K):
-        async_copy.wait_group(0)
-        fence_async_shared()
-        thread_barrier()
-        logits = start_logits(q_latent, q_rope, latent, rope, zeros)
-        d_probs = warpgroup_mma(d_out, latent.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        logits, d_probs = warpgroup_mma_wait(num_outstanding=0, deps=[logits, d_probs])
-        thread_barrier()
-        if first + K < count:
-            gather(LATENTS, key, latent, rope)
-        key = _keys(TOPK, first + 2 * K, count, start, batch, b, HEADS, by_row)
-        probs = gl.exp2(logits * scale_log2 - lse[:, None])
-        if HEADS != N:
-            probs = gl.where(owned(TOPK, first, count, HEADS, LOGITS), probs, 0.0)
-        most = most_of_keys(probs, d_probs, terms, most_q, most_d_out)
-        inside = first + gl.arange(0, K, layout=by_key) < count
-        gl.atomic_add(
-            BOUNDS + _keys(TOPK, first, count, start, batch, b, HEADS, by_key),
-            (most * unit).to(gl.int64) + 1,
-            mask=inside,
-            sem="relaxed",
-        )
-
-
-@gluon.jit
-def bounds(
-    Q, LATENTS, TOPK, STARTS, POSITIONS, D_OUT, LSE, TERMS, BOUNDS, UNIT,
-    rows, batch, groups, k, scale, scale_log2,
-):  # fmt: skip
-    """What one query adds at most to any number of a key's gradient, as ``backward`` adds it."""
-    b, query, start, count, TOPK = query_of_program(TOPK, STARTS, POSITIONS, rows, batch, groups, k)
-    add_bounds(
-        Q, LATENTS, TOPK, D_OUT, LSE, TERMS, BOUNDS, UNIT,
-        query, None, None, N, start, count, batch, b, scale, scale_log2,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _largest(tile):
-    tile = tile.to(gl.float32)
-    return gl.max(gl.maximum(tile, -tile), 1)

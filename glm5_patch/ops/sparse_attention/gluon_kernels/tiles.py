@@ -91,6 +91,18 @@ def keys_of_union(ENTRIES, first, count, layout: gl.constexpr):
 
 
 @gluon.jit
+def named_keys(
+    TOPK, first, count, start, batch, b, HEADS: gl.constexpr, layout: gl.constexpr
+):  # fmt: skip
+    """Of a tile of a top-k, or with fewer than 64 HEADS of a union."""
+    if HEADS == N:
+        key = keys_of_tile(TOPK, first, count, start, batch, b, layout)
+    else:
+        key = keys_of_union(TOPK, first, count, layout)
+    return key
+
+
+@gluon.jit
 def owned(ENTRIES, first, count, HEADS: gl.constexpr, layout: gl.constexpr):
     """Which of the rows of a tile attend to which keys of a tile of a union, [64, 64]."""
     place = first + gl.arange(0, K, layout=gl.SliceLayout(0, layout))

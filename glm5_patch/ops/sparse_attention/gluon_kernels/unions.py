@@ -9,7 +9,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .backward import add_bounds, work_in_parts
+from .backward import work_in_parts
+from .bounds import add_bounds
 from .tiles import union_of_program
 
 
