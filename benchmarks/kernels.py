@@ -43,7 +43,7 @@ from glm5_patch.ops.index_topk.operation import index_topk
 from glm5_patch.ops.index_topk.reference import IndexerInputs
 from glm5_patch.ops.needs import Call
 from glm5_patch.ops.query_positions import QueryPositions, selected_keys
-from glm5_patch.ops.registry import Backend, backends, why_not
+from glm5_patch.ops.registry import Backend, backends, choose, why_not
 from glm5_patch.ops.sparse_attention import absorption, gluon
 from glm5_patch.ops.sparse_attention import triton as sparse_mla
 from glm5_patch.ops.sparse_attention.inputs import AttentionInputs, MLADims
@@ -55,6 +55,8 @@ SCALE = (DIMS.nope + DIMS.rope) ** -0.5
 TOPK, INDEX_HEADS, INDEX_DIM = 2048, 32, 128
 FORWARD = 2 * (2 * DIMS.latent + DIMS.rope)  # FLOP of a pair and head, absorbed
 BACKWARD = 2 * (5 * DIMS.latent + 3 * DIMS.rope)
+KEPT = (0.4, 0.65, 0.85)
+"""Shares of its keys that a query has from the one before: as in a trained model."""
 DSA = "megatron.core.transformer.experimental_attention_variant"
 
 
@@ -169,9 +171,9 @@ def computed_by(kernels: str):
 
 def library(operation: str, name: str, call: Call) -> Backend | None:
     """A backend; None where it does not compute such a call."""
-    (one,) = (one for one in backends(operation) if one.name == name)
+    found = (one for one in backends(operation) if one.name == name)
     with computed_by("auto"):
-        return one if why_not(one, call) is None else None
+        return next((one for one in found if why_not(one, call) is None), None)
 
 
 def has_libraries(call: Call) -> bool:
@@ -202,8 +204,10 @@ def kernels_of(heads: int, length: int, peers: Peers):
     batch = random_batch(length, heads)
     absorbed = absorption.absorbed_inputs(batch.attention())
     query, call = absorbed.query, absorbed.call
-    hopper = library("sparse_attention.backward", "gluon", call)
+    hopper = library("sparse_attention.forward", "gluon", call)
     ours, name = (gluon, "plugin (Gluon)") if hopper else (sparse_mla, "plugin (Triton)")
+    backward_of = choose("sparse_attention.backward", call, own=True).compute.__module__
+    gradients = importlib.import_module(backward_of).key_gradients
     forward, backward = FORWARD * batch.pairs, BACKWARD * batch.pairs
 
     def run():
@@ -216,15 +220,23 @@ def kernels_of(heads: int, length: int, peers: Peers):
         "row terms", "plugin (Triton)", length, heads, lambda: sparse_mla.row_terms(out, d_out)
     )
     terms = sparse_mla.row_terms(out, d_out)
-    run = lambda: ours.key_gradients(absorbed, lse, terms, d_out)
-    yield measure("kernel, backward", name, length, heads, run, backward)
+    run = lambda: gradients(absorbed, lse, terms, d_out)
+    who = name if gradients is ours.key_gradients else "plugin (unions)"
+    yield measure("kernel, backward", who, length, heads, run, backward)
+    for kept in KEPT:
+        draw = torch.Generator("cuda").manual_seed(0)
+        alike = absorbed._replace(topk_indices=random_topk(length, TOPK, draw, kept))
+        _, of_alike = ours.forward(alike)
+        run = lambda: gradients(alike, of_alike, terms, d_out)  # noqa: B023
+        what = f"kernel, backward, {kept:.0%} kept"
+        yield measure(what, who, length, heads, run, backward)
     if flash_mla := library("sparse_attention.forward", "flash_mla", call):
         theirs = lambda: flash_mla.compute(absorbed)
         yield measure("kernel, forward", "FlashMLA", length, heads, theirs, forward)
     if cudnn := library("sparse_attention.backward", "cudnn", call):
         theirs = lambda: cudnn.compute(absorbed, out, lse, d_out)
         yield measure("kernel, backward", "cuDNN", length, heads, theirs, backward)
-    again = lambda: deterministic(ours.key_gradients, absorbed, lse, terms, d_out)
+    again = lambda: deterministic(gradients, absorbed, lse, terms, d_out)
     yield measure("kernel, backward", "plugin, deterministic", length, heads, again, backward)
     if peers.sparse_mla is not None:
         q = query.transpose(0, 1).contiguous().requires_grad_()
@@ -632,7 +644,7 @@ def _cell(figure: Figure) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
-    parser.add_argument("--heads", type=int, nargs="+", default=[64, 16, 8])
+    parser.add_argument("--heads", type=int, nargs="+", default=[64, 32, 16, 8])
     parser.add_argument("--output", type=Path, default=Path("."), metavar="DIR")
     parser.add_argument("--check", action="store_true", help="check, and time nothing")
     parser.add_argument(

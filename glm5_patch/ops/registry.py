@@ -128,12 +128,14 @@ def choose(operation: str, call: Call, *, own: bool = False) -> Backend:
     if own:
         candidates = [one for one in candidates if one.most_difference is None]
     for candidate in candidates:
-        verdict = candidate.check(call)
-        if verdict.ok:
+        if candidate.check(call).ok:
             return candidate
-    instead = "torch" if candidates[-1].most_difference is None else OWN_KERNELS
+    last = candidates[-1]
+    instead = "torch" if last.most_difference is None else OWN_KERNELS
+    reasons = [one.check(call).reason for one in candidates if one.name == last.name]
     raise GLM5PatchError(
-        f"{env.KERNELS}={env.kernels()}: {verdict.reason}; unset it, or set it to {instead}"
+        f"{env.KERNELS}={env.kernels()}: {' or '.join(dict.fromkeys(reasons))}; unset it, or set "
+        f"it to {instead}"
     )
 
 

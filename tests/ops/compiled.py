@@ -33,6 +33,7 @@ from glm5_patch.ops.rotation import triton as rotation
 from glm5_patch.ops.rotation.reference import Rotation
 from glm5_patch.ops.sparse_attention import gluon as gluon_attention
 from glm5_patch.ops.sparse_attention import triton as sparse_attention
+from glm5_patch.ops.sparse_attention import unions
 from glm5_patch.ops.sparse_attention.inputs import AbsorbedInputs
 
 LATENT, NOPE, ROPE, VALUE, TOPK = 512, 192, 64, 256, 2048
@@ -77,6 +78,8 @@ def compile_all(capability: int, shared_memory: int) -> None:
     if capability == 90:
         _attention(64, gluon_attention, gluon_loss)
         _one_pass()
+        for heads in (32, 16, 8):
+            _unions(heads)
     _indexer()
     _recorded_keys()
     for name, figures in found.items():
@@ -87,12 +90,26 @@ def _half(*shape):
     return torch.zeros(shape, dtype=torch.bfloat16)
 
 
-def _attention(heads: int, kernels, loss_kernels) -> None:
+def _absorbed(heads: int) -> AbsorbedInputs:
     places = torch.arange(KEYS - S, KEYS)
     queries = QueryPositions(torch.zeros_like(places), places, KEYS, KEYS)
     topk = torch.zeros((1, S, TOPK), dtype=torch.int32)
     query, latent = _half(S, 1, heads, LATENT + ROPE), _half(KEYS, 1, LATENT + ROPE)
-    absorbed = AbsorbedInputs(query, latent, topk, *queries.spans(), LATENT, 0.1)
+    return AbsorbedInputs(query, latent, topk, *queries.spans(), LATENT, 0.1)
+
+
+def _unions(heads: int) -> None:
+    absorbed, rows = _absorbed(heads), torch.zeros(S, 1, heads)
+    out = _half(S, 1, heads, LATENT)
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        unions.key_gradients(absorbed, rows, rows, out)
+    torch.use_deterministic_algorithms(False)
+
+
+def _attention(heads: int, kernels, loss_kernels) -> None:
+    absorbed = _absorbed(heads)
+    query = absorbed.query
     plain = _half(S, 1, heads, NOPE + ROPE)
     up = _half(LATENT, heads * (NOPE + VALUE)).unflatten(-1, (heads, -1))
     sparse_attention.project(plain, up[..., :NOPE].permute(1, 2, 0), query, copied=ROPE)

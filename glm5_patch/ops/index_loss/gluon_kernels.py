@@ -22,7 +22,7 @@ from ..sparse_attention.gluon_kernels.tiles import (
     R,
     gather,
     keys_of_tile,
-    load_query,
+    load_rows,
     query_of_program,
     start_logits,
     thread_barrier,
@@ -51,7 +51,7 @@ def head_sums(
     key = keys_of_tile(TOPK, 0, count, start, batch, b, by_row)
     gather(LATENTS, key, latents.index(0), ropes.index(0))
     key = keys_of_tile(TOPK, K, count, start, batch, b, by_row)
-    load_query(Q, query, q_latent, q_rope)
+    load_rows(Q, query + gl.arange(0, N, layout=by_row), q_latent, q_rope)
     lse = gl.load(LSE + query + gl.arange(0, N, layout=by_head))
     zeros = gl.full([N, K], 0.0, gl.float32, layout=LOGITS)
     for tile in range(0, tiles):

@@ -22,6 +22,8 @@ KEYS = 64
 """Of a tile."""
 WARPS = 4
 """Of each part of a program whose parts do different work."""
+BACKWARD_NUMBERS = HEADS * (WIDTH + LATENT) + KEYS * WIDTH + 2 * HEADS * KEYS + 256
+"""16-bit numbers that a program of the backward holds in shared memory."""
 WHOLE_GROUPS = Width(multiple_of=HEADS)
 
 
@@ -121,7 +123,7 @@ def forward(absorbed: AbsorbedInputs) -> tuple[Tensor, Tensor]:
     "sparse_attention.backward",
     name="gluon",
     rank=2,
-    needs=needs(HEADS * (WIDTH + LATENT) + KEYS * WIDTH + 2 * HEADS * KEYS + 256),
+    needs=needs(BACKWARD_NUMBERS),
     load=compiles(_compile_backward),
     asked_as=(OWN_KERNELS,),
 )
@@ -137,6 +139,7 @@ def key_gradients(
 ) -> tuple[Tensor, Tensor]:
     """As ``backward``, of row terms that are there already."""
     from .gluon_kernels import backward as kernels
+    from .gluon_kernels import bounds as bound_kernels
 
     query, latent, topk_indices, starts, positions, _, softmax_scale = absorbed
     s, b, heads, _ = query.shape
@@ -145,13 +148,16 @@ def key_gradients(
     grid = (s * b, heads // HEADS)
 
     def measure(bounds: ExactSums) -> None:
-        kernels.bounds[grid](*given, *bounds, *sizes, num_warps=8)
+        bound_kernels.bounds[grid](*given, *bounds, *sizes, num_warps=8)
 
     d_query = torch.empty_like(query)
     d_latent, units = room_for_latents(absorbed, d_out, measure)
     kernels.backward[grid](*given, d_query, d_latent, units, *sizes, num_warps=WARPS)
     if units is not None:
         return d_query, ExactPairs(d_latent, units).value()
-    # Back from renamed columns, see gluon_kernels.
-    fours = d_latent.unflatten(-1, (WIDTH // 16, 4, 2, 2))
-    return d_query, fours.transpose(-3, -2).flatten(-4)
+    return d_query, fours(d_latent).flatten(-4)
+
+
+def fours(d_latent: Tensor) -> Tensor:
+    """Back from renamed columns, see ``gluon_kernels``: a view [..., WIDTH / 16, 2, 4, 2]."""
+    return d_latent.unflatten(-1, (WIDTH // 16, 4, 2, 2)).transpose(-3, -2)

@@ -114,24 +114,43 @@ def key_gradients(
     """
     from . import triton_kernels as kernels
 
+    rows = d_out, lse, terms
+
+    def measure(bounds: ExactSums) -> None:
+        query_by_query(kernels.bounds, absorbed, *rows, *bounds)
+
+    d_query = torch.empty_like(absorbed.query)
+    d_latent, units = room_for_latents(absorbed, d_out, measure)
+    query_by_query(kernels.backward, absorbed, *rows, d_query, d_latent, units)
+    return d_query, d_latent if units is None else ExactPairs(d_latent, units).value()
+
+
+def query_by_query(
+    kernel,
+    absorbed: AbsorbedInputs,
+    *pointers: Tensor | None,
+    united: Tensor | None = None,
+    queries: int = 1,
+) -> None:
+    """Launch a kernel of the backward.
+
+    Args:
+        kernel: ``bounds`` or ``backward`` of ``triton_kernels``.
+        absorbed: what it works on.
+        pointers: those that follow.
+        united: int32 [groups, b]; groups of neighbouring queries are passed over where it is
+            not 0.
+        queries: of a group.
+    """
     query, latent, topk_indices, starts, positions, latent_dim, softmax_scale = absorbed
     s, b, heads, width = query.shape
     block = heads_of_a_program(heads, tiles.of_device(query.device).backward_heads)
-    sizes = s, b, heads, topk_indices.shape[-1], softmax_scale, softmax_scale * LOG2_E
-    launch = dict(
+    kernel[(s * b, -(-heads // block))](
+        query, latent, topk_indices, starts, positions, *pointers,
+        s, b, heads, topk_indices.shape[-1], softmax_scale, softmax_scale * LOG2_E, united,
         LATENT=latent_dim, ROPE=width - latent_dim, HEADS=block, KEYS=32,
-        PRECISION=precision(query.dtype), STAGES=2, num_warps=4,
+        PRECISION=precision(query.dtype), STAGES=2, QUERIES=queries, num_warps=4,
     )  # fmt: skip
-    grid = (s * b, kernels.cdiv(heads, block))
-    given = query, latent, topk_indices, starts, positions, d_out, lse, terms
-
-    def measure(bounds: ExactSums) -> None:
-        kernels.bounds[grid](*given, *bounds, *sizes, **launch)
-
-    d_query = torch.empty_like(query)
-    d_latent, units = room_for_latents(absorbed, d_out, measure)
-    kernels.backward[grid](*given, d_query, d_latent, units, *sizes, **launch)
-    return d_query, d_latent if units is None else ExactPairs(d_latent, units).value()
 
 
 def room_for_latents(

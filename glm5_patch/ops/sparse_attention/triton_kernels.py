@@ -16,6 +16,7 @@ TOPK                 int32 [b, s, k], counted from the query's document start, -
 STARTS, POSITIONS    int32 [s], the first and the last key that each query sees
 OUT, D_OUT           [s, b, n, LATENT]
 LSE, TERMS           fp32 [s, b, n], log2-sum-exp2 of the logits; out . d_out
+UNITED               int32 [s / QUERIES, b]: 0 where this kernel is to compute; None: everywhere
 ==================== ======================================================================
 
 Tiles: HEADS (of one program) x KEYS (of one step), in pieces of the WIDTH columns.
@@ -220,14 +221,17 @@ def rounded(number):
 @triton.jit
 def bounds(
     Q, LATENTS, TOPK, STARTS, POSITIONS, D_OUT, LSE, TERMS, BOUNDS, UNIT,
-    rows, batch, heads, k, scale, scale_log2,
+    rows, batch, heads, k, scale, scale_log2, UNITED,
     LATENT: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
     """What one query adds at most to any number of a key's gradient, as ``backward`` adds it."""
     WIDTH: tl.constexpr = LATENT + ROPE
     HALF: tl.constexpr = LATENT // 2
     row, b, query, own = query_of_program(rows, batch, heads, HEADS)
+    if UNITED is not None:
+        if tl.load(UNITED + row // QUERIES * batch + b) > 0:
+            return
     q_0 = load_columns(Q, query * WIDTH, 0, HALF, own)  # [HEADS, HALF]
     q_1 = load_columns(Q, query * WIDTH, HALF, HALF, own)
     q_rope = load_columns(Q, query * WIDTH, LATENT, ROPE, own)
@@ -274,14 +278,17 @@ def most_of_keys(probs, d_probs, terms, most_q, most_d_out):
 @triton.jit
 def backward(
     Q, LATENTS, TOPK, STARTS, POSITIONS, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS,
-    rows, batch, heads, k, scale, scale_log2,
+    rows, batch, heads, k, scale, scale_log2, UNITED,
     LATENT: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one query, and what it adds to those of its keys."""
     WIDTH: tl.constexpr = LATENT + ROPE
     PART: tl.constexpr = LATENT // 4
     row, b, query, own = query_of_program(rows, batch, heads, HEADS)
+    if UNITED is not None:
+        if tl.load(UNITED + row // QUERIES * batch + b) > 0:
+            return
     q_0 = load_columns(Q, query * WIDTH, 0, PART, own)  # [HEADS, PART]
     q_1 = load_columns(Q, query * WIDTH, PART, PART, own)
     q_2 = load_columns(Q, query * WIDTH, 2 * PART, PART, own)

@@ -13,16 +13,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..gluon import KEYS, WARPS
-from ..triton_kernels import most_of_keys, rounded
+from ..triton_kernels import rounded
 from .tiles import (
     BARRIER,
-    LOGITS,
     PART_HALF,
     PART_LOGITS,
     PART_ROWS,
     PART_THREADS,
     PART_WARPS,
-    ROWS,
     SHARED,
     H,
     K,
@@ -32,9 +30,9 @@ from .tiles import (
     W,
     async_load,
     copy_rows,
-    gather,
-    keys_of_tile,
-    load_query,
+    named_keys,
+    owned,
+    place_of_rows,
     query_of_program,
     start_logits,
     tell,
@@ -85,31 +83,36 @@ _QUERY = gl.constexpr(2)
 
 
 @gluon.jit
-def _fetch_query(Q, D_OUT, query, q_latent, q_rope, d_out, filled):
+def _fetch_query(
+    Q, D_OUT, query, stride, present, HEADS: gl.constexpr, q_latent, q_rope, d_out, filled
+):  # fmt: skip
     column = gl.arange(0, L, layout=gl.SliceLayout(0, PART_ROWS))
-    head = query + gl.arange(0, N, layout=gl.SliceLayout(1, PART_ROWS))
+    head = place_of_rows(query, stride, present, HEADS, gl.SliceLayout(1, PART_ROWS))
     copy_rows(Q + head * W, q_latent, q_rope, PART_ROWS)
     async_load(d_out, (D_OUT + head * L)[:, None] + column[None, :])
     async_copy.mbarrier_arrive(filled, increment_count=False)
 
 
 @gluon.jit
-def _fetch_tile(LATENTS, TOPK, first, count, start, batch, b, latent, rope, filled):
-    key = keys_of_tile(TOPK, first, count, start, batch, b, gl.SliceLayout(1, PART_ROWS))
+def _fetch_tile(
+    LATENTS, TOPK, first, count, start, batch, b, HEADS: gl.constexpr, latent, rope, filled
+):  # fmt: skip
+    key = named_keys(TOPK, first, count, start, batch, b, HEADS, gl.SliceLayout(1, PART_ROWS))
     copy_rows(LATENTS + key.to(gl.int64) * W, latent, rope, PART_ROWS)
     async_copy.mbarrier_arrive(filled, increment_count=False)
 
 
 @gluon.jit
 def _attend(
-    LSE, TERMS, D_Q, query, count, tiles, scale, scale_log2,
+    LSE, TERMS, D_Q, TOPK, query, stride, present, HEADS: gl.constexpr, count, tiles,
+    scale, scale_log2,
     q_latent, q_rope, d_out, latent, rope, probs_shared, d_logits_shared, filled, free,
 ):  # fmt: skip
     """Probabilities and their gradients, and the right half of the query's gradient."""
     dtype: gl.constexpr = latent.dtype
     by_head: gl.constexpr = gl.SliceLayout(1, PART_LOGITS)
     place = gl.arange(0, K, layout=gl.SliceLayout(0, PART_LOGITS))
-    own = query + gl.arange(0, N, layout=by_head)
+    own = place_of_rows(query, stride, present, HEADS, by_head)
     lse = gl.load(LSE + own)
     terms = gl.load(TERMS + own)
     zeros = gl.full([N, K], 0.0, gl.float32, layout=PART_LOGITS)
@@ -119,6 +122,10 @@ def _attend(
         phase = tile % 2
         zero = zero_of(tile)
         keys = latent.index(zero)
+        if HEADS == N:
+            inside = (tile * K + place)[None, :] < count
+        else:
+            inside = owned(TOPK, tile * K, count, HEADS, PART_LOGITS)
         mbarrier.wait(filled.index(_TILE), phase)
         fence_async_shared()
         logits = start_logits(
@@ -129,7 +136,7 @@ def _attend(
         )
         logits = warpgroup_mma_wait(num_outstanding=1, deps=[logits])
         probs = gl.exp2(logits * scale_log2 - lse[:, None])
-        probs = gl.where((tile * K + place)[None, :] < count, probs, 0.0)
+        probs = gl.where(inside, probs, 0.0)
         mbarrier.wait(free.index(_PROBS), (tile + 1) % 2)
         probs_shared.index(0).store(probs.to(dtype))
         d_probs = warpgroup_mma_wait(num_outstanding=0, deps=[d_probs])
@@ -141,12 +148,14 @@ def _attend(
         )
         d_q = warpgroup_mma_wait(num_outstanding=0, deps=[d_q])
         tell(free.index(_TILE))
-    write_heads(d_q, latent.index(0).slice(H, H, dim=1), D_Q, query, W, H, H)
+    buffer = latent.index(0).slice(H, H, dim=1)
+    write_heads(d_q, buffer, D_Q, query, W, H, H, stride, present, HEADS)
 
 
 @gluon.jit
 def _add_up_query(
-    D_Q, query, tiles, latent, rope, d_logits_shared, filled, free
+    D_Q, query, stride, present, HEADS: gl.constexpr, tiles,
+    latent, rope, d_logits_shared, filled, free,
 ):  # fmt: skip
     """The left half of the query's gradient, and its rotary part."""
     d_q = gl.full([N, H], 0.0, gl.float32, layout=PART_HALF)
@@ -164,8 +173,9 @@ def _add_up_query(
         thread_barrier()
         mbarrier.arrive(free.index(_TILE))
         mbarrier.arrive(free.index(_PROBS))
-    write_heads(d_q, latent.index(0).slice(0, H, dim=1), D_Q, query, W, 0, H)
-    write_heads(d_q_rope, rope.index(0), D_Q, query, W, L, R)
+    buffer = latent.index(0).slice(0, H, dim=1)
+    write_heads(d_q, buffer, D_Q, query, W, 0, H, stride, present, HEADS)
+    write_heads(d_q_rope, rope.index(0), D_Q, query, W, L, R, stride, present, HEADS)
 
 
 @gluon.jit
@@ -184,7 +194,8 @@ def _start_columns(probs, d_logits, q_latent, d_out, number: gl.constexpr, zeros
 
 @gluon.jit
 def _add_up_keys(
-    Q, LATENTS, D_OUT, D_LATENTS, UNITS, TOPK, query, start, count, batch, b, tiles,
+    Q, LATENTS, D_OUT, D_LATENTS, UNITS, TOPK, query, stride, present, HEADS: gl.constexpr,
+    start, count, batch, b, tiles,
     q_latent, q_rope, d_out, latent, rope, probs_shared, d_logits_shared, filled, free,
 ):  # fmt: skip
     """The gradient of the keys: 32 columns are multiplied while those before are added up. Copies
@@ -193,11 +204,12 @@ def _add_up_keys(
     by_key: gl.constexpr = gl.SliceLayout(1, ADDED)
     zeros = gl.full([K, _COLUMNS], 0.0, gl.float32, layout=_ACCUMULATOR)
     _fetch_query(
-        Q, D_OUT, query, q_latent.index(0), q_rope.index(0), d_out.index(0), filled.index(_QUERY)
-    )
+        Q, D_OUT, query, stride, present, HEADS,
+        q_latent.index(0), q_rope.index(0), d_out.index(0), filled.index(_QUERY),
+    )  # fmt: skip
     latent = latent.index(0)
     rope = rope.index(0)
-    _fetch_tile(LATENTS, TOPK, 0, count, start, batch, b, latent, rope, filled.index(_TILE))
+    _fetch_tile(LATENTS, TOPK, 0, count, start, batch, b, HEADS, latent, rope, filled.index(_TILE))
     mbarrier.wait(filled.index(_QUERY), 0)
     for tile in range(0, tiles):
         zero = zero_of(tile)
@@ -205,7 +217,7 @@ def _add_up_keys(
         d_logits = d_logits_shared.index(zero).permute((1, 0))
         q = q_latent.index(zero)
         upstream = d_out.index(zero)
-        key = keys_of_tile(TOPK, tile * K, count, start, batch, b, by_key)
+        key = named_keys(TOPK, tile * K, count, start, batch, b, HEADS, by_key)
         inside = tile * K + gl.arange(0, K, layout=by_key) < count
         mbarrier.wait(filled.index(_PROBS), tile % 2)
         fence_async_shared()
@@ -219,8 +231,8 @@ def _add_up_keys(
                 mbarrier.wait(free.index(_TILE), tile % 2)
                 if tile + 1 < tiles:
                     _fetch_tile(
-                        LATENTS, TOPK, (tile + 1) * K, count, start, batch, b, latent, rope,
-                        filled.index(_TILE),
+                        LATENTS, TOPK, (tile + 1) * K, count, start, batch, b, HEADS,
+                        latent, rope, filled.index(_TILE),
                     )  # fmt: skip
         for number in gl.static_range(R // _COLUMNS):
             later = warpgroup_mma(
@@ -260,15 +272,15 @@ def _add_to_keys(D_LATENTS, UNITS, key, inside, tile, column):
 
 
 @gluon.jit
-def backward(
-    Q, LATENTS, TOPK, STARTS, POSITIONS, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS,
-    rows, batch, groups, k, scale, scale_log2,
+def work_in_parts(
+    Q, LATENTS, TOPK, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS,
+    query, stride, present, HEADS: gl.constexpr, start, count, batch, b, scale, scale_log2,
 ):  # fmt: skip
     """Three parts of warps, so that adding to memory, which bounds it, hardly ever waits: one
     computes probabilities and half of the query's gradient, one the other half, and one adds up the
-    gradient of the keys."""
+    gradient of the keys. Rows are those of ``place_of_rows``; with fewer than 64 HEADS, TOPK is a
+    union."""
     dtype: gl.constexpr = Q.dtype.element_ty
-    b, query, start, count, TOPK = query_of_program(TOPK, STARTS, POSITIONS, rows, batch, groups, k)
     tiles = (count + K - 1) // K
     q_latent = gl.allocate_shared_memory(dtype, [1, N, L], SHARED)
     q_rope = gl.allocate_shared_memory(dtype, [1, N, R], SHARED)
@@ -289,15 +301,23 @@ def backward(
             (
                 _attend,
                 (
-                    LSE, TERMS, D_Q, query, count, tiles, scale, scale_log2,
+                    LSE, TERMS, D_Q, TOPK, query, stride, present, HEADS, count, tiles,
+                    scale, scale_log2,
                     q_latent, q_rope, d_out, latent, rope, probs, d_logits, filled, free,
                 ),
             ),
-            (_add_up_query, (D_Q, query, tiles, latent, rope, d_logits, filled, free)),
+            (
+                _add_up_query,
+                (
+                    D_Q, query, stride, present, HEADS, tiles,
+                    latent, rope, d_logits, filled, free,
+                ),
+            ),
             (
                 _add_up_keys,
                 (
-                    Q, LATENTS, D_OUT, D_LATENTS, UNITS, TOPK, query, start, count, batch, b, tiles,
+                    Q, LATENTS, D_OUT, D_LATENTS, UNITS, TOPK, query, stride, present, HEADS,
+                    start, count, batch, b, tiles,
                     q_latent, q_rope, d_out, latent, rope, probs, d_logits, filled, free,
                 ),
             ),
@@ -308,61 +328,13 @@ def backward(
 
 
 @gluon.jit
-def bounds(
-    Q, LATENTS, TOPK, STARTS, POSITIONS, D_OUT, LSE, TERMS, BOUNDS, UNIT,
+def backward(
+    Q, LATENTS, TOPK, STARTS, POSITIONS, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS,
     rows, batch, groups, k, scale, scale_log2,
 ):  # fmt: skip
-    """What one query adds at most to any number of a key's gradient, as ``backward`` adds it."""
-    dtype: gl.constexpr = Q.dtype.element_ty
-    by_row: gl.constexpr = gl.SliceLayout(1, ROWS)
-    by_column: gl.constexpr = gl.SliceLayout(0, ROWS)
-    by_head: gl.constexpr = gl.SliceLayout(1, LOGITS)
-    by_key: gl.constexpr = gl.SliceLayout(0, LOGITS)
+    """Gradients of 64 heads of a query, and what they add to those of its keys."""
     b, query, start, count, TOPK = query_of_program(TOPK, STARTS, POSITIONS, rows, batch, groups, k)
-
-    q_latent = gl.allocate_shared_memory(dtype, [N, L], SHARED)
-    q_rope = gl.allocate_shared_memory(dtype, [N, R], SHARED)
-    d_out = gl.allocate_shared_memory(dtype, [N, L], SHARED)
-    latent = gl.allocate_shared_memory(dtype, [K, L], SHARED)
-    rope = gl.allocate_shared_memory(dtype, [K, R], SHARED)
-    gather(LATENTS, keys_of_tile(TOPK, 0, count, start, batch, b, by_row), latent, rope)
-    key = keys_of_tile(TOPK, K, count, start, batch, b, by_row)
-    head = gl.arange(0, N, layout=by_row)
-    load_query(Q, query, q_latent, q_rope)
-    column = gl.arange(0, L, layout=by_column)
-    d_out.store(gl.load(D_OUT + (query + head)[:, None] * L + column[None, :]))
-    thread_barrier()
-    most_q = gl.maximum(_largest(q_latent.load(ROWS)), _largest(q_rope.load(ROWS)))
-    most_q = gl.convert_layout(most_q, by_head) * scale
-    most_d_out = gl.convert_layout(_largest(d_out.load(ROWS)), by_head)
-    own = query + gl.arange(0, N, layout=by_head)
-    lse = gl.load(LSE + own)
-    terms = gl.load(TERMS + own)
-    unit = gl.load(UNIT)
-    zeros = gl.full([N, K], 0.0, gl.float32, layout=LOGITS)
-    for first in range(0, count, K):
-        async_copy.wait_group(0)
-        fence_async_shared()
-        thread_barrier()
-        logits = start_logits(q_latent, q_rope, latent, rope, zeros)
-        d_probs = warpgroup_mma(d_out, latent.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        logits, d_probs = warpgroup_mma_wait(num_outstanding=0, deps=[logits, d_probs])
-        thread_barrier()
-        if first + K < count:
-            gather(LATENTS, key, latent, rope)
-        key = keys_of_tile(TOPK, first + 2 * K, count, start, batch, b, by_row)
-        probs = gl.exp2(logits * scale_log2 - lse[:, None])
-        most = most_of_keys(probs, d_probs, terms, most_q, most_d_out)
-        inside = first + gl.arange(0, K, layout=by_key) < count
-        gl.atomic_add(
-            BOUNDS + keys_of_tile(TOPK, first, count, start, batch, b, by_key),
-            (most * unit).to(gl.int64) + 1,
-            mask=inside,
-            sem="relaxed",
-        )
-
-
-@gluon.jit
-def _largest(tile):
-    tile = tile.to(gl.float32)
-    return gl.max(gl.maximum(tile, -tile), 1)
+    work_in_parts(
+        Q, LATENTS, TOPK, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS,
+        query, None, None, N, start, count, batch, b, scale, scale_log2,
+    )  # fmt: skip

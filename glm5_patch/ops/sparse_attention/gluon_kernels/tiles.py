@@ -59,6 +59,59 @@ def keys_of_tile(TOPK, first, count, start, batch, b, layout: gl.constexpr):
 
 
 @gluon.jit
+def union_of_program(ENTRIES, COUNTS, first, rows, batch, capacity, HEADS: gl.constexpr):
+    """Batch of this program, the place of its first head in [s, b, n], how many of its queries
+    there are, how many keys these have together and which. Pointers are those of ``unions``."""
+    number = gl.num_programs(0) // batch - 1 - gl.program_id(0) // batch
+    b = gl.program_id(0) % batch
+    row = (first + number) * (N // HEADS)
+    count = gl.load(COUNTS + row // (N // HEADS) * batch + b)
+    query = (row * batch + b).to(gl.int64) * HEADS
+    present = gl.minimum(rows - row, N // HEADS)
+    return b, query, present, count, ENTRIES + (number * batch + b).to(gl.int64) * capacity
+
+
+@gluon.jit
+def place_of_rows(query, stride, present, HEADS: gl.constexpr, layout: gl.constexpr):
+    """Places in [s, b, n] of the rows of a tile: 64 heads of a query, or the HEADS of each of the
+    queries that are ``present``, ``stride`` apart; past those, of the last one again."""
+    row = gl.arange(0, N, layout=layout)
+    if HEADS == N:
+        place = query + row
+    else:
+        place = query + gl.minimum(row // HEADS, present - 1) * stride + row % HEADS
+    return place
+
+
+@gluon.jit
+def keys_of_union(ENTRIES, first, count, layout: gl.constexpr):
+    """Rows of the latent that a tile of a union names; past its end, the last one again."""
+    place = gl.minimum(first + gl.arange(0, K, layout=layout), count - 1)
+    return gl.load(ENTRIES + place) >> 8
+
+
+@gluon.jit
+def named_keys(
+    TOPK, first, count, start, batch, b, HEADS: gl.constexpr, layout: gl.constexpr
+):  # fmt: skip
+    """Of a tile of a top-k, or with fewer than 64 HEADS of a union."""
+    if HEADS == N:
+        key = keys_of_tile(TOPK, first, count, start, batch, b, layout)
+    else:
+        key = keys_of_union(TOPK, first, count, layout)
+    return key
+
+
+@gluon.jit
+def owned(ENTRIES, first, count, HEADS: gl.constexpr, layout: gl.constexpr):
+    """Which of the rows of a tile attend to which keys of a tile of a union, [64, 64]."""
+    place = first + gl.arange(0, K, layout=gl.SliceLayout(0, layout))
+    entry = gl.load(ENTRIES + place, mask=place < count, other=0)
+    own = 1 << gl.arange(0, N, layout=gl.SliceLayout(1, layout)) // HEADS
+    return (entry[None, :] & own[:, None]) != 0
+
+
+@gluon.jit
 def copy_rows(rows, latent, rope, layout: gl.constexpr):
     """Start copying the rows at some pointers, latent and rotary part, to shared memory."""
     columns: gl.constexpr = gl.SliceLayout(0, layout)
@@ -75,10 +128,10 @@ def gather(LATENTS, key, latent, rope):
 
 
 @gluon.jit
-def load_query(Q, query, latent, rope):
-    """Copy the heads of a query to shared memory."""
+def load_rows(Q, row, latent, rope):
+    """Copy rows of queries to shared memory."""
     columns: gl.constexpr = gl.SliceLayout(0, ROWS)
-    q = Q + (query + gl.arange(0, N, layout=gl.SliceLayout(1, ROWS)))[:, None] * W
+    q = Q + row[:, None] * W
     latent.store(gl.load(q + gl.arange(0, L, layout=columns)[None, :]))
     rope.store(gl.load(q + L + gl.arange(0, R, layout=columns)[None, :]))
 
@@ -108,11 +161,20 @@ def zero_of(number):
 
 
 @gluon.jit
-def write_heads(tile, buffer, OUT, query, WIDTH: gl.constexpr, column, columns: gl.constexpr):
+def write_heads(
+    tile, buffer, OUT, query, WIDTH: gl.constexpr, column, columns: gl.constexpr,
+    stride=None, present=None, HEADS: gl.constexpr = N,
+):  # fmt: skip
     """Write ``tile`` [64, columns] to the heads of a query, rows of WIDTH, from ``column`` on; by
-    way of ``buffer``."""
+    way of ``buffer``. Or to those of several queries, see ``place_of_rows``."""
+    by_row: gl.constexpr = gl.SliceLayout(1, PART_ROWS)
     buffer.store(tile.to(buffer.dtype))
     thread_barrier()
-    row = query + gl.arange(0, N, layout=gl.SliceLayout(1, PART_ROWS))
+    row = place_of_rows(query, stride, present, HEADS, by_row)
     column += gl.arange(0, columns, layout=gl.SliceLayout(0, PART_ROWS))
-    gl.store(OUT + row[:, None] * WIDTH + column[None, :], buffer.load(PART_ROWS))
+    place = OUT + row[:, None] * WIDTH + column[None, :]
+    if HEADS == N:
+        gl.store(place, buffer.load(PART_ROWS))
+    else:
+        there = gl.arange(0, N, layout=by_row) // HEADS < present
+        gl.store(place, buffer.load(PART_ROWS), mask=there[:, None])
