@@ -20,6 +20,8 @@ HEADS, LATENT, ROPE = 64, 512, 64
 WIDTH = LATENT + ROPE
 KEYS = 64
 """Of a tile."""
+LAGS, L2_SHARE = 4, 0.8
+"""See ``lags_for``."""
 WARPS = 4
 """Of each part of a program whose parts do different work."""
 BACKWARD_NUMBERS = HEADS * (WIDTH + LATENT) + KEYS * WIDTH + 2 * HEADS * KEYS + 256
@@ -92,7 +94,7 @@ def _compile_backward() -> None:
     from .gluon_kernels import backward as kernels
 
     outputs = torch.bfloat16, torch.float32, torch.float32, torch.bfloat16, torch.float32, None
-    kernels.backward.warmup(*TENSORS, *outputs, *SIZES, 1.0, 1.0, grid=(1,), num_warps=WARPS)
+    kernels.backward.warmup(*TENSORS, *outputs, *SIZES, 1.0, 1.0, 1, grid=(1,), num_warps=WARPS)
 
 
 @backend(
@@ -152,10 +154,22 @@ def key_gradients(
 
     d_query = torch.empty_like(query)
     d_latent, units = room_for_latents(absorbed, d_out, measure)
-    kernels.backward[grid](*given, d_query, d_latent, units, *sizes, num_warps=WARPS)
+    kernels.backward[grid](
+        *given, d_query, d_latent, units, *sizes, lags_for(latent), num_warps=WARPS
+    )
     if units is not None:
         return d_query, ExactPairs(d_latent, units).value()
     return d_query, fours(d_latent).flatten(-4)
+
+
+def lags_for(latent: Tensor) -> int:
+    """At how many different tiles neighbouring programs of the backward begin. Where the gradient
+    of all latents fits into L2, they wait less for each other's atomics. Where it does not, it is
+    better that they add to the same keys at the same time, whose gradient is in L2 then."""
+    if latent.device.type != "cuda":  # kernels are compiled without a GPU
+        return 1
+    l2_bytes = torch.cuda.get_device_properties(latent.device).L2_cache_size
+    return LAGS if 4 * latent.numel() <= L2_SHARE * l2_bytes else 1
 
 
 def fours(d_latent: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def _compile() -> None:
 
     tensors = torch.bfloat16, torch.bfloat16, torch.int32, torch.int32
     outputs = torch.bfloat16, torch.float32, torch.float32, torch.bfloat16, torch.float32, None
-    sizes = 0, 16, 1, 2048, 1.0, 1.0
+    sizes = 0, 16, 1, 2048, 1.0, 1.0, 1
     kernels.union_backward.warmup(*tensors, *outputs, *sizes, HEADS=16, grid=(1,), num_warps=WARPS)
 
 
@@ -118,12 +118,12 @@ def key_gradients(
     rows = d_out, lse, terms
     scales = absorbed.softmax_scale, absorbed.softmax_scale * LOG2_E
 
-    def together(kernel, outputs: tuple, warps: int) -> None:
+    def together(kernel, outputs: tuple, warps: int, *more: int) -> None:
         for first, entries in unions(absorbed, counts):
             groups, _, capacity = entries.shape
             kernel[(groups * b,)](
                 query, latent, entries, counts, *rows, *outputs,
-                first, s, b, capacity, *scales, HEADS=heads, num_warps=warps,
+                first, s, b, capacity, *scales, *more, HEADS=heads, num_warps=warps,
             )  # fmt: skip
 
     def alone(kernel, outputs: tuple) -> None:
@@ -136,7 +136,7 @@ def key_gradients(
     d_query = torch.empty_like(query)
     d_latent, units = room_for_latents(absorbed, d_out, measure)
     renamed = d_latent if units is not None else torch.zeros_like(d_latent)
-    together(kernels.union_backward, (d_query, renamed, units), WARPS)
+    together(kernels.union_backward, (d_query, renamed, units), WARPS, gluon.lags_for(latent))
     alone(triton_kernels.backward, (d_query, d_latent, units))
     if units is not None:
         return d_query, ExactPairs(d_latent, units).value()

@@ -103,8 +103,15 @@ def _fetch_tile(
 
 
 @gluon.jit
+def _tile_of_step(step, lag, tiles):
+    """The tile ``lag`` after the usual one; after the last comes the first."""
+    tile = step + lag
+    return gl.where(tile < tiles, tile, tile - tiles)
+
+
+@gluon.jit
 def _attend(
-    LSE, TERMS, D_Q, TOPK, query, stride, present, HEADS: gl.constexpr, count, tiles,
+    LSE, TERMS, D_Q, TOPK, query, stride, present, HEADS: gl.constexpr, count, tiles, lag,
     scale, scale_log2,
     q_latent, q_rope, d_out, latent, rope, probs_shared, d_logits_shared, filled, free,
 ):  # fmt: skip
@@ -118,9 +125,10 @@ def _attend(
     zeros = gl.full([N, K], 0.0, gl.float32, layout=PART_LOGITS)
     d_q = gl.full([N, H], 0.0, gl.float32, layout=PART_HALF)
     mbarrier.wait(filled.index(_QUERY), 0)
-    for tile in range(0, tiles):
-        phase = tile % 2
-        zero = zero_of(tile)
+    for step in range(0, tiles):
+        tile = _tile_of_step(step, lag, tiles)
+        phase = step % 2
+        zero = zero_of(step)
         keys = latent.index(zero)
         if HEADS == N:
             inside = (tile * K + place)[None, :] < count
@@ -137,7 +145,7 @@ def _attend(
         logits = warpgroup_mma_wait(num_outstanding=1, deps=[logits])
         probs = gl.exp2(logits * scale_log2 - lse[:, None])
         probs = gl.where(inside, probs, 0.0)
-        mbarrier.wait(free.index(_PROBS), (tile + 1) % 2)
+        mbarrier.wait(free.index(_PROBS), (step + 1) % 2)
         probs_shared.index(0).store(probs.to(dtype))
         d_probs = warpgroup_mma_wait(num_outstanding=0, deps=[d_probs])
         d_logits_shared.index(0).store((probs * (d_probs - terms[:, None]) * scale).to(dtype))
@@ -160,9 +168,9 @@ def _add_up_query(
     """The left half of the query's gradient, and its rotary part."""
     d_q = gl.full([N, H], 0.0, gl.float32, layout=PART_HALF)
     d_q_rope = gl.full([N, R], 0.0, gl.float32, layout=PART_LOGITS)
-    for tile in range(0, tiles):
-        phase = tile % 2
-        zero = zero_of(tile)
+    for step in range(0, tiles):
+        phase = step % 2
+        zero = zero_of(step)
         d_logits = d_logits_shared.index(zero)
         mbarrier.wait(filled.index(_TILE), phase)
         mbarrier.wait(filled.index(_PROBS), phase)
@@ -195,7 +203,7 @@ def _start_columns(probs, d_logits, q_latent, d_out, number: gl.constexpr, zeros
 @gluon.jit
 def _add_up_keys(
     Q, LATENTS, D_OUT, D_LATENTS, UNITS, TOPK, query, stride, present, HEADS: gl.constexpr,
-    start, count, batch, b, tiles,
+    start, count, batch, b, tiles, lag,
     q_latent, q_rope, d_out, latent, rope, probs_shared, d_logits_shared, filled, free,
 ):  # fmt: skip
     """The gradient of the keys: 32 columns are multiplied while those before are added up. Copies
@@ -209,17 +217,21 @@ def _add_up_keys(
     )  # fmt: skip
     latent = latent.index(0)
     rope = rope.index(0)
-    _fetch_tile(LATENTS, TOPK, 0, count, start, batch, b, HEADS, latent, rope, filled.index(_TILE))
+    first = _tile_of_step(0, lag, tiles) * K
+    _fetch_tile(
+        LATENTS, TOPK, first, count, start, batch, b, HEADS, latent, rope, filled.index(_TILE)
+    )
     mbarrier.wait(filled.index(_QUERY), 0)
-    for tile in range(0, tiles):
-        zero = zero_of(tile)
+    for step in range(0, tiles):
+        tile = _tile_of_step(step, lag, tiles)
+        zero = zero_of(step)
         probs = probs_shared.index(zero).permute((1, 0))
         d_logits = d_logits_shared.index(zero).permute((1, 0))
         q = q_latent.index(zero)
         upstream = d_out.index(zero)
         key = named_keys(TOPK, tile * K, count, start, batch, b, HEADS, by_key)
         inside = tile * K + gl.arange(0, K, layout=by_key) < count
-        mbarrier.wait(filled.index(_PROBS), tile % 2)
+        mbarrier.wait(filled.index(_PROBS), step % 2)
         fence_async_shared()
         part = _start_columns(probs, d_logits, q, upstream, 0, zeros)
         for number in gl.static_range(1, L // _COLUMNS):
@@ -228,11 +240,12 @@ def _add_up_keys(
             _add_to_keys(D_LATENTS, UNITS, key, inside, part, (number - 1) * _COLUMNS)
             part = later
             if number == _FETCHED_AT:
-                mbarrier.wait(free.index(_TILE), tile % 2)
-                if tile + 1 < tiles:
+                mbarrier.wait(free.index(_TILE), step % 2)
+                if step + 1 < tiles:
+                    first = _tile_of_step(step + 1, lag, tiles) * K
                     _fetch_tile(
-                        LATENTS, TOPK, (tile + 1) * K, count, start, batch, b, HEADS,
-                        latent, rope, filled.index(_TILE),
+                        LATENTS, TOPK, first, count, start, batch, b, HEADS, latent, rope,
+                        filled.index(_TILE),
                     )  # fmt: skip
         for number in gl.static_range(R // _COLUMNS):
             later = warpgroup_mma(
@@ -274,14 +287,16 @@ def _add_to_keys(D_LATENTS, UNITS, key, inside, tile, column):
 @gluon.jit
 def work_in_parts(
     Q, LATENTS, TOPK, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS,
-    query, stride, present, HEADS: gl.constexpr, start, count, batch, b, scale, scale_log2,
+    query, stride, present, HEADS: gl.constexpr, start, count, batch, b, lag, scale, scale_log2,
 ):  # fmt: skip
     """Three parts of warps, so that adding to memory, which bounds it, hardly ever waits: one
     computes probabilities and half of the query's gradient, one the other half, and one adds up the
     gradient of the keys. Rows are those of ``place_of_rows``; with fewer than 64 HEADS, TOPK is a
-    union."""
+    union. Begins at tile number ``lag``, if there are as many: programs that run beside each other
+    then add to other keys."""
     dtype: gl.constexpr = Q.dtype.element_ty
     tiles = (count + K - 1) // K
+    lag = gl.minimum(lag, tiles - 1)
     q_latent = gl.allocate_shared_memory(dtype, [1, N, L], SHARED)
     q_rope = gl.allocate_shared_memory(dtype, [1, N, R], SHARED)
     d_out = gl.allocate_shared_memory(dtype, [1, N, L], SHARED)
@@ -301,7 +316,7 @@ def work_in_parts(
             (
                 _attend,
                 (
-                    LSE, TERMS, D_Q, TOPK, query, stride, present, HEADS, count, tiles,
+                    LSE, TERMS, D_Q, TOPK, query, stride, present, HEADS, count, tiles, lag,
                     scale, scale_log2,
                     q_latent, q_rope, d_out, latent, rope, probs, d_logits, filled, free,
                 ),
@@ -317,7 +332,7 @@ def work_in_parts(
                 _add_up_keys,
                 (
                     Q, LATENTS, D_OUT, D_LATENTS, UNITS, TOPK, query, stride, present, HEADS,
-                    start, count, batch, b, tiles,
+                    start, count, batch, b, tiles, lag,
                     q_latent, q_rope, d_out, latent, rope, probs, d_logits, filled, free,
                 ),
             ),
@@ -327,14 +342,15 @@ def work_in_parts(
     )  # fmt: skip
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["lags"])
 def backward(
     Q, LATENTS, TOPK, STARTS, POSITIONS, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS,
-    rows, batch, groups, k, scale, scale_log2,
+    rows, batch, groups, k, scale, scale_log2, lags,
 ):  # fmt: skip
     """Gradients of 64 heads of a query, and what they add to those of its keys."""
     b, query, start, count, TOPK = query_of_program(TOPK, STARTS, POSITIONS, rows, batch, groups, k)
     work_in_parts(
         Q, LATENTS, TOPK, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS,
-        query, None, None, N, start, count, batch, b, scale, scale_log2,
+        query, None, None, N, start, count, batch, b,
+        gl.program_id(0) // batch % lags, scale, scale_log2,
     )  # fmt: skip

@@ -14,10 +14,10 @@ from .bounds import add_bounds
 from .tiles import union_of_program
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["lags"])
 def union_backward(
     Q, LATENTS, ENTRIES, COUNTS, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS,
-    first, rows, batch, capacity, scale, scale_log2, HEADS: gl.constexpr,
+    first, rows, batch, capacity, scale, scale_log2, lags, HEADS: gl.constexpr,
 ):  # fmt: skip
     """Gradients of neighbouring queries, and what they add together to those of their keys."""
     b, query, present, count, ENTRIES = union_of_program(
@@ -26,7 +26,8 @@ def union_backward(
     if count > 0:
         work_in_parts(
             Q, LATENTS, ENTRIES, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS,
-            query, batch * HEADS, present, HEADS, 0, count, batch, b, scale, scale_log2,
+            query, batch * HEADS, present, HEADS, 0, count, batch, b,
+            gl.program_id(0) // batch % lags, scale, scale_log2,
         )  # fmt: skip
 
 
