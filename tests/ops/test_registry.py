@@ -24,6 +24,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 DIMS = MLADims(512, 192, 64, 256) if DEVICE == "cuda" else MLADims(64, 24, 16, 20)
 HEADS = 64 if DEVICE == "cuda" else 3
+INDEX_HEADS, INDEX_DIM = (32, 128) if DEVICE == "cuda" else (16, 32)
 S, K = 150, 128
 """Keys of several tiles: a kernel that stops after its first is told."""
 KINDS = [one for one in backends() if one.name != "torch"]
@@ -57,9 +58,9 @@ def attention(generator):
 
 def indexer(generator):
     return IndexerInputs(
-        drawn(generator, 6, 1, 16, 32),
-        drawn(generator, S, 1, 32),
-        drawn(generator, 6, 1, 16).float(),
+        drawn(generator, 6, 1, INDEX_HEADS, INDEX_DIM),
+        drawn(generator, S, 1, INDEX_DIM),
+        drawn(generator, 6, 1, INDEX_HEADS).float(),
     )
 
 
