@@ -250,6 +250,27 @@ FAULTS = (
         f"{TRITON}::test_equal_scores_go_to_the_lower_positions",
     ),
     Fault(
+        "queries that their sample misled are left out",
+        "ops/index_topk/triton_kernels.py",
+        "if tl.load(COUNTS + row) < 0:",
+        "if tl.load(COUNTS + row) < -1:",
+        f"{TRITON}::test_long_rows_are_selected_from_candidates",
+    ),
+    Fault(
+        "keys of a union are marked for a neighbour",
+        "ops/sparse_attention/union_kernels.py",
+        "<< key % 4 * 8",
+        "<< key % 2 * 8",
+        "tests/ops/test_unions.py::test_unions_are_those_of_sets",
+    ),
+    Fault(
+        "a union is read again in the next block of groups",
+        "ops/sparse_attention/union_kernels.py",
+        "tl.store(MEMBERS + key, tl.zeros([BLOCK], tl.uint8), mask=member)",
+        "tl.store(MEMBERS + key, tl.zeros([BLOCK], tl.uint8), mask=member & (key < 0))",
+        "tests/ops/test_unions.py::test_unions_are_those_of_sets",
+    ),
+    Fault(
         "no relu on the scores of the kernel",
         "ops/index_topk/triton_kernels.py",
         "products = tl.maximum(products, 0.0) * weights[None, :]",
