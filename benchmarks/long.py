@@ -219,6 +219,8 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks/long.py needs a CUDA device, or --device cpu", file=sys.stderr)
         return 2
+    if options.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
     glm5_patch.require()
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
     hf, length, wrong = config_of(options), options.length, []
