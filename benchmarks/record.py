@@ -15,11 +15,13 @@ from glm5_patch.env import installed_version
 
 
 def machine() -> dict[str, str]:
-    """What this process measures on and with, and how it was called."""
+    """What this process measures on and with, and how it was called; of absolute paths the last
+    part, for the record is published."""
     on_gpu = torch.cuda.is_available()
+    words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv)
     return {
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(words),
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         **({"driver": _driver()} if on_gpu else {}),
         "torch": torch.__version__,

@@ -71,6 +71,17 @@ def _compile() -> None:
     kernels.candidates.warmup(*inputs, *outputs, *sizes, 2048, 1.0, CAPACITY=4096, **shape)
 
 
+RECORD = dict(
+    name="gluon",
+    rank=2,
+    needs=NEEDS,
+    load=compiles(_compile),
+    asked_as=(OWN_KERNELS,),
+    optional=True,
+)
+"""Of the backends of both operations."""
+
+
 class Sampling(NamedTuple):
     """How candidates are found."""
 
@@ -91,15 +102,7 @@ class Sampling(NamedTuple):
         return cls(stride, room)
 
 
-@backend(
-    "index_topk",
-    name="gluon",
-    rank=2,
-    needs=NEEDS,
-    load=compiles(_compile),
-    asked_as=(OWN_KERNELS,),
-    optional=True,
-)
+@backend("index_topk", **RECORD)
 @torch.no_grad()
 def index_topk(inputs: IndexerInputs, queries: QueryPositions, k: int, scale: float) -> Tensor:
     """As ``operation.index_topk``."""
@@ -276,15 +279,7 @@ def write_candidates(
     )  # fmt: skip
 
 
-@backend(
-    "index_scores",
-    name="gluon",
-    rank=2,
-    needs=NEEDS,
-    load=compiles(_compile),
-    asked_as=(OWN_KERNELS,),
-    optional=True,
-)
+@backend("index_scores", **RECORD)
 def index_scores(
     inputs: IndexerInputs, queries: QueryPositions, block: slice, scale: float
 ) -> Tensor:
