@@ -45,6 +45,9 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+# The allocator reads it once: blocks of many sizes leave no holes.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
 import flops
 import record
 import torch

@@ -1,5 +1,6 @@
 """What benchmarks/multi_gpu.py is made of, without a GPU."""
 
+import ast
 import json
 import os
 import subprocess
@@ -71,6 +72,39 @@ def test_a_step_is_broken_down():
         "launches": 3,
         "host waits": 1,
     }
+
+
+def launched(folder):
+    """Names of the kernels of an operation: functions for a GPU that no other one calls."""
+    functions, called = set(), set()
+    for path in (BENCHMARKS.parent / "glm5_patch" / "ops" / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and "jit" in map(decorated_by, node.decorator_list):
+                functions.add(node.name)
+                calls = (n.func for n in ast.walk(node) if isinstance(n, ast.Call))
+                called.update(name.id for name in calls if isinstance(name, ast.Name))
+    return {name for name in functions - called if not name.startswith("_")}
+
+
+def decorated_by(node):
+    node = node.func if isinstance(node, ast.Call) else node
+    return node.attr if isinstance(node, ast.Attribute) else node.id
+
+
+@pytest.mark.parametrize(
+    ("folder", "phase", "some"),
+    [
+        ("sparse_attention", "attention", {"forward", "backward", "union_backward"}),
+        ("rotation", "attention", {"rotate"}),
+        ("index_topk", "selection", {"scores", "candidates"}),
+        ("index_loss", "selection", {"loss"}),
+    ],
+)
+def test_every_kernel_of_the_package_has_a_phase(folder, phase, some):
+    names = launched(folder)
+    assert some <= names
+    for name in names:
+        assert phases.breakdown([kernel(name, 0, 1)], wall=1.0)[f"{phase} ms"] == 1.0, name
 
 
 def test_without_marks_no_kernel_is_the_experts():
