@@ -5,13 +5,18 @@ top-k or one of four, and a training step on fused kernels, on blocked ones and 
 
 Four dense layers (hidden size 6144, 64 heads, latent 512, index_topk 2048; the published model has
 three such and 75 MoE ones) with a small vocabulary, bf16, batch 1, random weights, modules of the
-local backend, full recompute. "forward" is without gradients; "step" is a forward and backward of
-one microbatch under full recompute. "released" has megatron-core 0.16's own attention and indexer
-under the same layers, which computes the indexer's loss in every training step; its dispatcher,
-which refuses such layers, is told to build them, and its Hadamard rotation, which needs another
-package, is a matrix product. A figure is the median of 5 runs, divided by the layers; memory is the
-peak of the process, weights and gradients included. TFLOP/s are those of a step without its
-recompute, as ``flops`` counts them. Writes layer.json.
+local backend, full recompute, SwiGLU in one kernel as Megatron-LM's scripts have it. "forward" is
+without gradients; "step" is a forward and backward of one microbatch under full recompute.
+"released" has megatron-core 0.16's own attention and indexer under the same layers, which computes
+the indexer's loss in every training step; its dispatcher, which refuses such layers, is told to
+build them, and its Hadamard rotation, which needs another package, is a matrix product. A figure is
+the median of 5 runs, divided by the layers; memory is the peak of the process, weights and
+gradients included. TFLOP/s are those of a step without its recompute, as ``flops`` counts them.
+
+One more step says where a step's time goes, by the kernels that torch's profiler saw, see
+``splits.phases``: how many kernels a layer launches, and how long the rest takes, the kernels that
+are no products, no attention and no selection. At the rate of a copy, measured here, they move so
+many GB at most. Writes layer.json.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ from unittest import mock
 import flops
 import record
 import torch
+from splits import phases
 
 import glm5_patch
 from glm5_patch.attention.build import gpt_model, transformer_config
@@ -60,6 +66,7 @@ def build(pattern: str, **settings):
         transformer_impl="local",
         params_dtype=torch.bfloat16,
         bf16=True,
+        bias_activation_fusion=True,
         recompute_granularity="full",
         recompute_method="uniform",
         recompute_num_layers=1,
@@ -115,7 +122,21 @@ def seconds(run) -> float:
     return statistics.median(times)
 
 
-def measure(model, hf: HFConfig, length: int) -> dict[str, float]:
+def copy_rate() -> float:
+    """Bytes a second that a large copy on the GPU reads and writes."""
+    source = torch.ones(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds(lambda: target.copy_(source))
+
+
+def measure(model, hf: HFConfig, length: int, rate: float) -> dict[str, float]:
+    """Of a layer.
+
+    Args:
+        model, hf: the layers.
+        length: tokens.
+        rate: of a copy, bytes a second.
+    """
     ids = torch.randint(1024, (1, length), device="cuda")
     positions = torch.arange(length, device="cuda")[None]
 
@@ -135,6 +156,12 @@ def measure(model, hf: HFConfig, length: int) -> dict[str, float]:
         found[f"{name}_ms"] = seconds(run) * 1e3 / LAYERS
     found["step_tflops"] = flops.training_flops(hf, length) / LAYERS / found["step_ms"] / 1e9
     found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    step_ms = found["step_ms"] * LAYERS
+    budget = phases.breakdown(phases.profiled(step, ()), step_ms)
+    for name in ("products", "attention", "selection", "rest"):
+        found[f"{name}_ms"] = budget[f"{name} ms"] / LAYERS
+    found["rest_gb"] = found["rest_ms"] * rate / 1e12
+    found["launches"] = budget["launches"] / LAYERS
     return found
 
 
@@ -147,18 +174,20 @@ def main() -> int:
         print("benchmarks/layer.py needs a CUDA device", file=sys.stderr)
         return 2
     glm5_patch.require()
-    rows = []
+    rows, rate = [], copy_rate()
 
     def add(hf: HFConfig, model, layers: str, length: int, kernels: str) -> None:
         rows.append({"layers": layers, "length": length, "kernels": kernels})
         try:
-            rows[-1].update(measure(model, hf, length))
+            rows[-1].update(measure(model, hf, length, rate))
         except torch.OutOfMemoryError:
             print("{layers:22} {length:6} {kernels:8} out of memory".format(**rows[-1]), flush=True)
             return
         print(
             "{layers:22} {length:6} {kernels:8} forward {forward_ms:8.2f} ms, "
-            "step {step_ms:8.2f} ms a layer ({step_tflops:.0f} TFLOP/s), {peak_gib:.1f} GiB".format(
+            "step {step_ms:8.2f} ms a layer ({step_tflops:.0f} TFLOP/s), {peak_gib:.1f} GiB; "
+            "{launches:.0f} launches: products {products_ms:.1f} ms, attention {attention_ms:.1f}, "
+            "selection {selection_ms:.1f}, rest {rest_ms:.1f} (at most {rest_gb:.1f} GB)".format(
                 **rows[-1]
             ),
             flush=True,
@@ -184,7 +213,7 @@ def main() -> int:
                     add(hf, model, "every layer computes", length, "released")
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "layer.json"
-    record.write(path, rows=rows)
+    record.write(path, rows=rows, copy_tb_s=rate / 1e12)
     print(f"wrote {path}")
     return 0
 

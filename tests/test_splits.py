@@ -78,17 +78,17 @@ def launched(folder):
     """Names of the kernels of an operation: functions for a GPU that no other one calls."""
     functions, called = set(), set()
     for path in (BENCHMARKS.parent / "glm5_patch" / "ops" / folder).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef) and "jit" in map(decorated_by, node.decorator_list):
-                functions.add(node.name)
-                calls = (n.func for n in ast.walk(node) if isinstance(n, ast.Call))
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef) and is_for_a_gpu(function):
+                functions.add(function.name)
+                calls = (node.func for node in ast.walk(function) if isinstance(node, ast.Call))
                 called.update(name.id for name in calls if isinstance(name, ast.Name))
     return {name for name in functions - called if not name.startswith("_")}
 
 
-def decorated_by(node):
-    node = node.func if isinstance(node, ast.Call) else node
-    return node.attr if isinstance(node, ast.Attribute) else node.id
+def is_for_a_gpu(function):
+    names = (node.func if isinstance(node, ast.Call) else node for node in function.decorator_list)
+    return any(isinstance(name, ast.Attribute) and name.attr == "jit" for name in names)
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ import torch
 COMMUNICATION, EXPERTS, PRODUCTS, REST = "communication", "experts", "products", "rest"
 KINDS = {
     COMMUNICATION: "nccl",
-    "attention": "^(forward|(union_)?(backward|bounds)|mark|unite|row_terms|project|rotate|flat_keys)$"
-    "|flash|fmha|sdpa",
-    "selection": "^(scores|bars|candidates|topk|topk_of_misled|head_sums|loss)$|sort",
+    "attention": "^(forward|(union_)?(backward|bounds)|mark|unite|row_terms|project|rotate)$"
+    "|^flat_keys$|flash|fmha|sdpa",
+    "selection": "^(scores|bars|candidates|topk|(scores_and_)?topk_of_misled|head_sums|loss)$|sort",
     PRODUCTS: "gemm|nvjet|cutlass|xmma",
 }
 """Patterns of the names of kernels, the first that fits; "selection" has the indexer's loss, and

@@ -26,13 +26,9 @@ class Kernels:
     def __init__(self):
         self.misled = 0
 
-    def write_scores(
-        self, out, inputs, queries, block, batch, scale, *, stride=1, least=0, counts=None
-    ):
+    def write_scores(self, out, inputs, queries, block, batch, scale, *, stride, least):
         scores = reference.index_scores(of_sequence(inputs, batch), queries, block, scale)[0]
         left_out = (queries.local_positions[block] < least)[:, None]
-        if counts is not None:
-            left_out = left_out | (counts[block] >= 0)[:, None]
         out[: len(scores)] = scores[:, sampled_keys(scores.shape[1], stride)]
         out[: len(scores)].masked_fill_(left_out, NOTHING)
 

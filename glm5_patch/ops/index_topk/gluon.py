@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ... import env
 from ..needs import Needs, Width
-from ..query_positions import QueryPositions, query_blocks
+from ..query_positions import QueryPositions
 from ..registry import OWN_KERNELS, backend, backends
 from ..sparse_attention.gluon import WARPS, compiles
 from . import triton
@@ -35,7 +35,8 @@ PROGRAMS = 512
 KEYS_OF_A_SHARE = 4096
 """At least, where several programs share out the keys of some queries."""
 CANDIDATE_BYTES = 340 << 20
-"""Upper bound of the candidates and samples of a block of queries."""
+"""Upper bound of the candidates and samples of a block of queries, and of the scores of those that
+their sample misled."""
 FEWEST_KEYS = 16385
 """Of the longest document, from which on one pass is faster than two. Both select the same keys:
 both are exact, and the kernels of both add the products of a score up in the same order."""
@@ -64,9 +65,7 @@ def _compile() -> None:
     inputs = torch.bfloat16, torch.bfloat16, torch.float32, torch.int32, torch.int32
     sizes = 16, 32, 1, 0, 64
     shape = dict(HEADS=32, QUERIES=COLUMNS // 32, grid=(1,), num_warps=WARPS)
-    kernels.scores.warmup(
-        *inputs, torch.float32, torch.int32, *sizes, 64, 1, 16, 1.0, FLAGGED=False, **shape
-    )
+    kernels.scores.warmup(*inputs, torch.float32, *sizes, 64, 1, 16, 1.0, **shape)
     outputs = torch.float32, torch.float32, torch.int32, torch.int32
     kernels.candidates.warmup(*inputs, *outputs, *sizes, 2048, 1.0, CAPACITY=4096, **shape)
 
@@ -122,7 +121,10 @@ def index_topk(inputs: IndexerInputs, queries: QueryPositions, k: int, scale: fl
         for begin in range(0, s, rows):
             block = slice(begin, min(begin + rows, s))
             counts.append(_select(own[block], inputs, queries, block, batch, scale, sampling))
-        _select_misled(own, torch.cat(counts), inputs, queries, batch, scale)
+        triton.score_and_select_misled(
+            own, torch.cat(counts), inputs, queries, batch, scale, processors(device),
+            CANDIDATE_BYTES,
+        )  # fmt: skip
     return topk_indices
 
 
@@ -181,35 +183,6 @@ def _select(
     return candidates.counts
 
 
-def _select_misled(
-    out: Tensor,
-    counts: Tensor,
-    inputs: IndexerInputs,
-    queries: QueryPositions,
-    batch: int,
-    scale: float,
-) -> None:
-    """Select for the queries of one sequence that their sample misled, from all of their scores.
-    Where there are none, the launches return at once; the host doesn't wait to know.
-
-    Args:
-        out: int32 [s, k], the result; the other rows stay as they are.
-        counts: int32 [s], as of ``_select``.
-        inputs, queries, batch, scale: as of ``_select``.
-    """
-    s, k = out.shape
-    starts, positions = queries.spans()
-    scores = None
-    for block in query_blocks(s, queries.keys * 4, triton.FEWEST_QUERIES):
-        size = block.stop - block.start
-        if scores is None:
-            scores = torch.empty((size, queries.keys), device=out.device)
-        write_scores(scores, inputs, queries, block, batch, scale, stride=1, least=k, counts=counts)
-        triton.select_misled(
-            out[block], scores[:size], counts[block], starts[block], positions[block]
-        )
-
-
 def write_scores(
     out: Tensor,
     inputs: IndexerInputs,
@@ -220,7 +193,6 @@ def write_scores(
     *,
     stride: int = 1,
     least: int = 0,
-    counts: Tensor | None = None,
 ) -> None:
     """Scores of a block of the queries of one sequence.
 
@@ -232,7 +204,6 @@ def write_scores(
         batch: which sequence.
         stride: one key of so many, a sample.
         least: queries that see no more keys are left out.
-        counts: int32 [s]; queries whose count is not negative are left out.
     """
     from . import gluon_kernels as kernels
 
@@ -240,11 +211,10 @@ def write_scores(
     _, b, heads, _ = query.shape
     groups = -(-(block.stop - block.start) // queries_of_a_program(heads))
     shares = max(1, min(PROGRAMS // groups, len(key) // stride // KEYS_OF_A_SHARE))
-    spans = queries.spans()
     kernels.scores[(groups, shares)](
-        query, key, weights, *spans, out, spans[0] if counts is None else counts,
+        query, key, weights, *queries.spans(), out,
         block.start, block.stop, b, batch, len(key), out.shape[1], stride, least, scale,
-        HEADS=heads, QUERIES=COLUMNS // heads, FLAGGED=counts is not None, num_warps=WARPS,
+        HEADS=heads, QUERIES=COLUMNS // heads, num_warps=WARPS,
     )  # fmt: skip
 
 

@@ -55,15 +55,13 @@ _QUERIES_READY = gl.constexpr(2)
 
 
 @gluon.jit
-def _spans(STARTS, POSITIONS, COUNTS, row, end_row, stride, least, FLAGGED: gl.constexpr):
+def _spans(STARTS, POSITIONS, row, end_row, stride, least):
     """The first column that each query sees, and the one after its last; none of those that are
-    left out: that see at most ``least`` keys or, where FLAGGED, whose count is not negative."""
+    left out, since they see at most ``least`` keys. And the first key."""
     inside = row < end_row
     start = gl.load(STARTS + row, mask=inside, other=0)
     end = gl.load(POSITIONS + row, mask=inside, other=-1) + 1
     inside = inside & (end - start > least)
-    if FLAGGED:
-        inside = inside & (gl.load(COUNTS + row, mask=inside, other=0) < 0)
     begin = (start + stride - 1) // stride
     return gl.where(inside, begin, 2147483647), gl.where(inside, end // stride, 0), start
 
@@ -134,13 +132,13 @@ def _columns(tile):
 
 @gluon.jit
 def _store_scores(
-    WEIGHTS, STARTS, POSITIONS, SCORES, COUNTS, row, first_row, end_row, batch, b, width,
+    WEIGHTS, STARTS, POSITIONS, SCORES, row, first_row, end_row, batch, b, width,
     stride, least, scale, first_tile, tiles, q, keys, ready, free, turns,
-    CONSUMER: gl.constexpr, HEADS: gl.constexpr, QUERIES: gl.constexpr, FLAGGED: gl.constexpr,
+    CONSUMER: gl.constexpr, HEADS: gl.constexpr, QUERIES: gl.constexpr,
 ):  # fmt: skip
     row += CONSUMER * QUERIES
     own = row + gl.arange(0, QUERIES, layout=_BY_QUERY)
-    begin, end, _ = _spans(STARTS, POSITIONS, COUNTS, own, end_row, stride, least, FLAGGED)
+    begin, end, _ = _spans(STARTS, POSITIONS, own, end_row, stride, least)
     begin = begin[None, :][:, None, :]
     end = end[None, :][:, None, :]
     lines = SCORES + (own - first_row)[None, :][:, None, :].to(gl.int64) * width
@@ -176,7 +174,7 @@ def _write_candidates(
 ):  # fmt: skip
     row += CONSUMER * QUERIES
     own = row + gl.arange(0, QUERIES, layout=_BY_QUERY)
-    begin, end, start = _spans(STARTS, POSITIONS, COUNTS, own, end_row, 1, k, False)
+    begin, end, start = _spans(STARTS, POSITIONS, own, end_row, 1, k)
     bar = gl.load(BARS + own - first_row, mask=begin < end, other=float("inf"))
     begin = begin[None, :][:, None, :]
     end = end[None, :][:, None, :]
@@ -244,16 +242,15 @@ def _row_of_program(first_row, QUERIES: gl.constexpr):
 
 @gluon.jit(do_not_specialize=[*_VARIES])
 def scores(
-    Q, KEY, WEIGHTS, STARTS, POSITIONS, SCORES, COUNTS,
+    Q, KEY, WEIGHTS, STARTS, POSITIONS, SCORES,
     first_row, end_row, batch, b, num_keys, width, stride, least, scale,
-    HEADS: gl.constexpr, QUERIES: gl.constexpr, FLAGGED: gl.constexpr,
+    HEADS: gl.constexpr, QUERIES: gl.constexpr,
 ):  # fmt: skip
     """SCORES[row - first_row, column], rows of ``width``, of the keys that the queries see; the
     rest stays as it is, as do the rows of queries that ``_spans`` leaves out."""
     row = _row_of_program(first_row, QUERIES)
     begin, end, _ = _spans(
-        STARTS, POSITIONS, COUNTS, row + gl.arange(0, 2 * QUERIES, layout=_LINE), end_row,
-        stride, least, FLAGGED,
+        STARTS, POSITIONS, row + gl.arange(0, 2 * QUERIES, layout=_LINE), end_row, stride, least
     )  # fmt: skip
     first_tile, tiles = _tiles(begin, end)
     # Programs of the same queries share their keys out between them.
@@ -267,19 +264,17 @@ def scores(
                 (
                     _store_scores,
                     (
-                        WEIGHTS, STARTS, POSITIONS, SCORES, COUNTS, row, first_row, end_row,
+                        WEIGHTS, STARTS, POSITIONS, SCORES, row, first_row, end_row,
                         batch, b, width, stride, least, scale, first_tile, tiles,
-                        q, keys, ready, free, turns,
-                        gl.constexpr(0), HEADS, QUERIES, FLAGGED,
+                        q, keys, ready, free, turns, gl.constexpr(0), HEADS, QUERIES,
                     ),
                 ),
                 (
                     _store_scores,
                     (
-                        WEIGHTS, STARTS, POSITIONS, SCORES, COUNTS, row, first_row, end_row,
+                        WEIGHTS, STARTS, POSITIONS, SCORES, row, first_row, end_row,
                         batch, b, width, stride, least, scale, first_tile, tiles,
-                        q, keys, ready, free, turns,
-                        gl.constexpr(1), HEADS, QUERIES, FLAGGED,
+                        q, keys, ready, free, turns, gl.constexpr(1), HEADS, QUERIES,
                     ),
                 ),
                 (
@@ -308,8 +303,7 @@ def candidates(
     """
     row = _row_of_program(first_row, QUERIES)
     begin, end, _ = _spans(
-        STARTS, POSITIONS, COUNTS, row + gl.arange(0, 2 * QUERIES, layout=_LINE), end_row,
-        1, k, False,
+        STARTS, POSITIONS, row + gl.arange(0, 2 * QUERIES, layout=_LINE), end_row, 1, k
     )  # fmt: skip
     first_tile, tiles = _tiles(begin, end)
     q, keys, ready, free, turns = _room(Q.dtype.element_ty)

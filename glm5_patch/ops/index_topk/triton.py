@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,20 +67,23 @@ def index_scores(
     """As ``reference.index_scores``, with inputs that are contiguous."""
     from . import triton_kernels as kernels
 
-    query, key, weights = inputs
-    _, b, heads, dim = query.shape
-    queries_of_a_program = max(1, 128 // heads)
-    size = block.stop - block.start
-    half = query.dtype.itemsize == 2
-    out = torch.empty((b, size, len(key)), device=query.device)
+    b, keys, size = inputs.query.shape[1], len(inputs.key), block.stop - block.start
+    tile = _tile(inputs)
+    out = torch.empty((b, size, keys), device=inputs.query.device)
     for batch in range(b):
-        kernels.scores[(kernels.cdiv(size, queries_of_a_program), 4)](
-            query, key, weights, *queries.spans(), out[batch],
-            block.start, block.stop, b, batch, len(key), scale,
-            HEADS=heads, DIM=dim, QUERIES=queries_of_a_program, KEYS=64 if half else 32,
-            PRECISION="tf32" if half else "ieee", STAGES=3, num_warps=4,
+        kernels.scores[(kernels.cdiv(size, tile["QUERIES"]), 4)](
+            *inputs, *queries.spans(), out[batch],
+            block.start, block.stop, b, batch, keys, scale, **tile,
         )  # fmt: skip
     return out
+
+
+def _tile(inputs: IndexerInputs) -> dict[str, Any]:
+    """Of the kernels that compute scores."""
+    _, _, heads, dim = inputs.query.shape
+    half = inputs.query.dtype.itemsize == 2
+    sizes = dict(HEADS=heads, DIM=dim, QUERIES=max(1, 128 // heads), KEYS=64 if half else 32)
+    return dict(**sizes, PRECISION="tf32" if half else "ieee", STAGES=3, num_warps=4)
 
 
 @backend(
@@ -182,6 +185,40 @@ def select_misled(
     kernels.topk_of_misled[(rows,)](
         scores, starts, positions, counts, out, scores.shape[1], k, BLOCK=1024, num_warps=4
     )
+
+
+def score_and_select_misled(
+    out: Tensor,
+    counts: Tensor,
+    inputs: IndexerInputs,
+    queries: QueryPositions,
+    batch: int,
+    scale: float,
+    programs: int,
+    most_bytes: int,
+) -> None:
+    """Select for the queries of one sequence that their sample misled, from all of their scores.
+    Where there are none, the one launch returns at once; the host doesn't wait to know.
+
+    Args:
+        out: int32 [s, k], the result; the other rows stay as they are.
+        counts: int32 [s], of candidates; negative of a query that its sample misled.
+        inputs, queries, scale: as of ``index_topk``, contiguous.
+        batch: which sequence.
+        programs: at most, which share the queries out between them.
+        most_bytes: of all programs' scores, if more than one program has room in them.
+    """
+    from . import triton_kernels as kernels
+
+    (s, k), b, keys, tile = out.shape, inputs.query.shape[1], len(inputs.key), _tile(inputs)
+    lines = tile["QUERIES"]
+    groups = kernels.cdiv(s, lines)
+    programs = max(1, min(programs, groups, most_bytes // (4 * lines * keys)))
+    scores = torch.empty((programs * lines, keys), device=out.device)
+    kernels.scores_and_topk_of_misled[(programs,)](
+        *inputs, *queries.spans(), counts, scores, out, s, b, batch, keys, k, scale,
+        BLOCK=1024, **tile,
+    )  # fmt: skip
 
 
 def _launch_topk(

@@ -35,7 +35,8 @@ def scores(
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """SCORES[row - first_row, key] of the keys that the queries see; the rest stays as it is."""
-    row = first_row + tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    first = first_row + tl.program_id(0) * QUERIES
+    row = first + tl.arange(0, QUERIES)
     inside = row < end_row
     start = tl.load(STARTS + row, mask=inside, other=2147483647)
     last = tl.load(POSITIONS + row, mask=inside, other=-1)
@@ -45,26 +46,49 @@ def scores(
     share = tl.cdiv(tiles, tl.num_programs(1))
     begin += tl.program_id(1) * share
     end = begin + tl.minimum(share, tiles - tl.program_id(1) * share)
-
-    per_head = first_row + tl.program_id(0) * QUERIES + tl.arange(0, QUERIES * HEADS) // HEADS
-    head = tl.arange(0, QUERIES * HEADS) % HEADS
-    query = (per_head * batch + b).to(tl.int64) * HEADS + head
-    dim = tl.arange(0, DIM)
-    own = per_head < end_row
-    # [QUERIES * HEADS, DIM], for one product with each tile of keys
-    q = tl.load(Q + query[:, None] * DIM + dim[None, :], mask=own[:, None], other=0.0)
-    weights = tl.load(WEIGHTS + query, mask=own, other=0.0) * scale
+    lines = SCORES + (row - first_row).to(tl.int64) * num_keys
+    q, weights = _queries(Q, WEIGHTS, first, end_row, batch, b, scale, HEADS, DIM, QUERIES)
     for tile in tl.range(begin, end, num_stages=STAGES):
-        key = tile * KEYS + tl.arange(0, KEYS)
-        offsets = (key * batch + b).to(tl.int64) * DIM
-        k = tl.load(K + offsets[:, None] + dim[None, :], mask=key[:, None] < num_keys, other=0.0)
-        products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        products = tl.maximum(products, 0.0) * weights[None, :]
-        scores = tl.sum(tl.reshape(products, (KEYS, QUERIES, HEADS)), 2)
-        scores = tl.where(scores == 0, 0.0, scores)  # a negative weight makes it -0.0
-        seen = (key[:, None] >= start[None, :]) & (key[:, None] <= last[None, :])
-        place = SCORES + (row - first_row)[None, :].to(tl.int64) * num_keys + key[:, None]
-        tl.store(place, scores, mask=seen & inside[None, :])
+        _store_tile(
+            lines, K, q, weights, tile, start, last, batch, b, num_keys,
+            HEADS, DIM, QUERIES, KEYS, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _queries(
+    Q, WEIGHTS, first, end_row, batch, b, scale,
+    HEADS: tl.constexpr, DIM: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """All heads of some queries, [QUERIES * HEADS, DIM] for one product with each tile of keys, and
+    their weights."""
+    row = first + tl.arange(0, QUERIES * HEADS) // HEADS
+    head = tl.arange(0, QUERIES * HEADS) % HEADS
+    query = (row * batch + b).to(tl.int64) * HEADS + head
+    dim = tl.arange(0, DIM)
+    own = row < end_row
+    q = tl.load(Q + query[:, None] * DIM + dim[None, :], mask=own[:, None], other=0.0)
+    return q, tl.load(WEIGHTS + query, mask=own, other=0.0) * scale
+
+
+@triton.jit
+def _store_tile(
+    lines, K, q, weights, tile, start, last, batch, b, num_keys,
+    HEADS: tl.constexpr, DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The scores of a tile of keys, of those queries that see them, into their lines. The sum over
+    the heads is in the same order for each."""
+    key = tile * KEYS + tl.arange(0, KEYS)
+    offsets = (key * batch + b).to(tl.int64) * DIM
+    dim = tl.arange(0, DIM)
+    k = tl.load(K + offsets[:, None] + dim[None, :], mask=key[:, None] < num_keys, other=0.0)
+    products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    products = tl.maximum(products, 0.0) * weights[None, :]
+    scores = tl.sum(tl.reshape(products, (KEYS, QUERIES, HEADS)), 2)
+    scores = tl.where(scores == 0, 0.0, scores)  # a negative weight makes it -0.0
+    seen = (key[:, None] >= start[None, :]) & (key[:, None] <= last[None, :])
+    tl.store(lines[None, :] + key[:, None], scores, mask=seen)
 
 
 @triton.jit
@@ -311,6 +335,53 @@ def topk_of_misled(
     if visible > k:
         if tl.load(COUNTS + row) < 0:
             line = SCORES + row.to(tl.int64) * num_keys + start
-            out = TOPK + row.to(tl.int64) * k
-            kth, reached = _kth_largest_of_line(line, visible, k, BLOCK)
-            _write_chosen(line, line, out, visible, kth, reached, k, False, BLOCK)
+            _select_from_line(line, TOPK + row.to(tl.int64) * k, visible, k, BLOCK)
+
+
+@triton.jit
+def scores_and_topk_of_misled(
+    Q, K, WEIGHTS, STARTS, POSITIONS, COUNTS, SCORES, TOPK,
+    rows, batch, b, num_keys, k, scale,
+    HEADS: tl.constexpr, DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As ``topk_of_misled``, of all queries of a sequence, whose scores are computed here: into
+    QUERIES lines of SCORES that are this program's, one group of queries after another."""
+    begin_row, stride = tl.program_id(0) * QUERIES, tl.num_programs(0) * QUERIES
+    own = SCORES + begin_row.to(tl.int64) * num_keys
+    out = TOPK + begin_row.to(tl.int64) * k
+    lines = own + tl.arange(0, QUERIES) * num_keys
+    for first in range(begin_row, rows, stride):
+        row = first + tl.arange(0, QUERIES)
+        start = tl.load(STARTS + row, mask=row < rows, other=0)
+        last = tl.load(POSITIONS + row, mask=row < rows, other=-1)
+        count = tl.load(COUNTS + row, mask=row < rows, other=0)
+        misled = (last - start >= k) & (count < 0)
+        start = tl.where(misled, start, 2147483647)
+        begin = tl.min(start, 0) // KEYS
+        end = tl.cdiv(tl.max(tl.where(misled, last, -1), 0) + 1, KEYS)
+        if begin < end:
+            q, weights = _queries(Q, WEIGHTS, first, rows, batch, b, scale, HEADS, DIM, QUERIES)
+            for tile in tl.range(begin, end, num_stages=STAGES):
+                _store_tile(
+                    lines, K, q, weights, tile, start, last, batch, b, num_keys,
+                    HEADS, DIM, QUERIES, KEYS, PRECISION,
+                )  # fmt: skip
+            tl.debug_barrier()  # each warp reads what others have written
+            for number in range(QUERIES):
+                if first + number < rows:
+                    start_of_one = tl.load(STARTS + first + number)
+                    visible = tl.load(POSITIONS + first + number) - start_of_one + 1
+                    if visible > k:
+                        if tl.load(COUNTS + first + number) < 0:
+                            line = own + number * num_keys + start_of_one
+                            _select_from_line(line, out + number * k, visible, k, BLOCK)
+            tl.debug_barrier()  # before the lines have the next scores
+        out += stride.to(tl.int64) * k
+
+
+@triton.jit
+def _select_from_line(line, out, count, k, BLOCK: tl.constexpr):
+    """As ``topk``, of a line of more than k scores."""
+    kth, reached = _kth_largest_of_line(line, count, k, BLOCK)
+    _write_chosen(line, line, out, count, kth, reached, k, False, BLOCK)
