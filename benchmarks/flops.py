@@ -4,6 +4,10 @@ Counted are the products of matrices: three times those of a forward (a backward
 without the recompute. Attention counts the keys that a query selects or sees, with absorbed
 queries; the indexer counts in layers that compute their top-k, and its scores over all visible
 keys. A multiplication and an addition are two.
+
+No gradient goes to the scores of keys that are not selected, unless the indexer's loss is over all
+keys. Of long sequences those are most of what is counted, so a rate is also given with the scores
+counted once.
 """
 
 from __future__ import annotations
@@ -19,15 +23,20 @@ PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312}
 def training_flops(config: HFConfig, length: int) -> float:
     """Of one sequence of ``length`` tokens."""
     selected = _pairs(length, config.index_topk)
-    visible = _pairs(length, length)
     forward = length * config.hidden_size * config.vocab_size
     for layer in range(config.num_hidden_layers):
         forward += length * _projections(config) + selected * _core(config)
         if config.schedule.types[layer] == "full":
             forward += length * _indexer(config)
-            forward += visible * config.index_n_heads * config.index_head_dim
         forward += length * _feed_forward(config, layer)
-    return 3 * 2 * float(forward)
+    return 3 * (2 * float(forward) + index_scores_flops(config, length))
+
+
+def index_scores_flops(config: HFConfig, length: int) -> float:
+    """Of the index scores of one sequence, in a forward."""
+    layers = config.schedule.types.count("full")
+    of_a_pair = config.index_n_heads * config.index_head_dim
+    return 2.0 * layers * _pairs(length, length) * of_a_pair
 
 
 def rates(config: HFConfig, length: int, tokens_a_second: float) -> dict[str, float]:
@@ -38,8 +47,10 @@ def rates(config: HFConfig, length: int, tokens_a_second: float) -> dict[str, fl
         length: tokens of a sequence.
         tokens_a_second: of one GPU.
     """
-    tflops = training_flops(config, length) / length * tokens_a_second / 1e12
-    found = {"TFLOP/s a GPU": round(tflops, 1)}
+    every = training_flops(config, length)
+    once = every - 2 * index_scores_flops(config, length)
+    tflops, scores_once = (flop / length * tokens_a_second / 1e12 for flop in (every, once))
+    found = {"TFLOP/s a GPU": round(tflops, 1), "scores counted once": round(scores_once, 1)}
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     peak = next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
     return found if peak is None else {**found, "of peak": round(tflops / peak, 3)}

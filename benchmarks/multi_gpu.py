@@ -68,13 +68,12 @@ LAYOUTS = {
     "four": (
         "--only 'EP 4' --experts 64 --tokens 8192 --compare-at 4096",
         "--only 'TP 4, tokens' 'CP 4' --tokens 8192 32768",
-        "--only 'PP 4' --microbatches 8 --tokens 8192",
-        "--only 'CP 4' --dense --microbatches 1 --vocabulary 2048 --steps 1 --compare-at 8192 "
-        "--tokens 32768 131072 262144",
+        "--only 'TP 4, tokens' 'CP 4' --dense --tokens 8192 32768",
+        "--only 'PP 4' --microbatches 8 --tokens 8192 --compare-at 4096 --steps 1",
         "--only 'CP 4' --dense --microbatches 1 --vocabulary 2048 --steps 1 --compare-at 0 "
-        "--warmup 0 --no-phases --offload --tokens 524288",
+        "--no-phases --offload --tokens 262144 524288",
         "--only 'CP 4' --dense --layers 4 --microbatches 1 --vocabulary 2048 --steps 1 "
-        "--compare-at 0 --warmup 0 --no-phases --offload --tokens 1048576",
+        "--compare-at 0 --no-phases --offload --tokens 1048576",
     ),
 }
 """Options of the runs that --layouts makes."""

@@ -31,7 +31,7 @@ def fp8_mqa_logits() -> Callable[..., Tensor]:
 @backend(
     "index_topk.fp8",
     name="deep_gemm",
-    rank=-1,  # only where it is asked for: it has not been seen to run
+    rank=-1,  # only where it is asked for: beside some C++ libraries it ends the process
     needs=Needs(
         package="deep_gemm",
         distribution="deep_gemm",
