@@ -72,11 +72,15 @@ def quantize(tensor: Tensor, rotate: bool = True) -> tuple[Tensor, Tensor]:
 def hadamard(tensor: Tensor) -> Tensor:
     """Rows [..., dim] times the orthonormal Hadamard matrix (Sylvester's), computed in fp32; dim is
     a power of two."""
-    dim, found = tensor.shape[-1], tensor.float()
-    width = 1
+    dim, width = tensor.shape[-1], 1
+    found = tensor.to(torch.float32, copy=True)
+    spare = torch.empty_like(found)
     while width < dim:
         left, right = found.unflatten(-1, (-1, 2, width)).unbind(-2)
-        found = torch.stack([left + right, left - right], -2).flatten(-3)
+        sums, differences = spare.unflatten(-1, (-1, 2, width)).unbind(-2)
+        torch.add(left, right, out=sums)
+        torch.sub(left, right, out=differences)
+        found, spare = spare, found
         width *= 2
     return (found * dim**-0.5).to(tensor.dtype)
 
