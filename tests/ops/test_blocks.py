@@ -67,11 +67,14 @@ def test_blocks_equal_the_whole(
         into_blocks(monkeypatch, b, kept=1 << 30 if kept else 0)
         found = result(tensors, topk, queries)
         again = result(tensors, topk, queries) if "deterministic" in kernels else found
-    if kernels != "torch":  # a BLAS may compute another number of rows in another way
+    most = 1e-6
+    if kernels == "torch":
+        most = 1e-5  # a BLAS computes another number of rows in another way
+    else:
         assert torch.equal(found[0], output) and torch.equal(found[1], lse)
-    assert relative(found[0], output) < 1e-6 and relative(found[1], lse) < 1e-6
+    assert relative(found[0], output) < most and relative(found[1], lse) < most
     for ours, whole, theirs in zip(found[2], gradients, reference):
-        assert relative(ours, whole) < 1e-6
+        assert relative(ours, whole) < most
         assert relative(ours, theirs) < 1e-5
     assert all(torch.equal(ours, same) for ours, same in zip(found[2], again[2]))
 

@@ -166,22 +166,25 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, weights, targets: Iterable[_Target], settings: LossSettings):
         inputs = IndexerInputs(*(tensor.contiguous() for tensor in (query, key, weights)))
-        gradients = IndexerInputs(*(torch.zeros_like(t, dtype=torch.float32) for t in inputs))
+        d_query = torch.zeros_like(inputs.query)
+        d_key, d_weights = (torch.zeros_like(t, dtype=torch.float32) for t in inputs[1:])
         exact = None
         if torch.are_deterministic_algorithms_enabled():
             exact = ExactSums.zeros(key.shape, _bound(inputs, settings))
-            gradients = gradients._replace(key=exact.integers)
+            d_key = exact.integers
         units = None if exact is None else exact.units
         loss, first = torch.zeros((), dtype=torch.float32, device=query.device), 0
         for target in targets:
             rows = slice(first, first + len(target.starts))
-            loss += _add_loss(
-                _of_rows(inputs, rows), target, settings, _of_rows(gradients, rows), units
-            )
+            # Of a million queries, gradients in fp32 would take 16 GiB.
+            in_fp32 = torch.zeros_like(inputs.query[rows], dtype=torch.float32)
+            gradients = IndexerInputs(in_fp32, d_key, d_weights[rows])
+            loss += _add_loss(_of_rows(inputs, rows), target, settings, gradients, units)
+            d_query[rows] = in_fp32
             first = rows.stop
         if exact is not None:
-            gradients = gradients._replace(key=exact.value())
-        ctx.save_for_backward(*(grad.to(like.dtype) for grad, like in zip(gradients, inputs)))
+            d_key = exact.value()
+        ctx.save_for_backward(d_query, d_key.to(key.dtype), d_weights.to(weights.dtype))
         return loss
 
     @staticmethod
