@@ -12,6 +12,9 @@ from glm5_patch.checkpoint.reader import HFCheckpoint
 from tests.distributed import run
 from tests.distributed.cases import CASES, FILES, RECOMPUTE, SOME, SOME_FILES, SP, Case, source_of
 
+SPREAD = 1.5
+"""A split may be so many times as far from one process as that is from itself with every matrix
+product summed in two halves: processors round differently. Below these bounds it may be anyway."""
 LOSS = 5e-7
 # Relative, over all parameters of a rank and of the worst one. Tensor parallelism sums the partial
 # products of a matrix in another order, too.
@@ -40,18 +43,23 @@ def shortcomings(case, found):
     gradients, worst = (GRADIENTS_TP, WORST_TP) if tp else (GRADIENTS, WORST)
     worst = WORST_ADAPTER_TP if tp and case.adapters else worst
     problems = []
+
+    def most(what, bound):
+        return max(bound, SPREAD * found["rounding"].get(what, 0.0))
+
     if repeats_every_operation(case):
         if found["loss"] or found.get("gradients"):
             problems.append(f"not bit for bit: {found}")
-    if not found["loss"] <= LOSS:
+    if not found["loss"] <= most("loss", LOSS):
         problems.append(f"loss off by {found['loss']}")
-    if not found.get("logged", 0.0) <= LOSS:
+    if not found.get("logged", 0.0) <= most("logged", LOSS):
         problems.append(f"the logged loss of an indexer is off by {found['logged']}")
-    if not found.get("figures", 0.0) <= LOSS:
+    if not found.get("figures", 0.0) <= most("figures", LOSS):
         problems.append(f"the figure of an indexer's loss is off by {found['figures']}")
     if not found["topk_equal"]:
         problems.append("ranks of a tensor-parallel group select other keys")
     if not case.forward_only:
+        gradients, worst = most("gradients", gradients), most("worst", worst)
         if not (found["gradients"] <= gradients and found["worst"][1] <= worst):
             problems.append(f"gradients off by {found['gradients']}, most in {found['worst']}")
         if case.indexer_loss and found["computing"] != [1, 2, 3, 7]:

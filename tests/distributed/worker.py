@@ -30,6 +30,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossLoggingHelper
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from glm5_patch import env
 from glm5_patch.attention.build import mtp_block_spec
@@ -62,6 +63,7 @@ REAL = ([3, 18, 0], [20], [0, 8, 10], [21, 0])
 DEALT_FROM = where_tokens_stand.DEALT_FROM
 BEFORE = ((100, True), (200, False), (300, True))
 """Seeds of the tokens of the steps before the one that is compared, and whether they evaluate."""
+PRODUCTS = torch.ops.aten.mm.default, torch.ops.aten.bmm.default
 LEARNING_RATE, ADAM_EPS = 1000.0, 1.0  # updates well above the rounding of the parameters
 
 TIMEOUT_MINUTES = 4
@@ -78,10 +80,69 @@ def run(case: Case, folder: Path) -> dict:
             step(replace(case, forward_only=forward_only), chunks, seed)
         if case.evaluates:  # training has changed the routers' biases
             load([chunk.module for chunk in chunks], folder / f"{case.model}.pt")
-        DSAIndexerLossLoggingHelper.tracker.clear()
-        LOSSES.sums = None
-        losses, topk_indices = step(case, chunks)
-        return compare(case, chunks, losses, topk_indices, folder)
+        found = logged_step(case, chunks)
+        if torch.distributed.get_world_size() > 1:
+            return compare(case, chunks, found, folder)
+        save(case, chunks, found, folder)
+        return {}
+
+
+def logged_step(case: Case, chunks):
+    """As ``step``, and nothing is logged but what it logs."""
+    DSAIndexerLossLoggingHelper.tracker.clear()
+    LOSSES.sums = None
+    return step(case, chunks)
+
+
+def save(case: Case, chunks, found, folder: Path) -> None:
+    """The reference of a batch, and how far one process is from it that adds up in another order:
+    the processor's own rounding."""
+    models, (losses, _) = [chunk.module for chunk in chunks], found
+    whole = reference_of(models, losses)
+    load(models, folder / f"{case.model}.pt")  # training has changed the routers' biases
+    with HalvedProducts():
+        losses, _ = logged_step(case, chunks)
+    rounding = distances(reference_of(models, losses), whole)
+    torch.save({**whole, "rounding": rounding}, folder / f"{case.batch}.pt")
+
+
+def reference_of(models, losses) -> dict:
+    """What others are compared with."""
+    return {
+        "gradients": gradients(models),
+        "losses": losses,
+        "logged": logged_indexer_losses(),
+        "figures": indexer_losses(),
+    }
+
+
+def distances(ours: dict, theirs: dict) -> dict[str, float]:
+    """Of two references of a batch, by the names that ``compare`` gives them."""
+    gradients = _distance(ours["gradients"], theirs["gradients"])
+    return {
+        "loss": _off(dict(enumerate(ours["losses"])), dict(enumerate(theirs["losses"]))),
+        "logged": _off(ours["logged"], theirs["logged"]),
+        "figures": _off(ours["figures"], theirs["figures"]),
+        "gradients": gradients["gradients"],
+        "worst": gradients["worst"][1],
+    }
+
+
+def _off(ours: dict, theirs: dict) -> float:
+    """The largest relative difference of numbers of the same names."""
+    return max((abs(value / theirs[name] - 1) for name, value in ours.items()), default=0.0)
+
+
+class HalvedProducts(TorchDispatchMode):
+    """Every matrix product is the sum of two, over half of the summed dimension each."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        half = args[0].shape[-1] // 2 if function in PRODUCTS else 0
+        if not half:
+            return function(*args, **(kwargs or {}))
+        left, right = args
+        first = function(left[..., :half], right[..., :half, :])
+        return first + function(left[..., half:], right[..., half:, :])
 
 
 @contextmanager
@@ -330,38 +391,29 @@ def step(case: Case, chunks, seed: int = 0):
     return [one["loss"].item() for one in reduced], found
 
 
-def compare(case: Case, chunks, losses, topk_indices, folder: Path) -> dict:
-    models = [chunk.module for chunk in chunks]
+def compare(case: Case, chunks, found, folder: Path) -> dict:
+    """How far this rank's part of a step is from the reference, and the processor's rounding."""
+    models, (losses, topk_indices) = [chunk.module for chunk in chunks], found
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     expected = case.microbatches // _dp_size() if last else 0
     if len(losses) != expected:
         raise AssertionError(f"{len(losses)} losses, where this rank computes {expected}")
     values = after_optimizer(case, chunks) if case.distributed_optimizer else gradients(models)
-    path = folder / f"{case.batch}.pt"
-    if torch.distributed.get_world_size() == 1:
-        saved = {"gradients": values, "losses": losses, "logged": logged_indexer_losses()}
-        saved["figures"] = indexer_losses()
-        torch.save(saved, path)
-        return {}
-    reference = torch.load(path)
+    reference = torch.load(folder / f"{case.batch}.pt")
     own_losses = reference["losses"][parallel_state.get_data_parallel_rank() :: _dp_size()]
     result = {
-        "loss": max((abs(a / b - 1) for a, b in zip(losses, own_losses)), default=0.0),
+        "loss": _off(dict(enumerate(losses)), dict(enumerate(own_losses))),
         "topk_equal": _same_on_all_tensor_parallel_ranks(topk_indices, case),
+        "rounding": reference["rounding"],
     }
     if case.forward_only:
         return result
     if _dp_size() == 1:
-        result["logged"] = max(
-            (abs(loss / reference["logged"][n] - 1) for n, loss in logged_indexer_losses().items()),
-            default=0.0,
-        )
+        result["logged"] = _off(logged_indexer_losses(), reference["logged"])
     figures = indexer_losses()
     if figures.keys() != reference["figures"].keys():
         raise AssertionError(f"losses of {list(figures)}, where one process has others")
-    result["figures"] = max(
-        (abs(loss / reference["figures"][name] - 1) for name, loss in figures.items()), default=0.0
-    )
+    result["figures"] = _off(figures, reference["figures"])
     expected = {n: part(n, reference["gradients"][n], value) for n, value in values.items()}
     if case.distributed_optimizer:
         before = torch.load(folder / f"{case.model}.pt")
