@@ -13,10 +13,9 @@ from splits.model import Shape  # noqa: E402
 
 
 @pytest.mark.parametrize("experts", [0, 8])
-@pytest.mark.parametrize("length", [1, 16, 50])
+@pytest.mark.parametrize("length", [1, 16, 50])  # index_topk is 16
 def test_a_step_counts_every_weight_and_every_visible_pair(experts, length):
     hf = Shape(layers=5, experts=experts).config(on_cpu=True)
-    assert length in (1, 16) or length > hf.index_topk
     used = {True: hf.num_experts_per_tok / hf.n_routed_experts if experts else 0, False: 1}
     weights = sum(
         shape[0] * shape[1] * used[".experts." in name]

@@ -100,7 +100,7 @@ def is_for_a_gpu(function):
         ("index_loss", "selection", {"loss"}),
     ],
 )
-def test_every_kernel_of_the_package_has_a_phase(folder, phase, some):
+def test_every_kernel_of_attention_and_selection_has_a_phase(folder, phase, some):
     names = launched(folder)
     assert some <= names
     for name in names:

@@ -13,9 +13,8 @@ from tests.distributed import run
 from tests.distributed.cases import CASES, FILES, RECOMPUTE, SOME, SOME_FILES, SP, Case, source_of
 
 SPREAD, MOST = 1.5, 2e-5
-"""A split may be so many times as far from one process as that is from itself with every matrix
-product summed in two halves: processors round differently. It may be at most the second far, and
-as far as these bounds anyway."""
+"""Processors round differently. So a bound is SPREAD times the distance of one process from itself
+with every matrix product summed in two halves; at most MOST, and never below the bounds here."""
 LOSS = 5e-7
 # Relative, over all parameters of a rank and of the worst one. Tensor parallelism sums the partial
 # products of a matrix in another order, too.

@@ -97,12 +97,14 @@ def logged_step(case: Case, chunks):
 def save(case: Case, chunks, found, folder: Path) -> None:
     """The reference of a batch, and how far one process is from it that adds up in another order:
     the processor's own rounding."""
-    models, (losses, _) = [chunk.module for chunk in chunks], found
+    models, (losses, topk_indices) = [chunk.module for chunk in chunks], found
     whole = reference_of(models, losses)
     load(models, folder / f"{case.model}.pt")  # training has changed the routers' biases
     with HalvedProducts():
-        losses, _ = logged_step(case, chunks)
+        losses, others = logged_step(case, chunks)
     rounding = distances(reference_of(models, losses), whole)
+    if not _same_topk(topk_indices, others):
+        rounding = {}  # of other keys, it would say nothing of this processor
     torch.save({**whole, "rounding": rounding}, folder / f"{case.batch}.pt")
 
 
@@ -508,9 +510,13 @@ def _same_on_all_tensor_parallel_ranks(found, case: Case) -> bool:
             for length, one in rank
             for topk in one.values()
         )
+    return all(_same_topk(found, other) for other in everyone)
+
+
+def _same_topk(found, other) -> bool:
+    """Whether two steps selected the same keys in each forward and layer."""
     return all(
         mine.keys() == others.keys() and all(torch.equal(mine[n], others[n]) for n in mine)
-        for other in everyone
         for (_, mine), (_, others) in zip(found, other, strict=True)
     )
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from glm5_patch.ops.index_topk import gluon, reference
+from glm5_patch.ops.index_topk import gluon, reference, triton
 from glm5_patch.ops.index_topk.reference import IndexerInputs
 from glm5_patch.ops.query_positions import QueryPositions, document_starts
 
@@ -92,6 +92,40 @@ def test_one_pass_selects_what_the_reference_selects(
     ours = gluon.index_topk(own, queries, K, 1.0)
     assert torch.equal(ours, reference.index_topk(own, queries, K, 1.0))
     assert (kernels.misled > 0) == misleads
+
+
+@pytest.mark.parametrize(("programs", "most_bytes"), [(3, 1 << 20), (99, 1 << 20), (3, 1)])
+def test_several_programs_select_for_those_that_were_misled(programs, most_bytes, interpreted):
+    """One after another has groups of queries among which some were misled, all, or none."""
+    inputs = index_inputs("usual", 2)
+    queries = QueryPositions(document_starts([0, 60, LENGTH]), longest=LENGTH - 60)
+    expected = reference.index_topk(inputs, queries, K, 1.0)
+    misled = torch.rand(LENGTH, generator=torch.Generator().manual_seed(0)) < 0.3
+    misled[40:80], misled[100:124] = False, True
+    for batch in range(2):
+        found = torch.full_like(expected[batch], -7)
+        counts = torch.where(misled, -1, K).int()
+        triton.score_and_select_misled(
+            found, counts, inputs, queries, batch, 1.0, programs, most_bytes
+        )
+        selected = misled & (queries.local_positions >= K)
+        assert torch.equal(found[selected], expected[batch][selected])
+        assert (found[~selected] == -7).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: programs run side by side")
+def test_programs_share_no_scores():
+    """Every query is misled, and every program has its own lines of scores."""
+    length, k, draw = 5000, 64, torch.Generator("cuda").manual_seed(0)
+    random = lambda *shape: torch.randn(shape, generator=draw, device="cuda")
+    query, key = random(length, 1, 32, 128).bfloat16(), random(length, 1, 128).bfloat16()
+    inputs = IndexerInputs(query, key, random(length, 1, 32))
+    starts = torch.zeros(length, dtype=torch.int64, device="cuda")
+    queries = QueryPositions(starts, longest=length)
+    expected = triton.index_topk(inputs, queries, k, 1.0)[0]
+    found, counts = torch.full_like(expected, -7), torch.full_like(expected[:, 0], -1)
+    triton.score_and_select_misled(found, counts, inputs, queries, 0, 1.0, 132, 1 << 28)
+    assert torch.equal(found[k:], expected[k:])
 
 
 @pytest.mark.parametrize("longest", [16385, 32768, 131072, 262144, 1 << 20])
