@@ -330,12 +330,20 @@ def topk_of_misled(
     """As ``topk``, from all scores of those rows that see more than k keys, and whose count of
     candidates is -1."""
     row = tl.program_id(0)
+    line, out = SCORES + row.to(tl.int64) * num_keys, TOPK + row.to(tl.int64) * k
+    _topk_if_misled(STARTS, POSITIONS, COUNTS, row, line, out, k, BLOCK)
+
+
+@triton.jit
+def _topk_if_misled(STARTS, POSITIONS, COUNTS, row, line, out, k, BLOCK: tl.constexpr):
+    """As ``topk_of_misled``, of one row, whose scores of all keys are in ``line``."""
     start = tl.load(STARTS + row)
     visible = tl.load(POSITIONS + row) - start + 1
     if visible > k:
         if tl.load(COUNTS + row) < 0:
-            line = SCORES + row.to(tl.int64) * num_keys + start
-            _select_from_line(line, TOPK + row.to(tl.int64) * k, visible, k, BLOCK)
+            line += start
+            kth, reached = _kth_largest_of_line(line, visible, k, BLOCK)
+            _write_chosen(line, line, out, visible, kth, reached, k, False, BLOCK)
 
 
 @triton.jit
@@ -370,18 +378,9 @@ def scores_and_topk_of_misled(
             tl.debug_barrier()  # each warp reads what others have written
             for number in range(QUERIES):
                 if first + number < rows:
-                    start_of_one = tl.load(STARTS + first + number)
-                    visible = tl.load(POSITIONS + first + number) - start_of_one + 1
-                    if visible > k:
-                        if tl.load(COUNTS + first + number) < 0:
-                            line = own + number * num_keys + start_of_one
-                            _select_from_line(line, out + number * k, visible, k, BLOCK)
+                    line, top = own + number * num_keys, out + number * k
+                    _topk_if_misled(
+                        STARTS, POSITIONS, COUNTS, first + number, line, top, k, BLOCK
+                    )  # fmt: skip
             tl.debug_barrier()  # before the lines have the next scores
         out += stride.to(tl.int64) * k
-
-
-@triton.jit
-def _select_from_line(line, out, count, k, BLOCK: tl.constexpr):
-    """As ``topk``, of a line of more than k scores."""
-    kth, reached = _kth_largest_of_line(line, count, k, BLOCK)
-    _write_chosen(line, line, out, count, kth, reached, k, False, BLOCK)
