@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from glm5_patch.checkpoint.names import expected_tensors, own_part
 from glm5_patch.testing.parity import kept_share
@@ -113,18 +112,6 @@ class Reference:
             whole = torch.empty(shape, dtype=model.dtype, device=model.device)
         torch.distributed.broadcast(whole, src=number % torch.distributed.get_world_size())
         return whole.split([shape[0] for shape in shapes])
-
-
-class HalvedProducts(TorchDispatchMode):
-    """Every matrix product is the sum of two, over half of the summed dimension each."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is not torch.ops.aten.mm.default:
-            return function(*args, **(kwargs or {}))
-        left, right = args
-        half = left.shape[1] // 2
-        first = function(left[:, :half], right[:half])
-        return first + function(left[:, half:], right[half:])
 
 
 class Routing:

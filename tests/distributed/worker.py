@@ -30,7 +30,6 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossLoggingHelper
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from glm5_patch import env
 from glm5_patch.attention.build import mtp_block_spec
@@ -38,6 +37,7 @@ from glm5_patch.attention.loss_log import LOSSES
 from glm5_patch.config.huggingface import HFConfig
 from glm5_patch.errors import PipelineSplitError
 from glm5_patch.testing import cpu_host
+from glm5_patch.testing.halved_products import HalvedProducts
 from glm5_patch.testing.models import let_go
 from glm5_patch.testing.parity import recorded
 from glm5_patch.topk import tokens as where_tokens_stand
@@ -100,7 +100,7 @@ def save(case: Case, chunks, found, folder: Path) -> None:
     models, (losses, topk_indices) = [chunk.module for chunk in chunks], found
     whole = reference_of(models, losses)
     load(models, folder / f"{case.model}.pt")  # training has changed the routers' biases
-    with HalvedProducts():
+    with HalvedProducts(*PRODUCTS):
         losses, others = logged_step(case, chunks)
     rounding = distances(reference_of(models, losses), whole)
     if not _same_topk(topk_indices, others):
@@ -133,18 +133,6 @@ def distances(ours: dict, theirs: dict) -> dict[str, float]:
 def _off(ours: dict, theirs: dict) -> float:
     """The largest relative difference of numbers of the same names."""
     return max((abs(value / theirs[name] - 1) for name, value in ours.items()), default=0.0)
-
-
-class HalvedProducts(TorchDispatchMode):
-    """Every matrix product is the sum of two, over half of the summed dimension each."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        half = args[0].shape[-1] // 2 if function in PRODUCTS else 0
-        if not half:
-            return function(*args, **(kwargs or {}))
-        left, right = args
-        first = function(left[..., :half], right[..., :half, :])
-        return first + function(left[..., half:], right[..., half:, :])
 
 
 @contextmanager
