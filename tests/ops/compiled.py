@@ -26,6 +26,7 @@ from glm5_patch.ops.index_loss.reference import LossSettings
 from glm5_patch.ops.index_topk import gluon as gluon_index_topk
 from glm5_patch.ops.index_topk import triton as index_topk
 from glm5_patch.ops.index_topk.reference import IndexerInputs
+from glm5_patch.ops.quantization import triton as quantization
 from glm5_patch.ops.query_positions import QueryPositions
 from glm5_patch.ops.recorded_keys import triton as recorded_keys
 from glm5_patch.ops.recorded_keys.frame import Frame
@@ -132,6 +133,7 @@ def _indexer() -> None:
     places = torch.arange(KEYS - S, KEYS)
     queries = QueryPositions(torch.zeros_like(places), places, KEYS, KEYS)
     inputs = IndexerInputs(_half(S, 1, 32, 128), _half(KEYS, 1, 128), torch.zeros(S, 1, 32))
+    quantization.quantize(inputs.query, True)
     scores = index_topk.index_scores(inputs, queries, slice(0, S), 0.1)
     for longest in (KEYS, 4096):
         index_topk.selection(scores[0], *queries.spans(), longest, TOPK)

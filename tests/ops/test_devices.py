@@ -38,7 +38,7 @@ def test_every_kernel_compiles_and_fits(capability):
     kernels = [json.loads(line) for line in compiled.stdout.splitlines() if line.startswith("{")]
     names = {kernel["kernel"].split("-")[0] for kernel in kernels}
     assert {"forward", "backward", "project", "head_sums", "loss", "scores", "topk"} <= names
-    assert {"ranks", "resolve", "expand", "bounds"} <= names
+    assert {"ranks", "resolve", "expand", "bounds", "quantize"} <= names
     if capability == 90:
         assert {"gluon_forward", "gluon_backward", "gluon_bounds", "gluon_head_sums"} <= names
         assert {"gluon_scores", "gluon_candidates", "bars"} <= names

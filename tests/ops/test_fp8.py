@@ -6,15 +6,19 @@ import pytest
 import torch
 
 from glm5_patch.errors import GLM5PatchError
-from glm5_patch.ops.index_topk.fp8 import fp8_inputs, hadamard, quantize
+from glm5_patch.ops.index_topk.fp8 import fp8_inputs
 from glm5_patch.ops.index_topk.operation import index_topk
 from glm5_patch.ops.index_topk.reference import IndexerInputs
+from glm5_patch.ops.quantization.operation import quantize
+from glm5_patch.ops.quantization.reference import hadamard
 from glm5_patch.ops.query_positions import QueryPositions
 from glm5_patch.testing.parity import kept_share, recorded
 from glm5_patch.tools.verify import forward
 from tests.ops.test_ties import lowest_of_equals
 from tests.tiny import megatron_model, saved, tokens
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 S, HEADS, DIM, K = 24, 4, 128, 7
 
 
@@ -60,7 +64,10 @@ def written_out(inputs: IndexerInputs, scale: float) -> torch.Tensor:
     return torch.stack(scores)
 
 
-def test_the_hadamard_matrix_and_the_rounding():
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_the_hadamard_matrix_and_the_rounding(kernels, request):
+    if kernels == "triton":
+        request.getfixturevalue("interpreted")
     rows = random_inputs().key[:, 0]
     expected = rows.double() @ matrix(DIM) * DIM**-0.5
     assert (hadamard(rows) - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -71,6 +78,25 @@ def test_the_hadamard_matrix_and_the_rounding():
     for power in (1.0, 448.0, 0.875 * 2.0**-5):  # the largest number fills the range exactly
         values, scale = quantize(torch.tensor([power, 0.0]), rotate=False)
         assert values[0].float() * scale == power
+
+
+@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize(("dim", "seed"), [(2, 0), (64, 1), (128, 2)])
+def test_triton_rounds_as_torch_does(rotate, dim, seed):
+    """Numbers of all sizes, exact ties, zeros and what is not finite."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from glm5_patch.ops.quantization import reference, triton
+
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(37, 3, dim, generator=generator)
+    rows *= torch.randn(37, 3, 1, generator=generator).mul(6).exp()
+    halves = torch.arange(37 * 3 * dim).remainder(64).view(37, 3, dim) / 32  # between e4m3 numbers
+    rows[::3] = halves[::3] * 2.0 ** torch.arange(-8, 5).view(13, 1, 1)
+    rows[1], rows[4, 0], rows[4, 1, 0] = 0.0, float("nan"), float("inf")
+    rows = rows.to(DEVICE, DTYPE)
+    found, expected = (one.quantize(rows, rotate) for one in (triton, reference))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours.nan_to_num(9999.0), theirs.nan_to_num(9999.0))
 
 
 @pytest.mark.parametrize("kernels", ["torch", pytest.param("triton", marks=pytest.mark.nightly)])

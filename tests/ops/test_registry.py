@@ -115,6 +115,8 @@ def run(operation, compute, reference, generator):
         tensor = drawn(generator, 6, 1, 2, 3, 40).requires_grad_()
         result = compute(tensor, by, 8)
         return result, *torch.autograd.grad(result, tensor, drawn(generator, *result.shape))
+    if operation == "quantization":
+        return compute(drawn(generator, 6, 1, INDEX_HEADS, INDEX_DIM), True)
     queries = queries_at_the_end()
     if operation == "index_topk":
         return (compute(indexer(generator), queries, K, 0.2).sort(-1)[0],)
@@ -166,7 +168,7 @@ def test_triton_is_walked_where_it_can_run(monkeypatch):
 def test_every_operation_has_a_reference():
     operations = {one.operation for one in backends()}
     assert operations == {one.operation for one in backends() if one.name == "torch"}
-    assert len(operations) == 13
+    assert len(operations) == 14
 
 
 def test_the_switch_knows_the_backends(monkeypatch):

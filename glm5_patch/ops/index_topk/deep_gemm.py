@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..needs import Needs, Width
+from ..quantization.operation import quantize
 from ..query_positions import QueryPositions, query_blocks
 from ..registry import backend
-from .fp8 import quantize, shortfall
+from .fp8 import shortfall
 from .operation import select
 from .reference import IndexerInputs
 
@@ -53,8 +54,10 @@ def index_topk(
     inputs: IndexerInputs, queries: QueryPositions, k: int, scale: float, rotate: bool
 ) -> Tensor:
     """As ``fp8.index_topk``."""
-    query, query_scale = quantize(inputs.query, rotate)
-    key, key_scale = quantize(inputs.key, rotate)
+    (query, query_scale), (key, key_scale) = (
+        quantize(tensor, rotate) for tensor in (inputs.query, inputs.key)
+    )
+    query, key = (tensor.to(torch.float8_e4m3fn) for tensor in (query, key))
     weights = inputs.weights.float() * query_scale * scale
     s, b = query.shape[:2]
     starts, places = spans = queries.spans()

@@ -14,14 +14,10 @@ import torch
 from torch import Tensor
 
 from ..fallback import compute
+from ..quantization.operation import quantize
 from ..query_positions import QueryPositions, query_blocks, visible_keys
 from ..registry import backend
 from .reference import IndexerInputs
-
-LARGEST = 448.0
-"""Of e4m3."""
-SMALLEST_AMAX = 1e-4
-"""What the largest number of a token counts as at least."""
 
 
 @backend("index_topk.fp8", name="torch")
@@ -49,40 +45,10 @@ def fp8_inputs(inputs: IndexerInputs, scale: float, rotate: bool = True) -> Inde
     query, query_scale = quantize(inputs.query, rotate)
     key, key_scale = quantize(inputs.key, rotate)
     return IndexerInputs(
-        query.bfloat16(),
+        query,
         (key.float() * key_scale[..., None]).bfloat16(),
         inputs.weights * query_scale * scale,
     )
-
-
-def quantize(tensor: Tensor, rotate: bool = True) -> tuple[Tensor, Tensor]:
-    """[..., dim] -> the same in float8_e4m3fn, and fp32 [...], a power of two for each row."""
-    tensor = tensor.bfloat16()
-    if rotate:
-        tensor = hadamard(tensor)
-    values = tensor.float()
-    amax = values.abs().amax(-1).clamp_min(SMALLEST_AMAX)
-    mantissa, exponent = torch.frexp(amax / LARGEST)  # mantissa in [0.5, 1)
-    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
-    scale = torch.ldexp(torch.ones_like(amax), exponent)
-    values = (values / scale[..., None]).clamp(-LARGEST, LARGEST)
-    return values.to(torch.float8_e4m3fn), scale
-
-
-def hadamard(tensor: Tensor) -> Tensor:
-    """Rows [..., dim] times the orthonormal Hadamard matrix (Sylvester's), computed in fp32; dim is
-    a power of two."""
-    dim, width = tensor.shape[-1], 1
-    found = tensor.to(torch.float32, copy=True)
-    spare = torch.empty_like(found)
-    while width < dim:
-        left, right = found.unflatten(-1, (-1, 2, width)).unbind(-2)
-        sums, differences = spare.unflatten(-1, (-1, 2, width)).unbind(-2)
-        torch.add(left, right, out=sums)
-        torch.sub(left, right, out=differences)
-        found, spare = spare, found
-        width *= 2
-    return (found * dim**-0.5).to(tensor.dtype)
 
 
 @torch.no_grad()

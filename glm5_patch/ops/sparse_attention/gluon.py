@@ -150,7 +150,7 @@ def key_gradients(
     grid = (s * b, heads // HEADS)
 
     def measure(bounds: ExactSums) -> None:
-        bound_kernels.bounds[grid](*given, *bounds, *sizes, num_warps=8)
+        bound_kernels.bounds[grid](*given, *bounds, *sizes, num_warps=WARPS)
 
     d_query = torch.empty_like(query)
     d_latent, units = room_for_latents(absorbed, d_out, measure)

@@ -118,25 +118,25 @@ def key_gradients(
     rows = d_out, lse, terms
     scales = absorbed.softmax_scale, absorbed.softmax_scale * LOG2_E
 
-    def together(kernel, outputs: tuple, warps: int, *more: int) -> None:
+    def together(kernel, outputs: tuple, *more: int) -> None:
         for first, entries in unions(absorbed, counts):
             groups, _, capacity = entries.shape
             kernel[(groups * b,)](
                 query, latent, entries, counts, *rows, *outputs,
-                first, s, b, capacity, *scales, *more, HEADS=heads, num_warps=warps,
+                first, s, b, capacity, *scales, *more, HEADS=heads, num_warps=WARPS,
             )  # fmt: skip
 
     def alone(kernel, outputs: tuple) -> None:
         triton.query_by_query(kernel, absorbed, *rows, *outputs, united=counts, queries=queries)
 
     def measure(bounds: ExactSums) -> None:
-        together(kernels.union_bounds, bounds, 8)
+        together(kernels.union_bounds, bounds)
         alone(triton_kernels.bounds, bounds)
 
     d_query = torch.empty_like(query)
     d_latent, units = room_for_latents(absorbed, d_out, measure)
     renamed = d_latent if units is not None else torch.zeros_like(d_latent)
-    together(kernels.union_backward, (d_query, renamed, units), WARPS, gluon.lags_for(latent))
+    together(kernels.union_backward, (d_query, renamed, units), gluon.lags_for(latent))
     alone(triton_kernels.backward, (d_query, d_latent, units))
     if units is not None:
         return d_query, ExactPairs(d_latent, units).value()

@@ -28,8 +28,8 @@ from .tiles import (
     N,
     R,
     W,
-    async_load,
     copy_rows,
+    fetch_query,
     named_keys,
     owned,
     place_of_rows,
@@ -80,17 +80,6 @@ _FETCHED_AT = gl.constexpr(4)
 _TILE = gl.constexpr(0)
 _PROBS = gl.constexpr(1)
 _QUERY = gl.constexpr(2)
-
-
-@gluon.jit
-def _fetch_query(
-    Q, D_OUT, query, stride, present, HEADS: gl.constexpr, q_latent, q_rope, d_out, filled
-):  # fmt: skip
-    column = gl.arange(0, L, layout=gl.SliceLayout(0, PART_ROWS))
-    head = place_of_rows(query, stride, present, HEADS, gl.SliceLayout(1, PART_ROWS))
-    copy_rows(Q + head * W, q_latent, q_rope, PART_ROWS)
-    async_load(d_out, (D_OUT + head * L)[:, None] + column[None, :])
-    async_copy.mbarrier_arrive(filled, increment_count=False)
 
 
 @gluon.jit
@@ -211,7 +200,7 @@ def _add_up_keys(
     ADDED: gl.constexpr = _FOURS if UNITS is None else _PAIRS
     by_key: gl.constexpr = gl.SliceLayout(1, ADDED)
     zeros = gl.full([K, _COLUMNS], 0.0, gl.float32, layout=_ACCUMULATOR)
-    _fetch_query(
+    fetch_query(
         Q, D_OUT, query, stride, present, HEADS,
         q_latent.index(0), q_rope.index(0), d_out.index(0), filled.index(_QUERY),
     )  # fmt: skip

@@ -37,7 +37,7 @@ from .tiles import (
     N,
     R,
     W,
-    async_load,
+    copy_columns,
     copy_rows,
     keys_of_tile,
     query_of_program,
@@ -59,13 +59,6 @@ _TOTAL = gl.constexpr(4)
 
 
 @gluon.jit
-def _copy(rows, column, target, columns: gl.constexpr):
-    """Start copying ``columns`` of the rows at some pointers."""
-    column += gl.arange(0, columns, layout=gl.SliceLayout(0, PART_ROWS))
-    async_load(target, rows[:, None] + column[None, :])
-
-
-@gluon.jit
 def _produce(
     Q, LATENTS, TOPK, query, start, count, batch, b, pairs,
     q_latent, q_rope, left, right, rope, ready, free,
@@ -82,18 +75,18 @@ def _produce(
         first_rows = LATENTS + first.to(gl.int64) * W
         second_rows = LATENTS + second.to(gl.int64) * W
         mbarrier.wait(free.index(_LEFT), phase)
-        _copy(first_rows, 0, left.index(0), H)
+        copy_columns(first_rows, 0, left.index(0), H)
         async_copy.mbarrier_arrive(ready.index(_LEFT), increment_count=False)
         mbarrier.wait(free.index(_RIGHT + 1), phase)
-        _copy(second_rows, H, right.index(1), H)
+        copy_columns(second_rows, H, right.index(1), H)
         async_copy.mbarrier_arrive(ready.index(_RIGHT + 1), increment_count=False)
         mbarrier.wait(free.index(_RIGHT), phase)
-        _copy(first_rows, H, right.index(0), H)
-        _copy(first_rows, L, rope.index(0), R)
+        copy_columns(first_rows, H, right.index(0), H)
+        copy_columns(first_rows, L, rope.index(0), R)
         async_copy.mbarrier_arrive(ready.index(_RIGHT), increment_count=False)
         mbarrier.wait(free.index(_LEFT + 1), phase)
-        _copy(second_rows, 0, left.index(1), H)
-        _copy(second_rows, L, rope.index(1), R)
+        copy_columns(second_rows, 0, left.index(1), H)
+        copy_columns(second_rows, L, rope.index(1), R)
         async_copy.mbarrier_arrive(ready.index(_LEFT + 1), increment_count=False)
         first = keys_of_tile(TOPK, (2 * pair + 2) * K, count, start, batch, b, by_row)
         second = keys_of_tile(TOPK, (2 * pair + 3) * K, count, start, batch, b, by_row)

@@ -121,6 +121,25 @@ def copy_rows(rows, latent, rope, layout: gl.constexpr):
 
 
 @gluon.jit
+def copy_columns(rows, column, target, columns: gl.constexpr):
+    """Start copying ``columns`` of the rows at some pointers."""
+    column += gl.arange(0, columns, layout=gl.SliceLayout(0, PART_ROWS))
+    async_load(target, rows[:, None] + column[None, :])
+
+
+@gluon.jit
+def fetch_query(
+    Q, D_OUT, query, stride, present, HEADS: gl.constexpr, q_latent, q_rope, d_out, filled
+):  # fmt: skip
+    """Start copying the rows of ``place_of_rows``, and of the gradient of what came out of them."""
+    column = gl.arange(0, L, layout=gl.SliceLayout(0, PART_ROWS))
+    head = place_of_rows(query, stride, present, HEADS, gl.SliceLayout(1, PART_ROWS))
+    copy_rows(Q + head * W, q_latent, q_rope, PART_ROWS)
+    async_load(d_out, (D_OUT + head * L)[:, None] + column[None, :])
+    async_copy.mbarrier_arrive(filled, increment_count=False)
+
+
+@gluon.jit
 def gather(LATENTS, key, latent, rope):
     """Start copying rows of the latent, by key, to shared memory."""
     copy_rows(LATENTS + key.to(gl.int64) * W, latent, rope, ROWS)

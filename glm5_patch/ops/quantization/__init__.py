@@ -1,0 +1,1 @@
+"""Rounding the indexer's queries and keys to fp8."""
