@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -166,13 +165,13 @@ def room_for_latents(
     latent = absorbed.latent
     if not torch.are_deterministic_algorithms_enabled():
         return torch.zeros(latent.shape, dtype=torch.float32, device=latent.device), None
-    norm = partial(torch.linalg.vector_norm, dim=-1, dtype=torch.float32)
+    s, _, heads, _ = absorbed.query.shape
+    most = lambda tensor: torch.stack(torch.aminmax(tensor)).float().abs().amax()
     # A probability is at most 1, and what comes out of the latents no longer than one of them.
-    of_logits = (
-        2 * absorbed.softmax_scale * norm(latent).amax() * norm(absorbed.query, ord=math.inf)
-    )
-    of_heads = norm(d_out) * (of_logits + 1)  # [s, b, n]
-    bounds = ExactSums.zeros(latent.shape[:2], of_heads.sum((0, 2)).amax())
+    length = torch.linalg.vector_norm(latent, dim=-1, dtype=torch.float32).amax()
+    of_logits = 2 * absorbed.softmax_scale * length * most(absorbed.query)
+    of_a_head = math.sqrt(absorbed.latent_dim) * most(d_out) * (of_logits + 1)
+    bounds = ExactSums.zeros(latent.shape[:2], s * heads * of_a_head)
     measure(bounds)
     return ExactPairs.zeros(latent.shape[2], bounds.value())
 
