@@ -165,7 +165,7 @@ def compare(length: int, dtype: torch.dtype) -> list[str]:
 @contextlib.contextmanager
 def without_order_of_equals() -> Iterator[None]:
     """Triton's selection is of kernels that do not look for equals of the lowest selected score.
-    They select the same keys where there are none."""
+    They select the same keys for a query that has none."""
     source = Path(kernels.__file__).read_text()
     looks = "if reached > k:"
     assert source.count(looks) == 2, "the kernels have changed"
@@ -190,12 +190,12 @@ def times(length: int) -> None:
     for _ in range(5):  # in turns
         ordered.append(do_bench(lambda: run(whole.inputs)))
         with without_order_of_equals():
-            assert torch.equal(run(whole.inputs), found), "there are equals"
+            equals = (run(whole.inputs) != found).any(-1).sum().item()
             unordered.append(do_bench(lambda: run(whole.inputs)))
     usual, plain = statistics.median(ordered), statistics.median(unordered)
     print(
         f"top-k, {length} tokens: {usual:.3f} ms; equals as they come: {plain:.3f} ms, "
-        f"{100 * (usual / plain - 1):+.1f} % for their order"
+        f"{100 * (usual / plain - 1):+.1f} % for their order, which decides for {equals} queries"
     )
     keys = whole.inputs.key.clone()
     keys[torch.rand(length, device="cuda") < 0.5] = keys[0].clone()
