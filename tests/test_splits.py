@@ -97,6 +97,7 @@ def is_for_a_gpu(function):
         ("sparse_attention", "attention", {"forward", "backward", "union_backward"}),
         ("rotation", "attention", {"rotate"}),
         ("index_topk", "selection", {"scores", "candidates"}),
+        ("quantization", "selection", {"quantize"}),
         ("index_loss", "selection", {"loss"}),
     ],
 )

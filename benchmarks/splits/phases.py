@@ -19,7 +19,8 @@ KINDS = {
     COMMUNICATION: "nccl",
     "attention": "^(forward|(union_)?(backward|bounds)|mark|unite|row_terms|project|rotate)$"
     "|^flat_keys$|flash|fmha|sdpa",
-    "selection": "^(scores|bars|candidates|topk|(scores_and_)?topk_of_misled|head_sums|loss)$|sort",
+    "selection": "^(quantize|scores|bars|candidates|topk|(scores_and_)?topk_of_misled)$"
+    "|^(head_sums|loss)$|sort",
     PRODUCTS: "gemm|nvjet|cutlass|xmma",
 }
 """Patterns of the names of kernels, the first that fits; "selection" has the indexer's loss, and

@@ -1,5 +1,5 @@
-"""Gluon kernel of the target of the indexer's loss, for GLM-5's own shape on Hopper; tiles and
-layouts are those of ``sparse_attention.gluon_kernels``, pointers and shapes of ``triton_kernels``.
+"""Gluon kernel of the target of the indexer's loss, for GLM-5's own shape on Hopper; tiles are
+those of ``sparse_attention.gluon_kernels``, pointers and shapes of ``triton_kernels``.
 """
 
 from __future__ import annotations
@@ -12,21 +12,40 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..sparse_attention.gluon import KEYS
 from ..sparse_attention.gluon_kernels.tiles import (
-    LOGITS,
-    ROWS,
     SHARED,
     K,
     L,
     N,
     R,
-    gather,
+    W,
+    copy_rows,
     keys_of_tile,
-    load_rows,
     query_of_program,
     start_logits,
     thread_barrier,
 )
+
+# Of 8 warps that do the same: 4 x 16 rows of an accumulator, and 2 halves of its columns.
+_LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, KEYS // 2, 16]))
+_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
+
+
+@gluon.jit
+def _gather(LATENTS, key, latent, rope):
+    """Start copying rows of the latent, by key, to shared memory."""
+    copy_rows(LATENTS + key.to(gl.int64) * W, latent, rope, _ROWS)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _load_rows(Q, row, latent, rope):
+    """Copy rows of queries to shared memory."""
+    columns: gl.constexpr = gl.SliceLayout(0, _ROWS)
+    q = Q + row[:, None] * W
+    latent.store(gl.load(q + gl.arange(0, L, layout=columns)[None, :]))
+    rope.store(gl.load(q + L + gl.arange(0, R, layout=columns)[None, :]))
 
 
 @gluon.jit
@@ -37,9 +56,9 @@ def head_sums(
     """Attention probabilities of one query, summed over its heads. The rows of the next tile are
     copied while this one is multiplied."""
     dtype: gl.constexpr = Q.dtype.element_ty
-    by_row: gl.constexpr = gl.SliceLayout(1, ROWS)
-    by_head: gl.constexpr = gl.SliceLayout(1, LOGITS)
-    by_key: gl.constexpr = gl.SliceLayout(0, LOGITS)
+    by_row: gl.constexpr = gl.SliceLayout(1, _ROWS)
+    by_head: gl.constexpr = gl.SliceLayout(1, _LOGITS)
+    by_key: gl.constexpr = gl.SliceLayout(0, _LOGITS)
     b, query, start, count, TOPK = query_of_program(TOPK, STARTS, POSITIONS, rows, batch, 1, k)
     line = SUMS + (b.to(gl.int64) * rows + query // N // batch) * k
     tiles = (count + K - 1) // K
@@ -49,11 +68,11 @@ def head_sums(
     latents = gl.allocate_shared_memory(dtype, [2, K, L], SHARED)
     ropes = gl.allocate_shared_memory(dtype, [2, K, R], SHARED)
     key = keys_of_tile(TOPK, 0, count, start, batch, b, by_row)
-    gather(LATENTS, key, latents.index(0), ropes.index(0))
+    _gather(LATENTS, key, latents.index(0), ropes.index(0))
     key = keys_of_tile(TOPK, K, count, start, batch, b, by_row)
-    load_rows(Q, query + gl.arange(0, N, layout=by_row), q_latent, q_rope)
+    _load_rows(Q, query + gl.arange(0, N, layout=by_row), q_latent, q_rope)
     lse = gl.load(LSE + query + gl.arange(0, N, layout=by_head))
-    zeros = gl.full([N, K], 0.0, gl.float32, layout=LOGITS)
+    zeros = gl.full([N, K], 0.0, gl.float32, layout=_LOGITS)
     for tile in range(0, tiles):
         async_copy.wait_group(0)
         fence_async_shared()
@@ -61,7 +80,7 @@ def head_sums(
         latent = latents.index(tile % 2)
         rope = ropes.index(tile % 2)
         if tile + 1 < tiles:
-            gather(LATENTS, key, latents.index(1 - tile % 2), ropes.index(1 - tile % 2))
+            _gather(LATENTS, key, latents.index(1 - tile % 2), ropes.index(1 - tile % 2))
         key = keys_of_tile(TOPK, (tile + 2) * K, count, start, batch, b, by_row)
         logits = start_logits(q_latent, q_rope, latent, rope, zeros)
         logits = warpgroup_mma_wait(num_outstanding=0, deps=[logits])

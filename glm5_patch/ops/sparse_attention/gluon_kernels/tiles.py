@@ -26,10 +26,6 @@ K = gl.constexpr(KEYS)
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 BARRIER = gl.constexpr(mbarrier.MBarrierLayout())
 
-# Of 8 warps that do the same: 4 x 16 rows of an accumulator, and 2 halves of its columns.
-LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, KEYS // 2, 16]))
-ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
-
 # Of the warps of one part.
 PART_LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS, 16]))
 PART_HALF = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, LATENT // 2, 16]))
@@ -137,22 +133,6 @@ def fetch_query(
     copy_rows(Q + head * W, q_latent, q_rope, PART_ROWS)
     async_load(d_out, (D_OUT + head * L)[:, None] + column[None, :])
     async_copy.mbarrier_arrive(filled, increment_count=False)
-
-
-@gluon.jit
-def gather(LATENTS, key, latent, rope):
-    """Start copying rows of the latent, by key, to shared memory."""
-    copy_rows(LATENTS + key.to(gl.int64) * W, latent, rope, ROWS)
-    async_copy.commit_group()
-
-
-@gluon.jit
-def load_rows(Q, row, latent, rope):
-    """Copy rows of queries to shared memory."""
-    columns: gl.constexpr = gl.SliceLayout(0, ROWS)
-    q = Q + row[:, None] * W
-    latent.store(gl.load(q + gl.arange(0, L, layout=columns)[None, :]))
-    rope.store(gl.load(q + L + gl.arange(0, R, layout=columns)[None, :]))
 
 
 @gluon.jit
