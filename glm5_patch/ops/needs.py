@@ -166,6 +166,22 @@ class Needs:
         return ", ".join(filter(None, parts)) or "everything"
 
 
+def of_triton(widths: Mapping[str, Width] | None = None) -> Needs:
+    """What the package's own Triton kernels take: bf16 and fp16, from Ampere on.
+
+    Args:
+        widths: rules of ``Call.widths``.
+    """
+    return Needs(
+        package="triton",
+        device="cuda",
+        interpretable=True,
+        dtypes=(torch.bfloat16, torch.float16),
+        capability=(8, 0),
+        widths=widths or {},
+    )
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

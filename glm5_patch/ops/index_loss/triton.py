@@ -21,7 +21,7 @@ from .. import tiles
 from ..exact_sums import ExactSums
 from ..fallback import compute
 from ..index_topk.reference import IndexerInputs
-from ..needs import Needs, Width
+from ..needs import Width, of_triton
 from ..registry import backend
 from ..sparse_attention.absorption import absorbed_inputs, in_blocks
 from ..sparse_attention.inputs import AbsorbedInputs, AttentionInputs
@@ -43,22 +43,11 @@ INDEXER_WIDTHS = {
 }
 
 
-def _needs(widths: dict[str, Width]) -> Needs:
-    return Needs(
-        package="triton",
-        device="cuda",
-        interpretable=True,
-        dtypes=TRITON.dtypes,
-        capability=TRITON.capability,
-        widths=widths,
-    )
-
-
 @backend(
     "index_loss",
     name="triton",
     rank=1,
-    needs=_needs({**TRITON.widths, **INDEXER_WIDTHS}),
+    needs=of_triton({**TRITON.widths, **INDEXER_WIDTHS}),
     load=load,
     optional=True,
 )
@@ -106,7 +95,7 @@ def _target(absorbed: AbsorbedInputs, lse: Tensor | None, tp_group: ProcessGroup
     "index_loss.target",
     name="triton",
     rank=1,
-    needs=_needs(TRITON.widths),
+    needs=TRITON,
     load=load,
     optional=True,
 )
@@ -124,7 +113,7 @@ def attention_target(attention: AttentionInputs, tp_group: ProcessGroup | None) 
     "index_loss.of_target",
     name="triton",
     rank=1,
-    needs=_needs(INDEXER_WIDTHS),
+    needs=of_triton(INDEXER_WIDTHS),
     load=load,
     optional=True,
 )
@@ -140,7 +129,7 @@ def loss_of_target(
     "index_loss.head_sums",
     name="triton",
     rank=1,
-    needs=_needs(TRITON.widths),
+    needs=TRITON,
     load=load,
     optional=True,
 )

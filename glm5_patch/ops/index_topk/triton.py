@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..fallback import compute
-from ..needs import Needs, Width
+from ..needs import Width, of_triton
 from ..query_positions import QueryPositions, query_blocks
 from ..registry import backend
 from .operation import select
@@ -27,16 +27,11 @@ DEVIATIONS = 5
 """Standard deviations by which more scores of a sample are candidates than are expected of the k
 largest."""
 
-TRITON = Needs(
-    package="triton",
-    device="cuda",
-    interpretable=True,
-    dtypes=(torch.bfloat16, torch.float16),
-    capability=(8, 0),
-    widths={
+TRITON = of_triton(
+    {
         "dsa_indexer_n_heads": Width(power_of_two=True),
         "dsa_indexer_head_dim": Width(power_of_two=True, at_least=16),
-    },
+    }
 )
 
 
@@ -90,13 +85,7 @@ def _tile(inputs: IndexerInputs) -> dict[str, Any]:
     "index_topk.selection",
     name="triton",
     rank=1,
-    needs=Needs(
-        package="triton",
-        device="cuda",
-        interpretable=True,
-        dtypes=TRITON.dtypes,
-        capability=TRITON.capability,
-    ),
+    needs=of_triton(),
     load=load,
 )
 def selection(scores: Tensor, starts: Tensor, positions: Tensor, longest: int, k: int) -> Tensor:

@@ -8,7 +8,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from ..needs import Needs, Width
+from ..needs import Width, of_triton
 from ..registry import backend
 from .reference import LARGEST, SMALLEST_AMAX
 
@@ -24,14 +24,7 @@ def load() -> None:
     "quantization",
     name="triton",
     rank=1,
-    needs=Needs(
-        package="triton",
-        device="cuda",
-        interpretable=True,
-        dtypes=(torch.bfloat16, torch.float16),
-        capability=(8, 0),
-        widths={"dsa_indexer_head_dim": Width(power_of_two=True, at_least=2)},
-    ),
+    needs=of_triton({"dsa_indexer_head_dim": Width(power_of_two=True, at_least=2)}),
     load=load,
 )
 @torch.no_grad()

@@ -8,7 +8,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from ..needs import Needs, Width
+from ..needs import Width, of_triton
 from ..registry import backend
 from .reference import Rotation
 
@@ -24,14 +24,7 @@ def load() -> None:
     "rotation",
     name="triton",
     rank=1,
-    needs=Needs(
-        package="triton",
-        device="cuda",
-        interpretable=True,
-        dtypes=(torch.bfloat16, torch.float16),
-        capability=(8, 0),
-        widths={"qk_pos_emb_head_dim": Width(power_of_two=True, at_least=2)},
-    ),
+    needs=of_triton({"qk_pos_emb_head_dim": Width(power_of_two=True, at_least=2)}),
     load=load,
 )
 def rotate(tensor: Tensor, rotation: Rotation, first: int) -> Tensor:

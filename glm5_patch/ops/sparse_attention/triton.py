@@ -14,22 +14,16 @@ from torch import Tensor
 
 from .. import tiles
 from ..exact_sums import ExactPairs, ExactSums
-from ..needs import Needs, Width
+from ..needs import Width, of_triton
 from ..registry import backend
 from .inputs import AbsorbedInputs
 from .reference import LOG2_E
 
-TRITON = Needs(
-    package="triton",
-    device="cuda",
-    interpretable=True,
-    dtypes=(torch.bfloat16, torch.float16),
-    capability=(8, 0),
-    # narrower products are none for tensor cores
-    widths={
+TRITON = of_triton(
+    {  # narrower products are none for tensor cores
         "kv_lora_rank": Width(power_of_two=True, at_least=64),
         "qk_pos_emb_head_dim": Width(power_of_two=True, at_least=16),
-    },
+    }
 )
 
 
