@@ -8,7 +8,7 @@ documents, padded, as the beginning of a longer one, in a batch of two, and as a
 (zigzag and contiguous). Top-k, attention output and the index losses of three queries are compared
 bit by bit. It prints one line for each backend, and exits with 1 if one differs or fails; a backend
 that is not installed is passed over. Then it prints milliseconds of the selection, by kernels that
-let equal scores fall as they come beside it, with many equal scores, and in fp8.
+let equal scores fall as they come beside it, and with many equal scores.
 """
 
 from __future__ import annotations
@@ -31,14 +31,12 @@ from triton.testing import do_bench
 from glm5_patch import env
 from glm5_patch.ops.index_loss.operation import index_loss
 from glm5_patch.ops.index_topk import triton_kernels as kernels
-from glm5_patch.ops.index_topk.fp8 import fp8_inputs
 from glm5_patch.ops.index_topk.operation import index_topk
 from glm5_patch.ops.index_topk.reference import IndexerInputs
 from glm5_patch.ops.query_positions import QueryPositions, document_starts, longest_document
 from glm5_patch.ops.registry import backends
 from glm5_patch.ops.sparse_attention.inputs import AttentionInputs, MLADims
 from glm5_patch.ops.sparse_attention.operation import sparse_attention
-from glm5_patch.testing.parity import kept_share
 
 DIMS = MLADims(latent=512, nope=192, rope=64, value=256)
 HEADS, INDEX_HEADS, INDEX_DIM, TOPK = 64, 32, 128, 2048
@@ -201,9 +199,6 @@ def times(length: int) -> None:
     keys[torch.rand(length, device="cuda") < 0.5] = keys[0].clone()
     equal = do_bench(lambda: run(whole.inputs._replace(key=keys)))
     print(f"half of the keys equal: {equal:.2f} ms")
-    in_fp8 = lambda: index_topk(fp8_inputs(whole.inputs, INDEX_DIM**-0.5), whole.queries, TOPK, 1.0)
-    share = kept_share(in_fp8(), run(whole.inputs))
-    print(f"in fp8: {do_bench(in_fp8):.2f} ms; {100 * share:.2f} % of the keys are those of bf16")
 
 
 def is_installed(name: str) -> bool:
