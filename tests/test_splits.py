@@ -91,6 +91,31 @@ def is_for_a_gpu(function):
     return any(isinstance(name, ast.Attribute) and name.attr == "jit" for name in names)
 
 
+def test_products_of_experts_may_run_in_several_streams():
+    mark = "at::cuda::spin_kernel(long)"
+    events = [
+        kernel(mark, 0, 0),
+        kernel("nvjet_tst_128x64", 0, 3, stream=21),
+        kernel("Memcpy DtoH", 1, 2, stream=22),
+        kernel(mark, 4, 4),
+        kernel("nvjet_tst_128x64", 5, 6, stream=21),
+    ]
+    found = phases.breakdown(events, wall=6.0)
+    assert (found["experts ms"], found["products ms"], found["rest ms"]) == (3.0, 1.0, 1.0)
+
+
+def test_ranks_are_averaged_and_the_busiest_is_named():
+    first = {"communication ms": 9.0, "attention ms": 4.0, "rest ms": 1.0, "launches": 10}
+    second = {"communication ms": 1.0, "attention ms": 6.0, "rest ms": 2.0, "launches": 11}
+    assert phases.of_ranks([first, second]) == {
+        "communication ms": 5.0,
+        "attention ms": 5.0,
+        "rest ms": 1.5,
+        "launches": 10.5,
+        "most work of a rank ms": 8.0,
+    }
+
+
 @pytest.mark.parametrize(
     ("folder", "phase", "some"),
     [

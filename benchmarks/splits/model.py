@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import zlib
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
@@ -44,6 +46,14 @@ TINY = dict(
     index_n_heads=4,
     num_experts_per_tok=2,
 )
+TRANSFORMER_ENGINE = dict(
+    transformer_impl="transformer_engine",
+    bias_activation_fusion=True,
+    gradient_accumulation_fusion=True,
+    moe_grouped_gemm=True,
+    moe_permute_fusion=True,
+)
+"""Fields of the configuration, as Megatron-LM's scripts have them."""
 
 
 class Shape(NamedTuple):
@@ -57,6 +67,24 @@ class Shape(NamedTuple):
     """None: the usual one."""
     offload: bool = False
     """Top-k and inputs of recomputed layers wait in host memory."""
+    dispatcher: str | None = None
+    """How tokens reach their experts: "alltoall", a copy of a token for each of its experts, or
+    "allgather", every token to every rank. None: the device's usual one."""
+    shared_experts_beside: bool = False
+    """They run beside the exchange of the others, in a stream of their own."""
+    impl: str = "local"
+    """Whose modules: "local", or "transformer_engine" with its fusions."""
+
+    def settings(self) -> dict[str, Any]:
+        """What it says of megatron-core's configuration."""
+        found = dict(dsa_topk_offload=self.offload)
+        if self.impl == "transformer_engine":
+            found.update(TRANSFORMER_ENGINE)
+        if self.experts:
+            found["moe_shared_expert_overlap"] = self.shared_experts_beside
+            if self.dispatcher is not None:
+                found["moe_token_dispatcher_type"] = self.dispatcher
+        return found
 
     def config(self, on_cpu: bool) -> HFConfig:
         """The model's."""
@@ -178,6 +206,22 @@ def initialised(split: Split, shape: Shape):
         parallel_state.destroy_model_parallel()
 
 
+@contextmanager
+def output_layer_unfused():
+    """The output layer, megatron-core's own in every model, adds to its gradient without Apex."""
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
+    build = ColumnParallelLinear.__init__
+
+    def unfused(self, *args, config, **kwargs):
+        own = copy.copy(config)
+        own.gradient_accumulation_fusion = False
+        build(self, *args, config=own, **kwargs)
+
+    with mock.patch.object(ColumnParallelLinear, "__init__", unfused):
+        yield
+
+
 class Model:
     """The model of one split, with its part of the weights and the gradient buffers."""
 
@@ -193,15 +237,16 @@ class Model:
         self.dtype = dtype
         self.hf = shape.config(on_cpu=device == "cpu")
         own = settings(device, split.tp, split.ep if shape.experts else 1, split.cp, dtype)
-        own["dsa_topk_offload"] = shape.offload
+        own.update(shape.settings())
         config = transformer_config(self.hf, **own, pipeline_dtype=dtype, **split.stages(self.hf))
         config.finalize_model_grads_func = None if split.alone else finalize_model_grads
-        model = gpt_model(
-            self.hf,
-            config,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
-        )
+        with output_layer_unfused():
+            model = gpt_model(
+                self.hf,
+                config,
+                pre_process=parallel_state.is_pipeline_first_stage(),
+                post_process=parallel_state.is_pipeline_last_stage(),
+            )
         as_trained = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, overlap_grad_reduce=not split.alone
         )

@@ -2,7 +2,8 @@
 
 Kernels of one GPU overlap where they run in different streams, so the times of kinds of kernels are
 sums, and what is idle or exposed is worked out from intervals. The products of experts have the
-names of all others: ``marked`` starts a kernel of no work before and after the experts.
+names of all others: ``marked`` starts a kernel of no work before and after the experts. Between
+these every product is theirs, since Transformer Engine's run in several streams.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ KINDS = {
     "attention": "^(forward|(union_)?(backward|bounds)|mark|unite|row_terms|project|rotate)$"
     "|^flat_keys$|flash|fmha|sdpa",
     "selection": "^(quantize|scores|bars|candidates|topk|(scores_and_)?topk_of_misled)$"
-    "|^(head_sums|loss)$|sort",
+    "|^(head_sums|loss)$|(radix|bitonic|segmented|merge)sort",
     PRODUCTS: "gemm|nvjet|cutlass|xmma",
 }
 """Patterns of the names of kernels, the first that fits; "selection" has the indexer's loss, and
@@ -86,9 +87,9 @@ def breakdown(events: Sequence[Event], wall: float) -> dict[str, float | int]:
     for kernel in kernels:
         while pair is not None and pair[1] <= kernel.start:
             pair = next(between, None)
-        marked = pair is not None and pair[0] <= kernel.start and kernel.stream in streams
-        kind = _kind(kernel.name)
-        spans[EXPERTS if marked and kind in (PRODUCTS, REST) else kind].append(kernel[1:3])
+        marked, kind = pair is not None and pair[0] <= kernel.start, _kind(kernel.name)
+        of_experts = kind == PRODUCTS or (kind == REST and kernel.stream in streams)
+        spans[EXPERTS if marked and of_experts else kind].append(kernel[1:3])
     working = [span for kind, found in spans.items() if kind != COMMUNICATION for span in found]
     busy = length(kernel[1:3] for kernel in kernels)
     calls = [event for event in events if not event.on_gpu]
@@ -103,6 +104,17 @@ def breakdown(events: Sequence[Event], wall: float) -> dict[str, float | int]:
         "launches": len(launches) - len(marks),
         "host waits": waits,
     }
+
+
+def of_ranks(breakdowns: Sequence[dict[str, float | int]]) -> dict[str, float | int]:
+    """The mean of all ranks' breakdowns, and the work of the rank that has most."""
+    mean = {
+        name: round(sum(found[name] for found in breakdowns) / len(breakdowns), 1)
+        for name in breakdowns[0]
+    }
+    work = [f"{kind} ms" for kind in (*KINDS, EXPERTS, REST) if kind != COMMUNICATION]
+    most = max(sum(found.get(name, 0.0) for name in work) for found in breakdowns)
+    return {**mean, "most work of a rank ms": round(most, 1)}
 
 
 def _kind(name: str) -> str:

@@ -11,7 +11,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSub
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from ..config.arguments import CONFIG_ARGUMENT, check_arguments
-from ..config.fields import CONTIGUOUS
+from ..config.fields import CONTIGUOUS, captured_attention
 from ..config.huggingface import HFConfig
 from ..errors import GLM5PatchError
 from .attention import CrossLayerDSAttention
@@ -27,8 +27,16 @@ def glm5_attention_spec(host_spec: ModuleSpec, config, backend) -> ModuleSpec:
     module stays the host's, of the host's backend.
 
     Raises:
-        GLM5PatchError: the host's attention is none that ours could stand in for.
+        GLM5PatchError: the host's attention is none that ours could stand in for, or CUDA graphs
+            would capture it.
     """
+    captured = captured_attention(config)
+    if captured is not None:
+        raise GLM5PatchError(
+            f"{captured} captures attention (an empty list is the whole layer), and a graph that "
+            "is replayed runs no Python: layers would share no top-k, and recorded keys would not "
+            "be replayed. Set cuda_graph_impl='none', or list modules without 'attn'"
+        )
     known = {field.name for field in dataclasses.fields(MLASelfAttentionSubmodules)}
     given = _given_submodules(host_spec.submodules)
     if not known >= given.keys():

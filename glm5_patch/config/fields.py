@@ -249,6 +249,24 @@ def recomputes_attention(config: Any) -> bool:
     )
 
 
+def captured_attention(config: Any) -> str | None:
+    """The settings that have CUDA graphs capture attention, in words; None if none do.
+
+    Args:
+        config: validated by the host, which makes a list of the modules that graphs capture.
+    """
+    impl = getattr(config, "cuda_graph_impl", "none")
+    if impl == "none":
+        return None
+    field = "cuda_graph_modules"
+    if not hasattr(config, field):
+        field = "cuda_graph_scope"  # its name until megatron-core 0.18
+    modules = [module.name for module in getattr(config, field)]
+    if modules and not {"attn", "full_iteration"} & set(modules):
+        return None
+    return f"cuda_graph_impl={impl!r} with {field}={modules}"
+
+
 def attends_to_every_key(config: Any) -> bool:
     """Whether no layer selects: a dense warm-up, whose indexers learn from all visible keys."""
     return getattr(config, PHASE, NO_PHASE) == DENSE_WARMUP

@@ -29,6 +29,9 @@ SMALL_PARTS = 6.5e-3
 """Seconds that a layer's step takes longer where a sequence is split: smaller matrix products,
 waits of the ranks for each other."""
 GPUS_OF_A_HOST = 8
+FEW_TOKENS = 8192
+"""Tokens of a GPU and microbatch below which its host may launch more slowly than it computes. The
+rates leave that out: it depends on the host, and on the modules."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class ParallelCost:
     """Tokens a second and GPU, as a share of what the work alone would allow."""
     gib: float
     """Weights, gradients, the distributed optimizer's states and activations."""
+    tokens: int
+    """Of a GPU and microbatch."""
 
 
 def parallel_costs(hf: HFConfig, tokens: int, gpus: int) -> list[ParallelCost]:
@@ -109,7 +114,7 @@ class _Model:
         spent += EXCHANGES * layers * (self._tensor(split) + self._context(split))
         spent += EXCHANGES * moe_layers * self._expert(split)
         rate = ideal / ranks / spent * self.balance(split.pp)
-        return ParallelCost(split, rate, self._bytes(split) / 2**30)
+        return ParallelCost(split, rate, self._bytes(split) / 2**30, self.tokens // ranks)
 
     def _tensor(self, split: ParallelSplit) -> float:
         """Seconds of a layer's forward: hidden states and query latents gathered, outputs

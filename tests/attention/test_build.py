@@ -8,7 +8,7 @@ import torch
 
 from glm5_patch import GLM5PatchError, HFConfig, gpt_model, single_process, transformer_config
 from tests.activation.fresh import environment
-from tests.tiny import hf_config
+from tests.tiny import hf_config, megatron_config
 
 HF = HFConfig({**hf_config().to_dict(), "model_type": "glm_moe_dsa"})
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the errors of a CPU")
@@ -46,6 +46,44 @@ def test_a_world_on_a_gpu_that_is_not_there_is_refused():
     with pytest.raises(GLM5PatchError, match="sees no CUDA device; use 'cpu'"):
         with single_process("cuda"):
             pass
+
+
+def built(flavour="5.2", **settings):
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    if "modules" in settings:
+        renamed = hasattr(TransformerConfig, "cuda_graph_modules")
+        name = "cuda_graph_modules" if renamed else "cuda_graph_scope"
+        settings[name] = settings.pop("modules")
+    hf = HFConfig(hf_config(flavour=flavour).to_dict())
+    return gpt_model(hf, megatron_config(hf, **settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(cuda_graph_impl="local", modules="attn"),
+        dict(cuda_graph_impl="local", modules=["moe_router", "attn"]),
+        dict(cuda_graph_impl="local"),
+        dict(cuda_graph_impl="local", modules=[]),
+        dict(cuda_graph_impl="local", modules="full_iteration"),
+        dict(cuda_graph_impl="transformer_engine", modules=["attn"]),
+        dict(enable_cuda_graph=True),
+        dict(external_cuda_graph=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("flavour", ["5.1", "5.2"])
+def test_attention_in_cuda_graphs_is_refused(our_core, settings, flavour):
+    with pytest.raises(
+        GLM5PatchError, match="cuda_graph_impl='[a-z_]+' with .* captures attention"
+    ):
+        built(flavour, **settings)
+
+
+@pytest.mark.parametrize("modules", ["moe_router", ["mlp"]], ids=str)
+def test_other_modules_may_be_captured(world, modules):
+    assert built(cuda_graph_impl="transformer_engine", modules=modules) is not None
 
 
 def test_a_misspelt_override_stays_a_type_error(world):

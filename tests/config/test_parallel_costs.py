@@ -103,6 +103,17 @@ def test_too_few_gpus_are_compared_all_the_same(capsys):
     assert "no split fits into 80 GiB" in shown.out and "TP and CP" in shown.out
 
 
+def test_few_tokens_of_a_gpu_are_warned_of(capsys):
+    arguments = ("--gpus", "64", "--gpu-memory", "9999")
+    for tokens, warned in (("8192", True), ("32768", False)):
+        assert (
+            "fewer than 8192 tokens" in plan(capsys, "--tokens", tokens, *arguments)[1].out
+        ) == warned
+        _, shown = plan(capsys, "--tokens", tokens, *arguments, "--json")
+        for split in json.loads(shown.out)["splits"]:
+            assert split["tokens_per_gpu"] == int(tokens) // (split["tp"] * split["cp"])
+
+
 def test_a_pipeline_or_gpus_are_planned_and_not_both(capsys):
     for arguments in ((), ("--pp", "4", "--gpus", "4")):
         code, shown = plan(capsys, *arguments)
