@@ -27,6 +27,7 @@ from .megatron_core.running.indexer_training import (
     IndexerLossScale,
     TrainingPhase,
 )
+from .megatron_core.running.pipeline_sends import PipelineSends
 from .megatron_core.running.router_padding import RouterPadding
 from .megatron_core.running.stack_carriers import (
     BlockCarrier,
@@ -69,6 +70,7 @@ PATCHES = (
     IndexerLossScale(),
     IndexerLossFigures(),
     TrainingPhase(),
+    PipelineSends(),
     StageShapes(),
     RouterPadding(),
     TECheckpoint(),

@@ -12,13 +12,14 @@ from tests.activation.fresh import PATCHES, python
 
 FAULTS = ["probe_raises", "apply_raises", "seam_renamed", "signature_changed"]
 # This model is not refused for these: a stack of layers refuses to recompute without the first,
-# the second is needed under fp8 only, the third only makes it fast, the fourth is needed under
-# dsa_topk_across_stages, the fifth only writes figures, the sixth is needed under
-# dsa_training_phase, and a Megatron configuration does not need the last two.
+# the second is needed under fp8 only, the third only makes it fast, the fourth is needed by
+# pipelines, the fifth under dsa_topk_across_stages, the sixth only writes figures, the seventh is
+# needed under dsa_training_phase, and a Megatron configuration does not need the last two.
 NO_MODEL_NEEDS = {
     "checkpoint_recompute",
     "te_checkpoint",
     "dsa_kernels",
+    "pipeline_sends",
     "stage_shapes",
     "indexer_loss_figures",
     "training_phase",

@@ -325,3 +325,11 @@ def has_transformer_engine() -> bool:
     except ImportError:
         return False
     return True
+
+
+def frees_what_it_sends(schedules: ModuleType) -> bool:
+    """Whether the interleaved schedule frees a stage's output without waiting for its send."""
+    interleaved = inspect.unwrap(schedules.forward_backward_pipelining_with_interleaving)
+    steps = [code for code in interleaved.__code__.co_consts if inspect.iscode(code)]
+    after = [code for code in steps if code.co_name == "pp_post_forward"]
+    return not any("deallocate_pipeline_outputs" in code.co_names for code in after)
