@@ -33,6 +33,20 @@ ORACLE = "tests/testing/test_oracle.py"
 
 FAULTS = (
     Fault(
+        "a send keeps the tensor whose data the schedule takes out",
+        "patches/megatron_core/running/pipeline_sends.py",
+        "self._work, self._data = work, sent.detach()",
+        "self._work, self._data = work, sent",
+        "tests/distributed/test_sending.py",
+    ),
+    Fault(
+        "CUDA graphs may capture attention beside other modules",
+        "config/fields.py",
+        'if modules and not {"attn", "full_iteration"} & set(modules):',
+        'if modules and set(modules) != {"attn"}:',
+        "tests/attention/test_build.py::test_attention_in_cuda_graphs_is_refused",
+    ),
+    Fault(
         "a fault under which some tokens agree explains a model",
         "testing/oracle/explain.py",
         "return bool((errors <= BOUND).all())",
