@@ -31,8 +31,8 @@ Exits 1 if a split or a check fails. On the CPU (gloo, fp32, tiny widths) it che
 times nothing worth reading.
 
 --impl transformer_engine trains with Transformer Engine's modules and the fusions that
-Megatron-LM's scripts turn on, which halved products can't reach: it times, and compares nothing.
---dispatcher says how tokens reach their experts.
+Megatron-LM's scripts turn on. Their products can't be halved from outside, so rates are measured
+and no gradients compared. --dispatcher says how tokens reach their experts.
 """
 
 from __future__ import annotations

@@ -106,14 +106,17 @@ def test_products_of_experts_may_run_in_several_streams():
 
 def test_ranks_are_averaged_and_the_busiest_is_named():
     first = {"communication ms": 9.0, "attention ms": 4.0, "rest ms": 1.0, "launches": 10}
-    second = {"communication ms": 1.0, "attention ms": 6.0, "rest ms": 2.0, "launches": 11}
-    assert phases.of_ranks([first, second]) == {
-        "communication ms": 5.0,
-        "attention ms": 5.0,
-        "rest ms": 1.5,
-        "launches": 10.5,
-        "most work of a rank ms": 8.0,
-    }
+    second = {"communication ms": 1.0, "attention ms": 6.0, "experts ms": 3.0, "rest ms": 2.0}
+    second["launches"] = 11
+    for ranks in ([first, second], [second, first]):
+        assert phases.of_ranks(ranks) == {
+            "communication ms": 5.0,
+            "attention ms": 5.0,
+            "experts ms": 1.5,
+            "rest ms": 1.5,
+            "launches": 10.5,
+            "most work of a rank ms": 11.0,
+        }
 
 
 @pytest.mark.parametrize(

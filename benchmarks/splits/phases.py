@@ -3,7 +3,8 @@
 Kernels of one GPU overlap where they run in different streams, so the times of kinds of kernels are
 sums, and what is idle or exposed is worked out from intervals. The products of experts have the
 names of all others: ``marked`` starts a kernel of no work before and after the experts. Between
-these every product is theirs, since Transformer Engine's run in several streams.
+these every product counts as theirs, since Transformer Engine's run in several streams; so do those
+of shared experts that run beside them.
 """
 
 from __future__ import annotations
@@ -107,10 +108,12 @@ def breakdown(events: Sequence[Event], wall: float) -> dict[str, float | int]:
 
 
 def of_ranks(breakdowns: Sequence[dict[str, float | int]]) -> dict[str, float | int]:
-    """The mean of all ranks' breakdowns, and the work of the rank that has most."""
+    """The mean of all ranks' breakdowns, and the work of the rank that has most. A stage without
+    experts has no such phase."""
+    names = dict.fromkeys(name for found in breakdowns for name in found)
     mean = {
-        name: round(sum(found[name] for found in breakdowns) / len(breakdowns), 1)
-        for name in breakdowns[0]
+        name: round(sum(found.get(name, 0) for found in breakdowns) / len(breakdowns), 1)
+        for name in names
     }
     work = [f"{kind} ms" for kind in (*KINDS, EXPERTS, REST) if kind != COMMUNICATION]
     most = max(sum(found.get(name, 0.0) for name in work) for found in breakdowns)

@@ -11,7 +11,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSub
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from ..config.arguments import CONFIG_ARGUMENT, check_arguments
-from ..config.fields import CONTIGUOUS, captured_attention
+from ..config.fields import CONTIGUOUS, WITHOUT_GRAPHS, captured_attention
 from ..config.huggingface import HFConfig
 from ..errors import GLM5PatchError
 from .attention import CrossLayerDSAttention
@@ -33,9 +33,8 @@ def glm5_attention_spec(host_spec: ModuleSpec, config, backend) -> ModuleSpec:
     captured = captured_attention(config)
     if captured is not None:
         raise GLM5PatchError(
-            f"{captured} captures attention (an empty list is the whole layer), and a graph that "
-            "is replayed runs no Python: layers would share no top-k, and recorded keys would not "
-            "be replayed. Set cuda_graph_impl='none', or list modules without 'attn'"
+            f"{captured} captures attention. Layers share their top-k, and recorded keys are "
+            f"replayed, in Python, which a replayed graph skips: {WITHOUT_GRAPHS}"
         )
     known = {field.name for field in dataclasses.fields(MLASelfAttentionSubmodules)}
     given = _given_submodules(host_spec.submodules)

@@ -249,22 +249,27 @@ def recomputes_attention(config: Any) -> bool:
     )
 
 
-def captured_attention(config: Any) -> str | None:
-    """The settings that have CUDA graphs capture attention, in words; None if none do.
+WITHOUT_GRAPHS = (
+    "set cuda_graph_impl='none', or have graphs of layers capture other modules than 'attn' (an "
+    "empty list is the whole layer)"
+)
+"""What a configuration is to say that has CUDA graphs capture attention."""
 
-    Args:
-        config: validated by the host, which makes a list of the modules that graphs capture.
-    """
-    impl = getattr(config, "cuda_graph_impl", "none")
+
+def captured_attention(config: Any) -> str | None:
+    """The settings that have CUDA graphs capture attention, in words; None if none do."""
+    impl = getattr(config, "cuda_graph_impl", None) or "none"
     if impl == "none":
         return None
     field = "cuda_graph_modules"
     if not hasattr(config, field):
         field = "cuda_graph_scope"  # its name until megatron-core 0.18
-    modules = [module.name for module in getattr(config, field)]
-    if modules and not {"attn", "full_iteration"} & set(modules):
+    modules = getattr(config, field) or []
+    modules = modules.split(",") if isinstance(modules, str) else modules
+    names = [getattr(module, "name", module) for module in modules]
+    if names and not {"attn", "full", "full_iteration"} & set(names):
         return None
-    return f"cuda_graph_impl={impl!r} with {field}={modules}"
+    return f"cuda_graph_impl={impl!r} with {field}={names}"
 
 
 def attends_to_every_key(config: Any) -> bool:

@@ -14,4 +14,4 @@ def test_an_output_arrives_though_it_is_freed_while_it_is_sent(tmp_path):
         import megatron.core
 
         pytest.skip(f"megatron-core {megatron.core.__version__}: {row.reason}")
-    assert run.world(2, tmp_path, "tests.distributed.sending") == [[True] * 6] * 2
+    assert run.world(2, tmp_path, "tests.distributed.sending") == [[True] * 4] * 2

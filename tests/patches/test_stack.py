@@ -1,8 +1,11 @@
 """Whose attention modules a GLM-5 is built of, as ``GLM5_PATCH_ATTENTION`` asks."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from glm5_patch.attention.build import gpt_model
+from glm5_patch.config.fields import captured_attention
 from glm5_patch.errors import GLM5PatchError
 from glm5_patch.patches import MACHINE
 from glm5_patch.patches.announce import describe
@@ -76,6 +79,28 @@ def test_the_hosts_attention_shares_no_tokens_out(checkpoint, monkeypatch):
     )
     with pytest.raises(GLM5PatchError, match="GLM5_PATCH_TP=tokens with .*host.*set it to plugin"):
         attention_stack(config, wrong=None)
+
+
+def test_the_hosts_attention_shares_no_topk_in_cuda_graphs(checkpoint, monkeypatch):
+    monkeypatch.setenv(SWITCH, "host")
+    config = megatron_config(checkpoint.config, cuda_graph_impl="local")
+    with pytest.raises(
+        GLM5PatchError, match="captures attention. Layers .* cuda_graph_impl='none'"
+    ):
+        attention_stack(config, wrong=None)
+    config.dsa_indexer_types = ["full"] * config.num_layers
+    assert not attention_stack(config, wrong=None).is_plugin
+
+
+@pytest.mark.parametrize(
+    ("modules", "captured"),
+    [("attn", True), ("mlp,attn", True), ("full", True), (None, True), ("mlp", False)],
+)
+def test_a_configuration_that_nobody_has_validated_is_understood(modules, captured):
+    config = SimpleNamespace(cuda_graph_impl="local", cuda_graph_modules=modules)
+    assert (captured_attention(config) is not None) is captured
+    config.cuda_graph_impl = "none"
+    assert captured_attention(config) is None
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -67,7 +67,8 @@ def describe(cost: ParallelCost) -> dict:
 def _print(data: dict, costs: list[ParallelCost]) -> None:
     print_text(
         f"{data['gpus']} GPUs, sequences of {data['tokens']} tokens; estimated from rates measured "
-        "on H100s, full recompute, distributed optimizer"
+        "on H100s, full recompute, distributed optimizer. Rates are shares of one GPU's, tokens "
+        "and memory those of a GPU"
     )
     if not data["fits"]:
         least = min(cost.gib for cost in costs)
@@ -101,15 +102,19 @@ def _shown(data: dict) -> list[dict]:
 
 
 _FEW_TOKENS_SLOW = (
-    f"Where a GPU gets fewer than {FEW_TOKENS} tokens of a microbatch, its host may launch more "
-    "slowly than it computes, which these rates leave out: with Transformer Engine's modules TP 4 "
-    "and CP 4 trained at 42 and 51 % of one GPU's rate with 2048 tokens a GPU, at 80 and 89 % with "
-    "8192. Give it more: pack longer, or raise the micro batch size"
+    f"Where a GPU has fewer than {FEW_TOKENS} tokens of a microbatch, the CPU may launch kernels "
+    "more slowly than the GPU runs them, and the rate is lower than estimated: pack longer "
+    "sequences, or raise Megatron's micro batch size"
 )
-_HEADS = ("", "TP", "CP", "EP", "PP", "DP", "rate", "memory")
+_HEADS = ("", "TP", "CP", "EP", "PP", "DP", "rate", "tokens", "memory")
 
 
 def _cells(split: dict) -> tuple:
     """A pipe gets no column heads, so each cell says what it is."""
     sizes = (f"{name.upper()} {split[name]}" for name in ("tp", "cp", "ep", "pp", "dp"))
-    return (*sizes, f"{split['rate']:.0%} of one GPU's rate", f"{split['gib']:.0f} GiB a GPU")
+    return (
+        *sizes,
+        f"rate {split['rate']:.0%}",
+        f"{split['tokens_per_gpu']} tokens",
+        f"{split['gib']:.0f} GiB",
+    )

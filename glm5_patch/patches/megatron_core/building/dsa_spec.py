@@ -9,13 +9,16 @@ from ....config.fields import (
     INDEXER_PRECISIONS,
     LOSS_LAYERS,
     PHASE,
+    WITHOUT_GRAPHS,
     ZIGZAG,
     attends_to_every_key,
+    captured_attention,
     is_dsa,
     is_glm5,
     learns_across_layers,
     set_conventions,
 )
+from ....config.schedule import IndexSchedule
 from ....errors import GLM5PatchError
 from ....patching.patch import Finding, Patch
 from ....topk.mtp import shares_iterations
@@ -79,6 +82,12 @@ def attention_stack(config, wrong: str | None) -> Stack:
     unset = f"unset {env.ATTENTION}, or set it to plugin"
     if wrong is not None:
         raise GLM5PatchError(f"{reason}: {wrong}; {unset}")
+    captured = captured_attention(config)
+    if captured is not None and IndexSchedule.from_megatron(config).shares:
+        raise GLM5PatchError(
+            f"{captured} with {reason} captures attention. Layers of megatron-core's own share "
+            f"their top-k in Python, which a replayed graph skips: {WITHOUT_GRAPHS}"
+        )
     if config.dsa_topk_across_stages and config.pipeline_model_parallel_size > 1:
         raise GLM5PatchError(
             f"dsa_topk_across_stages=True with {reason}: megatron-core's own sparse attention "
