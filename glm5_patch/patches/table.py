@@ -27,7 +27,6 @@ from .megatron_core.running.indexer_training import (
     IndexerLossScale,
     TrainingPhase,
 )
-from .megatron_core.running.pipeline_sends import PipelineSends
 from .megatron_core.running.router_padding import RouterPadding
 from .megatron_core.running.stack_carriers import (
     BlockCarrier,
@@ -35,7 +34,7 @@ from .megatron_core.running.stack_carriers import (
     MambaCarrier,
     MTPCarrier,
 )
-from .megatron_core.running.stage_shapes import StageShapes
+from .megatron_core.running.stage_sends import PipelineSends, StageShapes
 from .megatron_core.running.te_checkpoint import TECheckpoint
 from .megatron_training.arguments_check import ArgumentsCheck
 from .megatron_training.checkpoint_arguments import CheckpointArguments

@@ -34,7 +34,7 @@ ORACLE = "tests/testing/test_oracle.py"
 FAULTS = (
     Fault(
         "a stage sends the tensor whose data its schedule takes out",
-        "patches/megatron_core/running/pipeline_sends.py",
+        "patches/megatron_core/running/stage_sends.py",
         "return wrapped(output.detach(), *args[1:], **kwargs)",
         "return wrapped(output, *args[1:], **kwargs)",
         "tests/distributed/test_sending.py",

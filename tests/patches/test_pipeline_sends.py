@@ -7,7 +7,7 @@ import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 import glm5_patch
-from glm5_patch.patches.megatron_core.running.pipeline_sends import PipelineSends
+from glm5_patch.patches.megatron_core.running.stage_sends import PipelineSends
 
 DSA = dict(experimental_attention_variant="dsa", timers=None)
 
