@@ -58,12 +58,21 @@ def world():
 
 
 @pytest.fixture(scope="session")
-def our_core(world):
-    """For tests of ``CrossLayerDSAttention`` itself, which steps back for a right host's own."""
+def needs_patch():
+    """Called with the id of a patch, skips where megatron-core does its job."""
     import glm5_patch
 
-    row = glm5_patch.status()["dsa_spec"]
-    if row.state == "not_needed":
-        import megatron.core
+    def needs(patch_id: str) -> None:
+        row = glm5_patch.status()[patch_id]
+        if row.state == "not_needed":
+            import megatron.core
 
-        pytest.skip(f"megatron-core {megatron.core.__version__} uses its own: {row.reason}")
+            pytest.skip(f"megatron-core {megatron.core.__version__} uses its own: {row.reason}")
+
+    return needs
+
+
+@pytest.fixture(scope="session")
+def our_core(world, needs_patch):
+    """For tests of ``CrossLayerDSAttention`` itself, which steps back for a right host's own."""
+    needs_patch("dsa_spec")

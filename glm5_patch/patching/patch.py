@@ -25,6 +25,15 @@ def argument(wrapped: Callable, args: tuple, kwargs: dict, name: str) -> Any:
     return call.arguments[name]
 
 
+def with_argument(
+    wrapped: Callable, args: tuple, kwargs: dict, name: str, value: Any
+) -> tuple[tuple, dict]:
+    """The arguments of a wrapped call with another value of one, however the caller passed it."""
+    call = inspect.signature(wrapped).bind(*args, **kwargs)
+    call.arguments[name] = value
+    return call.args, call.kwargs
+
+
 class Patch:
     """One change to one seam of one host.
 

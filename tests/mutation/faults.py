@@ -35,15 +35,15 @@ FAULTS = (
     Fault(
         "a stage sends the tensor whose data its schedule takes out",
         "patches/megatron_core/running/stage_sends.py",
-        "return wrapped(output.detach(), *args[1:], **kwargs)",
-        "return wrapped(output, *args[1:], **kwargs)",
-        "tests/distributed/test_sending.py",
+        '"output_tensor", output.detach())',
+        '"output_tensor", output)',
+        "tests/patches/test_pipeline_sends.py",
     ),
     Fault(
         "CUDA graphs may capture attention beside other modules",
         "config/fields.py",
-        'if modules and not {"attn", "full_iteration"} & set(modules):',
-        'if modules and set(modules) != {"attn"}:',
+        'if names and not {"attn", "full", "full_iteration"} & set(names):',
+        'if names and set(names) != {"attn"}:',
         "tests/attention/test_build.py::test_attention_in_cuda_graphs_is_refused",
     ),
     Fault(

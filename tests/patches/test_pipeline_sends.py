@@ -4,22 +4,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import P2PCommunicator
 
-import glm5_patch
 from glm5_patch.patches.megatron_core.running.stage_sends import PipelineSends
+from tests.distributed import run
 
 DSA = dict(experimental_attention_variant="dsa", timers=None)
 
 
 @pytest.fixture
-def patched():
-    glm5_patch.require()
-    row = glm5_patch.status()["pipeline_sends"]
-    if row.state == "not_needed":
-        import megatron.core
-
-        pytest.skip(f"megatron-core {megatron.core.__version__}: {row.reason}")
+def patched(needs_patch):
+    needs_patch("pipeline_sends")
 
 
 def sent(config, output, by_name: bool):
@@ -51,6 +46,10 @@ def test_the_data_of_an_output_stay_with_what_is_sent(patched, by_name):
 def test_another_model_sends_its_own_tensor(patched, config, by_name):
     output = torch.randn(4, 1, 2)
     assert sent(config, output, by_name) is output
+
+
+def test_an_output_arrives_though_it_is_freed_while_it_is_sent(patched, tmp_path):
+    assert run.world(2, tmp_path, "tests.distributed.sending") == [[True] * 4] * 2
 
 
 @pytest.mark.parametrize(

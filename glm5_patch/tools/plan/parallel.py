@@ -86,7 +86,8 @@ def _print(data: dict, costs: list[ParallelCost]) -> None:
         [(kind, *_cells(split)) for kind, split in data["one_kind"].items()],
     )
     print("")
-    if any(split["tokens_per_gpu"] < FEW_TOKENS for split in _shown(data)):
+    shown = [*data["splits"], *data["one_kind"].values()]
+    if any(split["tokens_per_gpu"] < FEW_TOKENS for split in shown):
         print_text(_FEW_TOKENS_SLOW)
         print("")
     print_text("Megatron-LM, the first one:")
@@ -95,10 +96,6 @@ def _print(data: dict, costs: list[ParallelCost]) -> None:
     print_flags({**best["megatron_flags"], **switches})
     if best["pp"] > 1:
         print_text(f"its stages: glm5-patch plan --config ... --pp {best['pp']}")
-
-
-def _shown(data: dict) -> list[dict]:
-    return [*data["splits"], *data["one_kind"].values()]
 
 
 _FEW_TOKENS_SLOW = (

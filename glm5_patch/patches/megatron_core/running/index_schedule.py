@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-from ....patching.patch import Finding, Patch, argument
+from ....patching.patch import Finding, Patch, argument, with_argument
 from ...probes.megatron_core import shares_by_freq_only
 
 
@@ -49,10 +49,7 @@ def _init(wrapped, instance, args, kwargs):
     as_host = copy.copy(config)
     as_host.dsa_indexer_skip_topk_offset = 0
     as_host.dsa_indexer_topk_freq = 1 if computes else layer_number + 1
-    if "config" in kwargs:
-        kwargs = {**kwargs, "config": as_host}
-    else:
-        args = (as_host, *args[1:])
+    args, kwargs = with_argument(wrapped, args, kwargs, "config", as_host)
     wrapped(*args, **kwargs)
     instance.config = config
     instance.index_share = shares

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 
 from ....config.fields import ACROSS_STAGES, is_glm5
-from ....patching.patch import Finding, Patch, argument
+from ....patching.patch import Finding, Patch, argument, with_argument
 from ...probes.megatron_core import frees_what_it_sends
 
 
@@ -62,8 +62,8 @@ class PipelineSends(Patch):
         )
 
     def guards(self, config) -> bool:
-        overlaps = config.pipeline_model_parallel_size > 1 and config.overlap_p2p_comm
-        return overlaps and config.deallocate_pipeline_outputs
+        frees = config.deallocate_pipeline_outputs and config.overlap_p2p_comm
+        return config.pipeline_model_parallel_size > 1 and frees
 
 
 def _send(wrapped, instance, args, kwargs):
@@ -74,6 +74,5 @@ def _send(wrapped, instance, args, kwargs):
     output = argument(wrapped, args, kwargs, "output_tensor")
     if not isinstance(output, Tensor) or not is_glm5(instance.config):
         return wrapped(*args, **kwargs)
-    if "output_tensor" in kwargs:
-        return wrapped(*args, **{**kwargs, "output_tensor": output.detach()})
-    return wrapped(output.detach(), *args[1:], **kwargs)
+    args, kwargs = with_argument(wrapped, args, kwargs, "output_tensor", output.detach())
+    return wrapped(*args, **kwargs)
