@@ -1,16 +1,18 @@
 """Sparse attention and selection of GLM-5's shape on one GPU: the plugin beside its peers.
 
-    python benchmarks/kernels.py [--lengths 8192 16384] [--heads 64 16] [--output DIR]
+    python benchmarks/kernels.py [--lengths 8192 16384] [--heads 64 16] [--parts kernels core]
+                                 [--output DIR]
 
 Every kernel is checked before it is timed: attention against fp64 on some rows and its gradients
 against dense fp32, the top-k by its values. Then all run in this process on the same tensors: bf16,
 batch 1, latent 512 + rotary 64, heads of 192 + 64 and values of 256, top-k 2048 of random causal
 keys in ascending order, index heads 32 of 128. Peers are torch, FlashMLA and cuDNN's frontend where
-they are installed ("plugin (libraries)" takes them), and what the installed megatron-core has: up
-to 0.18 its unfused attention, from 0.19 on, with TileLang, its fused one. A figure is the median of
-30 runs or 250 ms, by CUDA events; memory is the peak above what the inputs take, so the results
-count. TF counts valid pairs of query and key. Writes kernels.json and kernels.png, and prints
-kernels.json as a table with --table.
+they are installed ("plugin (libraries)" has one of them compute its part), and what the installed
+megatron-core has: up to 0.18 its unfused attention, from 0.19 on, with TileLang, its fused one. A
+figure is the median of 30 runs or 250 ms, by CUDA events; memory is the peak above what the inputs
+take, so the results count. TF counts valid pairs of query and key. Parts are the selection, the
+indexer's loss, torch's dense attention, the kernels of attention alone, and its core, absorption
+included. Writes kernels.json and kernels.png, and prints kernels.json as a table with --table.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ FORWARD = 2 * (2 * DIMS.latent + DIMS.rope)  # FLOP of a pair and head, absorbed
 BACKWARD = 2 * (5 * DIMS.latent + 3 * DIMS.rope)
 KEPT = (0.4, 0.65, 0.85)
 """Shares of its keys that a query has from the one before: as in a trained model."""
+PARTS = ("selection", "loss", "dense", "kernels", "core")
 DSA = "megatron.core.transformer.experimental_attention_variant"
 
 
@@ -176,10 +179,11 @@ def library(operation: str, name: str, call: Call) -> Backend | None:
         return next((one for one in found if why_not(one, call) is None), None)
 
 
-def has_libraries(call: Call) -> bool:
-    """Whether a library computes a part of attention."""
-    passes = ("forward", "flash_mla"), ("backward", "cudnn")
-    return any(library(f"sparse_attention.{part}", name, call) for part, name in passes)
+def library_of_attention(call: Call) -> str | None:
+    """One that computes a part of it; None where there is none."""
+    parts = {"cudnn": "backward", "flash_mla": "forward"}
+    found = (name for name in parts if library(f"sparse_attention.{parts[name]}", name, call))
+    return next(found, None)
 
 
 class Peers:
@@ -289,8 +293,8 @@ def core_of(heads: int, length: int, peers: Peers):
         return peers.unfused(inputs[0], key, value, indices, SCALE)
 
     runs = {"plugin (Triton)": ("triton", fused)}
-    if has_libraries(batch.attention().call):
-        runs["plugin (libraries)"] = ("auto", fused)
+    if asked := library_of_attention(batch.attention().call):
+        runs["plugin (libraries)"] = (asked, fused)
     if length <= 8192:
         runs["plugin (torch)"] = ("torch", blocked)
     if peers.unfused is not None:
@@ -484,8 +488,8 @@ def check(heads: int, length: int = 3072) -> list[str]:
         "deterministic": ("triton", absorption.absorbed_attention),
         "core": ("triton", attend),
     }
-    if has_libraries(batch.attention().call):
-        kinds["core by libraries"] = ("auto", attend)
+    if asked := library_of_attention(batch.attention().call):
+        kinds["core by libraries"] = (asked, attend)
     for kind, (kernels, attention) in kinds.items():
         os.environ[env.KERNELS] = kernels
         torch.use_deterministic_algorithms(kind == "deterministic")
@@ -617,8 +621,9 @@ def table(runs: list[dict]) -> str:
     """The figures as Markdown, a column for each length; of further runs, the rows that are new."""
     figures = [Figure(**figure) for figure in runs[0]["figures"]]
     for run in runs[1:]:
-        known = {(figure.what, figure.who) for figure in figures}
-        figures += [Figure(**f) for f in run["figures"] if (f["what"], f["who"]) not in known]
+        known = {(figure.what, figure.who, figure.heads) for figure in figures}
+        more = [Figure(**figure) for figure in run["figures"]]
+        figures += [one for one in more if (one.what, one.who, one.heads) not in known]
     lengths = sorted({figure.length for figure in figures})
     lines = [
         "| | who | heads | " + " | ".join(f"{length // 1024}k" for length in lengths) + " |",
@@ -628,7 +633,8 @@ def table(runs: list[dict]) -> str:
     for figure in figures:
         row = cells.setdefault((figure.what, figure.who, figure.heads), {})
         row[figure.length] = _cell(figure)
-    for (what, who, heads), row in sorted(cells.items(), key=lambda item: item[0][0]):
+    by_name = lambda item: (item[0][0], -item[0][2])
+    for (what, who, heads), row in sorted(cells.items(), key=by_name):
         shown = " | ".join(row.get(length, "") for length in lengths)
         lines.append(f"| {what} | {who} | {heads} | {shown} |")
     return "\n".join(lines)
@@ -645,6 +651,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
     parser.add_argument("--heads", type=int, nargs="+", default=[64, 32, 16, 8])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--output", type=Path, default=Path("."), metavar="DIR")
     parser.add_argument("--check", action="store_true", help="check, and time nothing")
     parser.add_argument(
@@ -670,20 +677,26 @@ def main() -> int:
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # for the deterministic mode
     torch.backends.cuda.matmul.allow_tf32 = False
     problems = [p for heads in options.heads for p in check(heads)]
-    problems += check_loss()
-    problems += [p for length in options.lengths for p in check_selection(length)]
+    if "loss" in options.parts:
+        problems += check_loss()
+    if "selection" in options.parts:
+        problems += [p for length in options.lengths for p in check_selection(length)]
     for problem in problems:
         print(f"wrong: {problem}", file=sys.stderr)
     if problems or options.check:
         return int(bool(problems))
     peers, figures = Peers(), []
     for length in options.lengths:
-        figures += selection_of(length, peers)
-        figures += loss_of(length, peers)
-        figures += dense_of(length) if length <= 16384 else []
+        if "selection" in options.parts:
+            figures += selection_of(length, peers)
+        if "loss" in options.parts:
+            figures += loss_of(length, peers)
+        if "dense" in options.parts and length <= 16384:
+            figures += dense_of(length)
         for heads in options.heads:
-            figures += kernels_of(heads, length, peers)
-            if heads == 64:
+            if "kernels" in options.parts:
+                figures += kernels_of(heads, length, peers)
+            if "core" in options.parts and heads == 64:
                 figures += core_of(heads, length, peers)
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "kernels.json"

@@ -1,7 +1,7 @@
 """What index sharing saves: decoder layers of GLM-5.2's shape on one GPU, every layer computing its
 top-k or one of four, and a training step on fused kernels, on blocked ones and as released.
 
-    python benchmarks/layer.py [--lengths 8192 16384] [--output DIR]
+    python benchmarks/layer.py [--lengths 8192 16384] [--kernels triton cudnn] [--output DIR]
 
 Four dense layers (hidden size 6144, 64 heads, latent 512, index_topk 2048; the published model has
 three such and 75 MoE ones) with a small vocabulary, bf16, batch 1, random weights, modules of the
@@ -45,6 +45,8 @@ from glm5_patch.testing.cpu_host import single_process
 
 LAYERS, RUNS = 4, 5
 PATTERNS = {"every layer computes": "FFFF", "one of four computes": "FSSS"}
+KERNELS = ("triton", "torch", "cudnn", "released")
+"""Of ``GLM5_PATCH_KERNELS``, "cudnn" where it is installed; and what megatron-core has."""
 QUADRATIC_UP_TO = 8192
 """Tokens for which the blocked torch code and the host's own are timed too; both are quadratic."""
 
@@ -168,6 +170,7 @@ def measure(model, hf: HFConfig, length: int, rate: float) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536])
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--output", type=Path, default=Path("."), metavar="DIR")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -196,8 +199,9 @@ def main() -> int:
     short = [length for length in options.lengths if length <= QUADRATIC_UP_TO]
     runs = {"triton": options.lengths, "torch": short}
     call = Call(torch.device("cuda"), torch.bfloat16)
-    if any(why_not(one, call) is None for one in libraries()):
-        runs["auto"] = options.lengths
+    if any(one.name == "cudnn" and why_not(one, call) is None for one in libraries()):
+        runs["cudnn"] = options.lengths
+    runs = {kernels: lengths for kernels, lengths in runs.items() if kernels in options.kernels}
     with single_process("cuda"):
         for layers, pattern in PATTERNS.items():
             hf, model = build(pattern)
@@ -206,7 +210,8 @@ def main() -> int:
                 for length in lengths:
                     add(hf, model, layers, length, kernels)
             del model
-        if glm5_patch.status()["dsa_spec"].state == "applied":
+        released = glm5_patch.status()["dsa_spec"].state == "applied"
+        if released and "released" in options.kernels:
             with as_released():
                 hf, model = build(PATTERNS["every layer computes"], dsa_indexer_loss_coeff=0.0)
                 for length in short:

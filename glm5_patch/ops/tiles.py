@@ -42,7 +42,7 @@ class Tiles(NamedTuple):
 _SMALL_PRODUCTS = Products(rows=64, columns=128, step=64, stages=2, warps=4)
 AMPERE = Tiles(64, 64, 2, 32, 64, _SMALL_PRODUCTS)
 """163 KiB of shared memory: A100."""
-HOPPER = AMPERE._replace(projection=Products(rows=128, columns=128, step=64, stages=3, warps=8))
+HOPPER = AMPERE._replace(projection=_SMALL_PRODUCTS._replace(stages=3))
 """227 KiB."""
 BLACKWELL = AMPERE._replace(forward_stages=1)
 """227 KiB, but operands of a product of 64 heads lie there too: B200."""

@@ -453,6 +453,20 @@ FAULTS = (
         "tests/ops/test_blocks.py",
     ),
     Fault(
+        "the absorbed queries of one block are kept for all",
+        "ops/sparse_attention/absorption.py",
+        "len(blocks) == 1 and _recomputes()",
+        "_recomputes()",
+        "tests/ops/test_blocks.py",
+    ),
+    Fault(
+        "a recompute absorbs its queries twice",
+        "ops/sparse_attention/absorption.py",
+        "ctx.absorbed_query = absorbed[0]",
+        "ctx.absorbed_query = None",
+        "tests/ops/test_blocks.py",
+    ),
+    Fault(
         "a backward keeps a query that it can make again",
         "ops/sparse_attention/absorption.py",
         "kept_query = query if ctx.make_query is None else None",

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -168,3 +169,30 @@ def test_one_block_is_computed_at_once(passes_in_torch, monkeypatch):
     into_blocks(monkeypatch, b, rows=4, kept=0)
     result(tensors, topk, queries)
     assert rows[4:] == [3, 3, 3] * 2
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@pytest.mark.parametrize("rows", [S, 4], ids=["one block", "three"])
+def test_a_recompute_absorbs_one_block_of_queries_once(
+    passes_in_torch, monkeypatch, rows, reentrant
+):
+    tensors, topk, queries, b = case("bshd", 0)
+    into_blocks(monkeypatch, b, rows)
+    expected = result(tensors, topk, queries)
+    seen = []
+    absorb = absorption.absorb
+    monkeypatch.setattr(
+        absorption, "absorb", lambda query, *rest: seen.append(len(query)) or absorb(query, *rest)
+    )
+
+    def output_of(*tensors):
+        return absorbed_attention(AttentionInputs(*tensors, topk, queries, SMALL, 0.2))[0]
+
+    output = checkpoint(output_of, *tensors, use_reentrant=reentrant)
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(9)).to(DEVICE)
+    output.backward(upstream)
+    # Of a checkpoint that is not reentrant, the backward has the forward's own node.
+    once = reentrant and rows == S
+    assert seen == [S] * 2 if once else sum(seen) == 3 * S
+    assert torch.equal(output, expected[0])
+    assert all(torch.equal(one.grad, gradient) for one, gradient in zip(tensors, expected[2]))

@@ -7,7 +7,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from glm5_patch.ops.needs import Call
 from glm5_patch.ops.registry import choose
-from glm5_patch.ops.sparse_attention import reference, triton, triton_kernels, unions
+from glm5_patch.ops.sparse_attention import gluon, reference, triton, triton_kernels, unions
 from glm5_patch.ops.sparse_attention.inputs import AbsorbedInputs
 from tests.ops import dense
 from tests.ops.test_sparse_attention import random_topk
@@ -135,25 +135,30 @@ needs_hopper = pytest.mark.skipif(
 
 
 @needs_hopper
+@pytest.mark.parametrize("in_step", [False, True], ids=["from the first tile", "in step"])
 @pytest.mark.parametrize("share", [0.5, 0.75, 1.0])
-@pytest.mark.parametrize("heads", [8, 16, 32])
+@pytest.mark.parametrize("heads", [8, 16, 32, 64, 128])
 @pytest.mark.parametrize(("lengths", "b"), [([301], 2), ([1, 150, 0, 150], 1)])
-def test_gradients_over_unions(monkeypatch, lengths, b, heads, share):
-    """Where every group, some or hardly any are computed together."""
+def test_gradients_on_hopper(monkeypatch, lengths, b, heads, share, in_step):
+    """Where every group of queries, some or hardly any are computed together, or, from 64 heads on,
+    each alone; and where programs begin with the tile that others have come to."""
     monkeypatch.setattr(unions, "SHARE", share)
+    monkeypatch.setattr(gluon, "L2_SHARE", 0 if in_step else 1)
     absorbed = absorbed_inputs(lengths, b, heads, 100, seed=heads, latent=512, rope=64)
     tensors = [t.cuda() if isinstance(t, torch.Tensor) else t for t in absorbed]
     exact = AbsorbedInputs(*(t.bfloat16() for t in tensors[:2]), *tensors[2:])
-    assert choose("sparse_attention.backward", exact.call, own=True).compute is unions.backward
+    assert (gluon.progress_for(exact.latent)[0] is not None) == in_step
+    own = unions.backward if heads < 64 else gluon.backward
+    assert choose("sparse_attention.backward", exact.call, own=True).compute is own
     out, lse = triton.forward(exact)
     d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     truth = exact._replace(query=exact.query.float(), latent=exact.latent.float())
     expected = reference.backward(truth, *reference.forward(truth), d_out.float())
-    for ours, theirs in zip(unions.backward(exact, out, lse, d_out), expected):
+    for ours, theirs in zip(own(exact, out, lse, d_out), expected):
         assert relative(ours.float(), theirs) < 5e-3
     torch.use_deterministic_algorithms(True)
     try:
-        first, again = (unions.backward(exact, out, lse, d_out) for _ in range(2))
+        first, again = (own(exact, out, lse, d_out) for _ in range(2))
     finally:
         torch.use_deterministic_algorithms(False)
     for ours, theirs, same in zip(first, expected, again):

@@ -66,7 +66,8 @@ def in_blocks(attention: AttentionInputs, places: int) -> Iterator[tuple[slice, 
 class _AbsorbedAttention(torch.autograd.Function):
     """Works on one block of queries at a time: what is as wide as the latent exists for one alone,
     but for what comes out of it, which is kept for the backward if it is small. The backward makes
-    absorbed queries again, and a top-k of every visible key, which grows with the square of the
+    absorbed queries again, unless it follows at once: those of a single block that is recomputed
+    are kept. It also makes a top-k of every visible key again, which grows with the square of the
     sequence."""
 
     @staticmethod
@@ -77,15 +78,16 @@ class _AbsorbedAttention(torch.autograd.Function):
         query, dims = attention.query, attention.dims
         output = query.new_empty((*query.shape[:3], dims.value))
         keeps = query.nbytes // query.shape[-1] * dims.latent <= KEPT_BYTES
-        blocks = [
-            _attend(part, output[rows], keeps)
-            for rows, part in in_blocks(attention, VISIBLE_PLACES)
-        ]
-        kept, lses = zip(*blocks)
+        blocks = list(in_blocks(attention, VISIBLE_PLACES))
+        keeps_absorbed = len(blocks) == 1 and _recomputes()
+        attended = [_attend(part, output[rows], keeps, keeps_absorbed) for rows, part in blocks]
+        kept, lses, absorbed = zip(*attended)
         lse = lses[0] if len(lses) == 1 else torch.cat(lses)
         ctx.make_query = attention.make_query if query.nbytes > KEPT_QUERY_BYTES else None
         kept_query = query if ctx.make_query is None else None
         ctx.save_for_backward(kept_query, *attention[1:4], lse, *kept)
+        # Not among what is saved: a checkpoint compares that of a recompute with the forward's.
+        ctx.absorbed_query = absorbed[0]
         ctx.queries, ctx.dims, ctx.softmax_scale = attention[4:7]
         ctx.mark_non_differentiable(lse)
         return output.flatten(2), lse
@@ -93,6 +95,7 @@ class _AbsorbedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_output, _):
         query, latent, up_projection, topk_indices, lse, *kept = ctx.saved_tensors
+        absorbed_query, ctx.absorbed_query = ctx.absorbed_query, None
         if query is None:
             query = ctx.make_query()
         tensors = query, latent, up_projection, topk_indices
@@ -102,7 +105,7 @@ class _AbsorbedAttention(torch.autograd.Function):
         trains_up = ctx.needs_input_grad[2]  # not where it is frozen, under an adapter elsewhere
         sums = None, None
         for (rows, part), out in zip(in_blocks(attention, VISIBLE_PLACES), kept):
-            of_rows = part, out, d_output[rows], d_query[rows]
+            of_rows = part, absorbed_query, out, d_output[rows], d_query[rows]
             sums = [_plus(*pair) for pair in zip(sums, _gradients(*of_rows, trains_up))]
         d_latent, d_up = sums
         if d_up is not None:
@@ -110,24 +113,35 @@ class _AbsorbedAttention(torch.autograd.Function):
         return d_query, d_latent.to(latent.dtype).unsqueeze(2), d_up, *6 * [None]
 
 
-def _attend(part: AttentionInputs, output: Tensor, keeps: bool) -> tuple[Tensor | None, Tensor]:
+def _recomputes() -> bool:
+    """Whether autograd is going backward: a forward is then a checkpoint's recompute."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _attend(
+    part: AttentionInputs, output: Tensor, keeps: bool, keeps_absorbed: bool
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Attention of some queries.
 
     Args:
         part: theirs.
         output: [rows, b, n, value], written.
         keeps: whether what comes out of the latent is returned.
+        keeps_absorbed: whether the absorbed queries are.
 
     Returns:
-        That, or None, and the log2-sum-exp2, as of ``reference.forward``.
+        What comes out of the latent, or None; the log2-sum-exp2, as of ``reference.forward``; and
+        the absorbed queries, or None.
     """
-    out, lse = _forward(_absorbed(part))
+    absorbed = _absorbed(part)
+    out, lse = _forward(absorbed)
     triton.project(out, _value_projection(part.up_projection, part.dims), output)
-    return out if keeps else None, lse
+    return out if keeps else None, lse, absorbed.query if keeps_absorbed else None
 
 
 def _gradients(
     part: AttentionInputs,
+    absorbed_query: Tensor | None,
     out: Tensor | None,
     d_output: Tensor,
     d_query: Tensor,
@@ -137,6 +151,7 @@ def _gradients(
 
     Args:
         part: what it was given.
+        absorbed_query: its queries, absorbed; None: they are made again.
         out: what came out of the latent; None: it is computed again.
         d_output: [rows, b, n, value].
         d_query: [rows, b, n, nope + rope], written.
@@ -146,7 +161,7 @@ def _gradients(
         Of the latent, [t, b, latent + rope], and of the up-projection, [latent, n, nope + value].
     """
     query, up_projection, dims = part.query, part.up_projection, part.dims
-    absorbed = _absorbed(part)
+    absorbed = _absorbed(part, absorbed_query)
     if out is None:
         out, _ = _forward(absorbed)
     d_output = _by_head(d_output)
@@ -173,8 +188,8 @@ def _plus(total: Tensor | None, block: Tensor | None) -> Tensor | None:
     return block if total is None else total.float().add_(block)
 
 
-def _absorbed(part: AttentionInputs) -> AbsorbedInputs:
-    return absorbed_inputs(part.with_topk(TOPK_MULTIPLE))
+def _absorbed(part: AttentionInputs, query: Tensor | None = None) -> AbsorbedInputs:
+    return absorbed_inputs(part.with_topk(TOPK_MULTIPLE), query)
 
 
 def latent_attention(absorbed: AbsorbedInputs) -> Tensor:
@@ -209,10 +224,17 @@ def _backward(
     return compute("sparse_attention.backward", absorbed.call, absorbed, out, lse, d_out)
 
 
-def absorbed_inputs(attention: AttentionInputs) -> AbsorbedInputs:
-    """Of attention with a top-k."""
+def absorbed_inputs(attention: AttentionInputs, query: Tensor | None = None) -> AbsorbedInputs:
+    """Of attention with a top-k.
+
+    Args:
+        attention: that.
+        query: its queries, absorbed already; None: they are absorbed here.
+    """
+    if query is None:
+        query = absorb(attention.query, attention.up_projection, attention.dims)
     return AbsorbedInputs(
-        absorb(attention.query, attention.up_projection, attention.dims),
+        query,
         attention.latent.squeeze(2).contiguous(),
         attention.topk_indices.contiguous(),
         *attention.queries.spans(),

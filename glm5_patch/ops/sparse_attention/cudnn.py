@@ -28,7 +28,7 @@ def sparse_attention_backward() -> Callable:
 @backend(
     "sparse_attention.backward",
     name="cudnn",
-    rank=3,
+    rank=2,
     needs=Needs(
         package="cudnn",
         distribution="nvidia-cudnn-frontend",

@@ -20,8 +20,8 @@ HEADS, LATENT, ROPE = 64, 512, 64
 WIDTH = LATENT + ROPE
 KEYS = 64
 """Of a tile."""
-LAGS, L2_SHARE = 4, 0.8
-"""See ``lags_for``."""
+L2_SHARE = 0.8
+"""See ``progress_for``."""
 WARPS = 4
 """Of each part of a program whose parts do different work."""
 BACKWARD_NUMBERS = HEADS * (WIDTH + LATENT) + KEYS * WIDTH + 2 * HEADS * KEYS + 256
@@ -93,8 +93,11 @@ def _compile_forward() -> None:
 def _compile_backward() -> None:
     from .gluon_kernels import backward as kernels
 
-    outputs = torch.bfloat16, torch.float32, torch.float32, torch.bfloat16, torch.float32, None
-    kernels.backward.warmup(*TENSORS, *outputs, *SIZES, 1.0, 1.0, 1, grid=(1,), num_warps=WARPS)
+    rows = torch.bfloat16, torch.float32, torch.float32
+    outputs = torch.bfloat16, torch.float32, None, None
+    kernels.backward.warmup(
+        *TENSORS, *rows, *outputs, *SIZES, 1.0, 1.0, 1, grid=(1,), num_warps=WARPS
+    )
 
 
 @backend(
@@ -124,7 +127,7 @@ def forward(absorbed: AbsorbedInputs) -> tuple[Tensor, Tensor]:
 @backend(
     "sparse_attention.backward",
     name="gluon",
-    rank=2,
+    rank=3,
     needs=needs(BACKWARD_NUMBERS),
     load=compiles(_compile_backward),
     asked_as=(OWN_KERNELS,),
@@ -154,22 +157,27 @@ def key_gradients(
 
     d_query = torch.empty_like(query)
     d_latent, units = room_for_latents(absorbed, d_out, measure)
+    progress, at_once = progress_for(latent)
     kernels.backward[grid](
-        *given, d_query, d_latent, units, *sizes, lags_for(latent), num_warps=WARPS
+        *given, d_query, d_latent, units, progress, *sizes, at_once, num_warps=WARPS
     )
     if units is not None:
         return d_query, ExactPairs(d_latent, units).value()
     return d_query, fours(d_latent).flatten(-4)
 
 
-def lags_for(latent: Tensor) -> int:
-    """At how many different tiles neighbouring programs of the backward begin. Where the gradient
-    of all latents fits into L2, they wait less for each other's atomics. Where it does not, it is
-    better that they add to the same keys at the same time, whose gradient is in L2 then."""
+def progress_for(latent: Tensor) -> tuple[Tensor | None, int]:
+    """What programs of the backward begin by, see ``work_in_parts``, and how many run at once. None
+    where the gradient of all latents fits into L2, and where the same bits are asked for every
+    time: a query's gradient is added up in the order of the tiles."""
     if latent.device.type != "cuda":  # kernels are compiled without a GPU
-        return 1
-    l2_bytes = torch.cuda.get_device_properties(latent.device).L2_cache_size
-    return LAGS if 4 * latent.numel() <= L2_SHARE * l2_bytes else 1
+        return None, 1
+    device = torch.cuda.get_device_properties(latent.device)
+    fits = 4 * latent.numel() <= L2_SHARE * device.L2_cache_size
+    if fits or torch.are_deterministic_algorithms_enabled():
+        return None, 1
+    progress = torch.zeros(1, dtype=torch.int64, device=latent.device)
+    return progress, device.multi_processor_count
 
 
 def fours(d_latent: Tensor) -> Tensor:

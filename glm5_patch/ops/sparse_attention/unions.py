@@ -84,15 +84,18 @@ def _compile() -> None:
     from .gluon_kernels import unions as kernels
 
     tensors = torch.bfloat16, torch.bfloat16, torch.int32, torch.int32
-    outputs = torch.bfloat16, torch.float32, torch.float32, torch.bfloat16, torch.float32, None
+    rows = torch.bfloat16, torch.float32, torch.float32
+    outputs = torch.bfloat16, torch.float32, None, None
     sizes = 0, 16, 1, 2048, 1.0, 1.0, 1
-    kernels.union_backward.warmup(*tensors, *outputs, *sizes, HEADS=16, grid=(1,), num_warps=WARPS)
+    kernels.union_backward.warmup(
+        *tensors, *rows, *outputs, *sizes, HEADS=16, grid=(1,), num_warps=WARPS
+    )
 
 
 @backend(
     "sparse_attention.backward",
     name="gluon",
-    rank=2,
+    rank=3,
     needs=gluon.needs(gluon.BACKWARD_NUMBERS, heads=Width(one_of=(8, 16, 32))),
     load=gluon.compiles(_compile),
     asked_as=(OWN_KERNELS,),
@@ -136,7 +139,8 @@ def key_gradients(
     d_query = torch.empty_like(query)
     d_latent, units = room_for_latents(absorbed, d_out, measure)
     renamed = d_latent if units is not None else torch.zeros_like(d_latent)
-    together(kernels.union_backward, (d_query, renamed, units), gluon.lags_for(latent))
+    progress, at_once = gluon.progress_for(latent)
+    together(kernels.union_backward, (d_query, renamed, units, progress), at_once)
     alone(triton_kernels.backward, (d_query, d_latent, units))
     if units is not None:
         return d_query, ExactPairs(d_latent, units).value()

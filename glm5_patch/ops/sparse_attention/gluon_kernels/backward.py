@@ -28,13 +28,12 @@ from .tiles import (
     N,
     R,
     W,
-    copy_rows,
+    copy_columns,
     fetch_query,
     named_keys,
     owned,
     place_of_rows,
     query_of_program,
-    start_logits,
     tell,
     thread_barrier,
     write_heads,
@@ -43,6 +42,10 @@ from .tiles import (
 
 COLUMNS = 32
 """Columns of the latent's gradient that are computed, and added to memory, at a time."""
+SHARE = 12
+"""How many times as many columns one part of the warps adds to memory; the rest is another's."""
+SWEEP = 4096
+"""What a program adds to ``PROGRESS``; more than it has tiles."""
 
 
 def fours() -> gl.DistributedLinearLayout:
@@ -73,22 +76,25 @@ _COLUMNS = gl.constexpr(COLUMNS)
 _FOURS = gl.constexpr(fours())
 _PAIRS = gl.constexpr(pairs())
 _ACCUMULATOR = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 16]))
-_FETCHED_AT = gl.constexpr(4)
-"""After how many parts of the keys' gradient the next tile is fetched: then this one has served."""
+_SHARE = gl.constexpr(SHARE)
+_SWEEP = gl.constexpr(SWEEP)
 
 # In ``filled`` (to be read) and ``free`` (to be filled).
 _TILE = gl.constexpr(0)
 _PROBS = gl.constexpr(1)
 _QUERY = gl.constexpr(2)
+_RIGHT = gl.constexpr(3)
 
 
 @gluon.jit
-def _fetch_tile(
-    LATENTS, TOPK, first, count, start, batch, b, HEADS: gl.constexpr, latent, rope, filled
-):  # fmt: skip
-    key = named_keys(TOPK, first, count, start, batch, b, HEADS, gl.SliceLayout(1, PART_ROWS))
-    copy_rows(LATENTS + key.to(gl.int64) * W, latent, rope, PART_ROWS)
-    async_copy.mbarrier_arrive(filled, increment_count=False)
+def _fetch_tile(LATENTS, key, latent, rope, filled):
+    """Start copying the rows of a tile's keys: the left half of the latent, then the rest."""
+    rows = LATENTS + key.to(gl.int64) * W
+    copy_columns(rows, 0, latent.slice(0, H, dim=1), H)
+    async_copy.mbarrier_arrive(filled.index(_TILE), increment_count=False)
+    copy_columns(rows, H, latent.slice(H, H, dim=1), H)
+    copy_columns(rows, L, rope, R)
+    async_copy.mbarrier_arrive(filled.index(_RIGHT), increment_count=False)
 
 
 @gluon.jit
@@ -125,12 +131,21 @@ def _attend(
             inside = owned(TOPK, tile * K, count, HEADS, PART_LOGITS)
         mbarrier.wait(filled.index(_TILE), phase)
         fence_async_shared()
-        logits = start_logits(
-            q_latent.index(zero), q_rope.index(zero), keys, rope.index(zero), zeros
-        )
+        left = keys.slice(0, H, dim=1).permute((1, 0))
+        right = keys.slice(H, H, dim=1).permute((1, 0))
+        q = q_latent.index(zero)
+        upstream = d_out.index(zero)
+        logits = warpgroup_mma(q.slice(0, H, dim=1), left, zeros, use_acc=False, is_async=True)
         d_probs = warpgroup_mma(
-            d_out.index(zero), keys.permute((1, 0)), zeros, use_acc=False, is_async=True
+            upstream.slice(0, H, dim=1), left, zeros, use_acc=False, is_async=True
         )
+        mbarrier.wait(filled.index(_RIGHT), phase)
+        fence_async_shared()
+        logits = warpgroup_mma(q.slice(H, H, dim=1), right, logits, is_async=True)
+        logits = warpgroup_mma(
+            q_rope.index(zero), rope.index(zero).permute((1, 0)), logits, is_async=True
+        )
+        d_probs = warpgroup_mma(upstream.slice(H, H, dim=1), right, d_probs, is_async=True)
         logits = warpgroup_mma_wait(num_outstanding=1, deps=[logits])
         probs = gl.exp2(logits * scale_log2 - lse[:, None])
         probs = gl.where(inside, probs, 0.0)
@@ -150,34 +165,8 @@ def _attend(
 
 
 @gluon.jit
-def _add_up_query(
-    D_Q, query, stride, present, HEADS: gl.constexpr, tiles,
-    latent, rope, d_logits_shared, filled, free,
-):  # fmt: skip
-    """The left half of the query's gradient, and its rotary part."""
-    d_q = gl.full([N, H], 0.0, gl.float32, layout=PART_HALF)
-    d_q_rope = gl.full([N, R], 0.0, gl.float32, layout=PART_LOGITS)
-    for step in range(0, tiles):
-        phase = step % 2
-        zero = zero_of(step)
-        d_logits = d_logits_shared.index(zero)
-        mbarrier.wait(filled.index(_TILE), phase)
-        mbarrier.wait(filled.index(_PROBS), phase)
-        fence_async_shared()
-        d_q = warpgroup_mma(d_logits, latent.index(zero).slice(0, H, dim=1), d_q, is_async=True)
-        d_q_rope = warpgroup_mma(d_logits, rope.index(zero), d_q_rope, is_async=True)
-        d_q, d_q_rope = warpgroup_mma_wait(num_outstanding=0, deps=[d_q, d_q_rope])
-        thread_barrier()
-        mbarrier.arrive(free.index(_TILE))
-        mbarrier.arrive(free.index(_PROBS))
-    buffer = latent.index(0).slice(0, H, dim=1)
-    write_heads(d_q, buffer, D_Q, query, W, 0, H, stride, present, HEADS)
-    write_heads(d_q_rope, rope.index(0), D_Q, query, W, L, R, stride, present, HEADS)
-
-
-@gluon.jit
 def _start_columns(probs, d_logits, q_latent, d_out, number: gl.constexpr, zeros):
-    """Start the products of 32 columns of the keys' gradient, [64, 32]."""
+    """Start the products of some columns of the keys' gradient, [64, 32]."""
     part = warpgroup_mma(
         d_logits,
         q_latent.slice(number * _COLUMNS, _COLUMNS, dim=1),
@@ -190,102 +179,164 @@ def _start_columns(probs, d_logits, q_latent, d_out, number: gl.constexpr, zeros
 
 
 @gluon.jit
-def _add_up_keys(
-    Q, LATENTS, D_OUT, D_LATENTS, UNITS, TOPK, query, stride, present, HEADS: gl.constexpr,
-    start, count, batch, b, tiles, lag,
+def _start_rotary_columns(d_logits, q_rope, number: gl.constexpr, zeros):
+    """As ``_start_columns``, of the rotary part, which is no value."""
+    return warpgroup_mma(
+        d_logits,
+        q_rope.slice(number * _COLUMNS, _COLUMNS, dim=1),
+        zeros,
+        use_acc=False,
+        is_async=True,
+    )
+
+
+@gluon.jit
+def _add_up_query(
+    Q, LATENTS, D_OUT, D_Q, D_LATENTS, UNITS, TOPK, query, stride, present,
+    HEADS: gl.constexpr, start, count, batch, b, tiles, lag,
     q_latent, q_rope, d_out, latent, rope, probs_shared, d_logits_shared, filled, free,
 ):  # fmt: skip
-    """The gradient of the keys: 32 columns are multiplied while those before are added up. Copies
-    the rows of the query, and of the next tile when this one has served."""
+    """The left half of the query's gradient, and its rotary part; and the last columns of the keys'
+    gradient. Copies the rows of the query, and of the next tile when this one has served."""
     ADDED: gl.constexpr = _FOURS if UNITS is None else _PAIRS
     by_key: gl.constexpr = gl.SliceLayout(1, ADDED)
+    by_row: gl.constexpr = gl.SliceLayout(1, PART_ROWS)
     zeros = gl.full([K, _COLUMNS], 0.0, gl.float32, layout=_ACCUMULATOR)
     fetch_query(
         Q, D_OUT, query, stride, present, HEADS,
         q_latent.index(0), q_rope.index(0), d_out.index(0), filled.index(_QUERY),
     )  # fmt: skip
-    latent = latent.index(0)
-    rope = rope.index(0)
     first = _tile_of_step(0, lag, tiles) * K
-    _fetch_tile(
-        LATENTS, TOPK, first, count, start, batch, b, HEADS, latent, rope, filled.index(_TILE)
-    )
+    key = named_keys(TOPK, first, count, start, batch, b, HEADS, by_row)
+    _fetch_tile(LATENTS, key, latent.index(0), rope.index(0), filled)
+    d_q = gl.full([N, H], 0.0, gl.float32, layout=PART_HALF)
+    d_q_rope = gl.full([N, R], 0.0, gl.float32, layout=PART_LOGITS)
+    for step in range(0, tiles):
+        phase = step % 2
+        zero = zero_of(step)
+        d_logits = d_logits_shared.index(zero)
+        first = _tile_of_step(step + 1, lag, tiles) * K
+        key = named_keys(TOPK, first, count, start, batch, b, HEADS, by_row)
+        mbarrier.wait(filled.index(_TILE), phase)
+        mbarrier.wait(filled.index(_RIGHT), phase)
+        mbarrier.wait(filled.index(_PROBS), phase)
+        fence_async_shared()
+        d_q = warpgroup_mma(d_logits, latent.index(zero).slice(0, H, dim=1), d_q, is_async=True)
+        d_q_rope = warpgroup_mma(d_logits, rope.index(zero), d_q_rope, is_async=True)
+        d_q, d_q_rope = warpgroup_mma_wait(num_outstanding=0, deps=[d_q, d_q_rope])
+        thread_barrier()
+        if step + 1 < tiles:
+            mbarrier.wait(free.index(_TILE), phase)
+            _fetch_tile(LATENTS, key, latent.index(0), rope.index(0), filled)
+        first = _tile_of_step(step, lag, tiles) * K
+        own = named_keys(TOPK, first, count, start, batch, b, HEADS, by_key)
+        inside = first + gl.arange(0, K, layout=by_key) < count
+        place = _places(D_LATENTS, UNITS, own)
+        probs = probs_shared.index(zero).permute((1, 0))
+        d_logits = d_logits.permute((1, 0))
+        for number in gl.static_range(_SHARE, L // _COLUMNS):
+            part = _start_columns(
+                probs, d_logits, q_latent.index(zero), d_out.index(zero), number, zeros
+            )
+            part = warpgroup_mma_wait(num_outstanding=0, deps=[part])
+            _add_to_keys(place, UNITS, own, inside, part, number * _COLUMNS)
+        for number in gl.static_range(R // _COLUMNS):
+            part = _start_rotary_columns(d_logits, q_rope.index(zero), number, zeros)
+            part = warpgroup_mma_wait(num_outstanding=0, deps=[part])
+            if number == R // _COLUMNS - 1:
+                tell(free.index(_PROBS))
+            _add_to_keys(place, UNITS, own, inside, part, L + number * _COLUMNS)
+    buffer = latent.index(0).slice(0, H, dim=1)
+    write_heads(d_q, buffer, D_Q, query, W, 0, H, stride, present, HEADS)
+    write_heads(d_q_rope, rope.index(0), D_Q, query, W, L, R, stride, present, HEADS)
+
+
+@gluon.jit
+def _add_up_keys(
+    D_LATENTS, UNITS, PROGRESS, TOPK, HEADS: gl.constexpr, start, count, batch, b, tiles, lag,
+    q_latent, d_out, probs_shared, d_logits_shared, filled, free,
+):  # fmt: skip
+    """The first columns of the keys' gradient: some are multiplied while those before are added to
+    memory."""
+    ADDED: gl.constexpr = _FOURS if UNITS is None else _PAIRS
+    by_key: gl.constexpr = gl.SliceLayout(1, ADDED)
+    zeros = gl.full([K, _COLUMNS], 0.0, gl.float32, layout=_ACCUMULATOR)
     mbarrier.wait(filled.index(_QUERY), 0)
     for step in range(0, tiles):
-        tile = _tile_of_step(step, lag, tiles)
+        first = _tile_of_step(step, lag, tiles) * K
         zero = zero_of(step)
         probs = probs_shared.index(zero).permute((1, 0))
         d_logits = d_logits_shared.index(zero).permute((1, 0))
         q = q_latent.index(zero)
         upstream = d_out.index(zero)
-        key = named_keys(TOPK, tile * K, count, start, batch, b, HEADS, by_key)
-        inside = tile * K + gl.arange(0, K, layout=by_key) < count
+        key = named_keys(TOPK, first, count, start, batch, b, HEADS, by_key)
+        inside = first + gl.arange(0, K, layout=by_key) < count
+        place = _places(D_LATENTS, UNITS, key)
+        if PROGRESS is not None:
+            gl.atomic_add(PROGRESS, _SWEEP // tiles, sem="relaxed")
         mbarrier.wait(filled.index(_PROBS), step % 2)
         fence_async_shared()
         part = _start_columns(probs, d_logits, q, upstream, 0, zeros)
-        for number in gl.static_range(1, L // _COLUMNS):
+        for number in gl.static_range(1, _SHARE):
             later = _start_columns(probs, d_logits, q, upstream, number, zeros)
             part = warpgroup_mma_wait(num_outstanding=2, deps=[part])
-            _add_to_keys(D_LATENTS, UNITS, key, inside, part, (number - 1) * _COLUMNS)
-            part = later
-            if number == _FETCHED_AT:
-                mbarrier.wait(free.index(_TILE), step % 2)
-                if step + 1 < tiles:
-                    first = _tile_of_step(step + 1, lag, tiles) * K
-                    _fetch_tile(
-                        LATENTS, TOPK, first, count, start, batch, b, HEADS, latent, rope,
-                        filled.index(_TILE),
-                    )  # fmt: skip
-        for number in gl.static_range(R // _COLUMNS):
-            later = warpgroup_mma(
-                d_logits,
-                q_rope.index(zero).slice(number * _COLUMNS, _COLUMNS, dim=1),
-                zeros,
-                use_acc=False,
-                is_async=True,
-            )
-            part = warpgroup_mma_wait(num_outstanding=1, deps=[part])
-            _add_to_keys(D_LATENTS, UNITS, key, inside, part, L + (number - 1) * _COLUMNS)
+            _add_to_keys(place, UNITS, key, inside, part, (number - 1) * _COLUMNS)
             part = later
         part = warpgroup_mma_wait(num_outstanding=0, deps=[part])
         tell(free.index(_PROBS))
-        _add_to_keys(D_LATENTS, UNITS, key, inside, part, W - _COLUMNS)
+        _add_to_keys(place, UNITS, key, inside, part, (_SHARE - 1) * _COLUMNS)
 
 
 @gluon.jit
-def _add_to_keys(D_LATENTS, UNITS, key, inside, tile, column):
-    """Add ``tile`` [64, 32] to the gradient of a tile's keys, from ``column`` on: in fours, the
-    columns 8 h + 2 r + e of every 16 renamed to 4 r + 2 h + e; or with ``UNITS`` in pairs."""
+def _places(D_LATENTS, UNITS, key):
+    """Where the first columns of some keys' gradient are added."""
+    if UNITS is None:
+        column = gl.arange(0, _COLUMNS, layout=gl.SliceLayout(0, _FOURS))
+        place = D_LATENTS + key[:, None] * W + column[None, :]
+    else:
+        column = gl.arange(0, _COLUMNS // 2, layout=gl.SliceLayout(0, _PAIRS))
+        place = D_LATENTS + key[:, None] * (W // 2) + column[None, :]
+    return place
+
+
+@gluon.jit
+def _add_to_keys(place, UNITS, key, inside, tile, first):
+    """Add ``tile`` [64, 32] to the gradient of a tile's keys, from column ``first`` on: in fours,
+    the columns 8 h + 2 r + e of every 16 renamed to 4 r + 2 h + e; or with ``UNITS`` in pairs."""
     if UNITS is None:
         tile = tile.reshape([K, _COLUMNS // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4))
         tile = gl.convert_layout(tile.reshape([K, _COLUMNS]), _FOURS)
-        place = column + gl.arange(0, _COLUMNS, layout=gl.SliceLayout(0, _FOURS))
-        place = key[:, None] * W + place[None, :]
-        gl.atomic_add(D_LATENTS + place, tile, mask=inside[:, None], sem="relaxed")
+        gl.atomic_add(place + first, tile, mask=inside[:, None], sem="relaxed")
     else:
         units = gl.load(UNITS + key)[:, None]
         lower, upper = gl.split(tile.reshape([K, _COLUMNS // 2, 2]))
         lower = rounded(gl.convert_layout(lower, _PAIRS) * units)
         upper = rounded(gl.convert_layout(upper, _PAIRS) * units)
-        place = column // 2 + gl.arange(0, _COLUMNS // 2, layout=gl.SliceLayout(0, _PAIRS))
-        place = key[:, None] * (W // 2) + place[None, :]
         integers = lower + (upper << 32)
-        gl.atomic_add(D_LATENTS + place, integers, mask=inside[:, None], sem="relaxed")
+        gl.atomic_add(place + first // 2, integers, mask=inside[:, None], sem="relaxed")
 
 
 @gluon.jit
 def work_in_parts(
-    Q, LATENTS, TOPK, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS,
-    query, stride, present, HEADS: gl.constexpr, start, count, batch, b, lag, scale, scale_log2,
+    Q, LATENTS, TOPK, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS, PROGRESS, at_once,
+    query, stride, present, HEADS: gl.constexpr, start, count, batch, b, scale, scale_log2,
 ):  # fmt: skip
-    """Three parts of warps, so that adding to memory, which bounds it, hardly ever waits: one
-    computes probabilities and half of the query's gradient, one the other half, and one adds up the
-    gradient of the keys. Rows are those of ``place_of_rows``; with fewer than 64 HEADS, TOPK is a
-    union. Begins at tile number ``lag``, if there are as many: programs that run beside each other
-    then add to other keys."""
+    """Three parts of warps: one computes probabilities and half of the query's gradient, one the
+    other half, and two add up the gradient of the keys. Adding to memory, which bounds it, hardly
+    ever waits. Rows are those of ``place_of_rows``; with fewer than 64 HEADS, TOPK is a union.
+
+    Args:
+        PROGRESS: int64 [1], what all programs have done, of which each adds up ``SWEEP``. A program
+            begins with the tile that the ``at_once`` that run beside it have come to, so that they
+            add to the same keys at the same time; None: with its first.
+    """
     dtype: gl.constexpr = Q.dtype.element_ty
     tiles = (count + K - 1) // K
-    lag = gl.minimum(lag, tiles - 1)
+    if PROGRESS is None:
+        lag = 0
+    else:
+        lag = gl.atomic_add(PROGRESS, 0, sem="relaxed") // at_once % _SWEEP
+        lag = lag.to(gl.int32) * tiles // _SWEEP
     q_latent = gl.allocate_shared_memory(dtype, [1, N, L], SHARED)
     q_rope = gl.allocate_shared_memory(dtype, [1, N, R], SHARED)
     d_out = gl.allocate_shared_memory(dtype, [1, N, L], SHARED)
@@ -293,12 +344,13 @@ def work_in_parts(
     rope = gl.allocate_shared_memory(dtype, [1, K, R], SHARED)
     probs = gl.allocate_shared_memory(dtype, [1, N, K], SHARED)
     d_logits = gl.allocate_shared_memory(dtype, [1, N, K], SHARED)
-    filled = gl.allocate_shared_memory(gl.int64, [3, 1], BARRIER)
+    filled = gl.allocate_shared_memory(gl.int64, [4, 1], BARRIER)
     free = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     mbarrier.init(filled.index(_TILE), count=PART_THREADS)
+    mbarrier.init(filled.index(_RIGHT), count=PART_THREADS)
     mbarrier.init(filled.index(_PROBS), count=1)
     mbarrier.init(filled.index(_QUERY), count=PART_THREADS)
-    mbarrier.init(free.index(_TILE), count=2)
+    mbarrier.init(free.index(_TILE), count=1)
     mbarrier.init(free.index(_PROBS), count=2)
     gl.warp_specialize(
         [
@@ -313,33 +365,32 @@ def work_in_parts(
             (
                 _add_up_query,
                 (
-                    D_Q, query, stride, present, HEADS, tiles,
-                    latent, rope, d_logits, filled, free,
+                    Q, LATENTS, D_OUT, D_Q, D_LATENTS, UNITS, TOPK, query, stride, present,
+                    HEADS, start, count, batch, b, tiles, lag,
+                    q_latent, q_rope, d_out, latent, rope, probs, d_logits, filled, free,
                 ),
             ),
             (
                 _add_up_keys,
                 (
-                    Q, LATENTS, D_OUT, D_LATENTS, UNITS, TOPK, query, stride, present, HEADS,
-                    start, count, batch, b, tiles, lag,
-                    q_latent, q_rope, d_out, latent, rope, probs, d_logits, filled, free,
+                    D_LATENTS, UNITS, PROGRESS, TOPK, HEADS, start, count, batch, b, tiles, lag,
+                    q_latent, d_out, probs, d_logits, filled, free,
                 ),
             ),
         ],
         [PART_WARPS, PART_WARPS],
-        [192, 88],  # registers of a thread; 224 are left
+        [208, 64],  # registers of a thread; 232 are left
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["lags"])
+@gluon.jit
 def backward(
-    Q, LATENTS, TOPK, STARTS, POSITIONS, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS,
-    rows, batch, groups, k, scale, scale_log2, lags,
+    Q, LATENTS, TOPK, STARTS, POSITIONS, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS, PROGRESS,
+    rows, batch, groups, k, scale, scale_log2, at_once,
 ):  # fmt: skip
     """Gradients of 64 heads of a query, and what they add to those of its keys."""
     b, query, start, count, TOPK = query_of_program(TOPK, STARTS, POSITIONS, rows, batch, groups, k)
     work_in_parts(
-        Q, LATENTS, TOPK, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS,
-        query, None, None, N, start, count, batch, b,
-        gl.program_id(0) // batch % lags, scale, scale_log2,
+        Q, LATENTS, TOPK, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS, PROGRESS, at_once,
+        query, None, None, N, start, count, batch, b, scale, scale_log2,
     )  # fmt: skip

@@ -14,10 +14,10 @@ from .bounds import add_bounds
 from .tiles import union_of_program
 
 
-@gluon.jit(do_not_specialize=["lags"])
+@gluon.jit
 def union_backward(
-    Q, LATENTS, ENTRIES, COUNTS, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS,
-    first, rows, batch, capacity, scale, scale_log2, lags, HEADS: gl.constexpr,
+    Q, LATENTS, ENTRIES, COUNTS, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS, PROGRESS,
+    first, rows, batch, capacity, scale, scale_log2, at_once, HEADS: gl.constexpr,
 ):  # fmt: skip
     """Gradients of neighbouring queries, and what they add together to those of their keys."""
     b, query, present, count, ENTRIES = union_of_program(
@@ -25,9 +25,8 @@ def union_backward(
     )
     if count > 0:
         work_in_parts(
-            Q, LATENTS, ENTRIES, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS,
-            query, batch * HEADS, present, HEADS, 0, count, batch, b,
-            gl.program_id(0) // batch % lags, scale, scale_log2,
+            Q, LATENTS, ENTRIES, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS, PROGRESS, at_once,
+            query, batch * HEADS, present, HEADS, 0, count, batch, b, scale, scale_log2,
         )  # fmt: skip
 
 
