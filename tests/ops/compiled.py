@@ -81,6 +81,10 @@ def compile_all(capability: int, shared_memory: int) -> None:
         _one_pass()
         for heads in (32, 16, 8):
             _unions(heads)
+        in_step = torch.zeros(1, dtype=torch.int64), 132
+        gluon_attention.progress_for = lambda latent: in_step
+        _attention(64, gluon_attention, gluon_loss)
+        _unions(16)
     _indexer()
     _recorded_keys()
     for name, figures in found.items():

@@ -1,6 +1,7 @@
 """Attention in blocks of queries: what is as wide as the latent exists for one block at a time."""
 
 import itertools
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -171,28 +172,70 @@ def test_one_block_is_computed_at_once(passes_in_torch, monkeypatch):
     assert rows[4:] == [3, 3, 3] * 2
 
 
+@pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 @pytest.mark.parametrize("rows", [S, 4], ids=["one block", "three"])
-def test_a_recompute_absorbs_one_block_of_queries_once(
-    passes_in_torch, monkeypatch, rows, reentrant
+def test_a_backward_has_the_absorbed_queries_of_the_last_recompute(
+    passes_in_torch, monkeypatch, rows, reentrant, layers
 ):
     tensors, topk, queries, b = case("bshd", 0)
     into_blocks(monkeypatch, b, rows)
-    expected = result(tensors, topk, queries)
     seen = []
     absorb = absorption.absorb
     monkeypatch.setattr(
         absorption, "absorb", lambda query, *rest: seen.append(len(query)) or absorb(query, *rest)
     )
 
-    def output_of(*tensors):
-        return absorbed_attention(AttentionInputs(*tensors, topk, queries, SMALL, 0.2))[0]
+    def output_of(query, *others):
+        for _ in range(layers):
+            output = absorbed_attention(AttentionInputs(query, *others, topk, queries, SMALL, 0.2))
+            query = query + output[0].mean()
+        return output[0]
 
-    output = checkpoint(output_of, *tensors, use_reentrant=reentrant)
-    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(9)).to(DEVICE)
-    output.backward(upstream)
+    def gradients_of(output):
+        upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(9))
+        output.backward(upstream.to(DEVICE))
+        return [tensor.grad for tensor in tensors]
+
+    output = output_of(*tensors)
+    expected = [gradient.clone() for gradient in gradients_of(output)]
+    for tensor in tensors:
+        tensor.grad = None
+    seen.clear()
+    found = checkpoint(output_of, *tensors, use_reentrant=reentrant)
+    gradients = gradients_of(found)
     # Of a checkpoint that is not reentrant, the backward has the forward's own node.
-    once = reentrant and rows == S
-    assert seen == [S] * 2 if once else sum(seen) == 3 * S
-    assert torch.equal(output, expected[0])
-    assert all(torch.equal(one.grad, gradient) for one, gradient in zip(tensors, expected[2]))
+    spared = 1 if reentrant and rows == S else 0
+    assert sum(seen) == (3 * layers - spared) * S
+    assert torch.equal(found, output)
+    assert all(map(torch.equal, gradients, expected))
+
+
+def test_absorbed_queries_are_freed(passes_in_torch):
+    """With the graph of their recompute, and by the backward, which may run again."""
+    tensors, topk, queries, _ = case("bshd", 0)
+    kept = []
+
+    class Recomputed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, anchor):
+            return anchor.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            with torch.enable_grad():
+                output = absorbed_attention(AttentionInputs(*tensors, topk, queries, SMALL, 0.2))[0]
+                total = output.sum()
+            kept.append(weakref.ref(absorption._KeptQuery._last()._query))
+            for _ in range(2):
+                total.backward(retain_graph=True)
+                kept.append(kept[0]())
+            return gradient
+
+    Recomputed.apply(torch.zeros((), requires_grad=True)).backward()
+    assert kept[1:] == [None, None] and absorption._KeptQuery._last() is None
+    twice = [tensor.grad for tensor in tensors]
+    once = torch.autograd.grad(
+        absorbed_attention(AttentionInputs(*tensors, topk, queries, SMALL, 0.2))[0].sum(), tensors
+    )
+    assert all(torch.equal(two, 2 * one) for two, one in zip(twice, once))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -66,9 +67,8 @@ def in_blocks(attention: AttentionInputs, places: int) -> Iterator[tuple[slice, 
 class _AbsorbedAttention(torch.autograd.Function):
     """Works on one block of queries at a time: what is as wide as the latent exists for one alone,
     but for what comes out of it, which is kept for the backward if it is small. The backward makes
-    absorbed queries again, unless it follows at once: those of a single block that is recomputed
-    are kept. It also makes a top-k of every visible key again, which grows with the square of the
-    sequence."""
+    absorbed queries again, but for a ``_KeptQuery``, and a top-k of every visible key, which grows
+    with the square of the sequence."""
 
     @staticmethod
     def forward(ctx, *attention):
@@ -81,13 +81,13 @@ class _AbsorbedAttention(torch.autograd.Function):
         blocks = list(in_blocks(attention, VISIBLE_PLACES))
         keeps_absorbed = len(blocks) == 1 and _recomputes()
         attended = [_attend(part, output[rows], keeps, keeps_absorbed) for rows, part in blocks]
-        kept, lses, absorbed = zip(*attended)
+        kept, lses, absorbed_queries = zip(*attended)
         lse = lses[0] if len(lses) == 1 else torch.cat(lses)
         ctx.make_query = attention.make_query if query.nbytes > KEPT_QUERY_BYTES else None
         kept_query = query if ctx.make_query is None else None
         ctx.save_for_backward(kept_query, *attention[1:4], lse, *kept)
         # Not among what is saved: a checkpoint compares that of a recompute with the forward's.
-        ctx.absorbed_query = absorbed[0]
+        ctx.absorbed = _KeptQuery(absorbed_queries[0]) if keeps_absorbed else None
         ctx.queries, ctx.dims, ctx.softmax_scale = attention[4:7]
         ctx.mark_non_differentiable(lse)
         return output.flatten(2), lse
@@ -95,7 +95,7 @@ class _AbsorbedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_output, _):
         query, latent, up_projection, topk_indices, lse, *kept = ctx.saved_tensors
-        absorbed_query, ctx.absorbed_query = ctx.absorbed_query, None
+        absorbed_query = None if ctx.absorbed is None else ctx.absorbed.take()
         if query is None:
             query = ctx.make_query()
         tensors = query, latent, up_projection, topk_indices
@@ -111,6 +111,24 @@ class _AbsorbedAttention(torch.autograd.Function):
         if d_up is not None:
             d_up = d_up.to(up_projection.dtype).flatten(1)
         return d_query, d_latent.to(latent.dtype).unsqueeze(2), d_up, *6 * [None]
+
+
+class _KeptQuery:
+    """The absorbed queries of a recompute of a single block, for the backward that follows. Where
+    several are recomputed before the first goes backward, those of the last alone are kept."""
+
+    _last: Callable[[], _KeptQuery | None] = staticmethod(lambda: None)
+
+    def __init__(self, query: Tensor) -> None:
+        if (before := _KeptQuery._last()) is not None:
+            before.take()
+        self._query: Tensor | None = query
+        _KeptQuery._last = weakref.ref(self)
+
+    def take(self) -> Tensor | None:
+        """Them, once; None: they are not kept any more."""
+        query, self._query = self._query, None
+        return query
 
 
 def _recomputes() -> bool:
