@@ -179,11 +179,10 @@ def library(operation: str, name: str, call: Call) -> Backend | None:
         return next((one for one in found if why_not(one, call) is None), None)
 
 
-def library_of_attention(call: Call) -> str | None:
-    """One that computes a part of it; None where there is none."""
+def libraries_of_attention(call: Call) -> list[str]:
+    """Those that compute a part of it."""
     parts = {"cudnn": "backward", "flash_mla": "forward"}
-    found = (name for name in parts if library(f"sparse_attention.{parts[name]}", name, call))
-    return next(found, None)
+    return [name for name in parts if library(f"sparse_attention.{parts[name]}", name, call)]
 
 
 class Peers:
@@ -293,7 +292,7 @@ def core_of(heads: int, length: int, peers: Peers):
         return peers.unfused(inputs[0], key, value, indices, SCALE)
 
     runs = {"plugin (Triton)": ("triton", fused)}
-    if asked := library_of_attention(batch.attention().call):
+    for asked in libraries_of_attention(batch.attention().call)[:1]:
         runs["plugin (libraries)"] = (asked, fused)
     if length <= 8192:
         runs["plugin (torch)"] = ("torch", blocked)
@@ -488,8 +487,8 @@ def check(heads: int, length: int = 3072) -> list[str]:
         "deterministic": ("triton", absorption.absorbed_attention),
         "core": ("triton", attend),
     }
-    if asked := library_of_attention(batch.attention().call):
-        kinds["core by libraries"] = (asked, attend)
+    for asked in libraries_of_attention(batch.attention().call):
+        kinds[f"core by {asked}"] = (asked, attend)
     for kind, (kernels, attention) in kinds.items():
         os.environ[env.KERNELS] = kernels
         torch.use_deterministic_algorithms(kind == "deterministic")
@@ -633,8 +632,8 @@ def table(runs: list[dict]) -> str:
     for figure in figures:
         row = cells.setdefault((figure.what, figure.who, figure.heads), {})
         row[figure.length] = _cell(figure)
-    by_name = lambda item: (item[0][0], -item[0][2])
-    for (what, who, heads), row in sorted(cells.items(), key=by_name):
+    by_name_and_heads = lambda item: (item[0][0], -item[0][2])
+    for (what, who, heads), row in sorted(cells.items(), key=by_name_and_heads):
         shown = " | ".join(row.get(length, "") for length in lengths)
         lines.append(f"| {what} | {who} | {heads} | {shown} |")
     return "\n".join(lines)

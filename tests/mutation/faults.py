@@ -455,8 +455,8 @@ FAULTS = (
     Fault(
         "the absorbed queries of one block are kept for all",
         "ops/sparse_attention/absorption.py",
-        "len(blocks) == 1 and _recomputes()",
-        "_recomputes()",
+        "len(blocks) == 1 and recomputed",
+        "recomputed",
         "tests/ops/test_blocks.py",
     ),
     Fault(

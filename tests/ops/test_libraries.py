@@ -301,6 +301,12 @@ def test_numbers_that_are_not_finite_say_nothing_about_a_library(monkeypatch):
     assert not registry._refused and not fallback._compared
 
 
+@pytest.mark.parametrize("part, library", [("forward", "flash_mla"), ("backward", "cudnn")])
+def test_kernels_of_hopper_come_before_a_library_and_that_before_the_others(part, library):
+    names = [one.name for one in backends(f"sparse_attention.{part}")]
+    assert list(dict.fromkeys(names)) == ["gluon", library, "triton", "torch"]
+
+
 LIBRARIES = [("sparse_attention.forward", "flash_mla"), ("sparse_attention.backward", "cudnn")]
 
 

@@ -16,8 +16,9 @@ from tests.tiny import relative
 SCALE = 0.2
 
 
-def absorbed_inputs(lengths, b, heads, k, seed, latent=64, rope=16):
-    """The second half of the queries has the keys of the one before, as far as it sees them."""
+def absorbed_inputs(lengths, b, heads, k, seed, latent=64, rope=16, full=False):
+    """The second half of the queries has the keys of the one before, as far as it sees them. Unless
+    ``full``, some places name no key."""
     generator = torch.Generator().manual_seed(seed)
     starts, s = dense.starts_of(lengths), sum(lengths)
     topk = random_topk(s, b, k, starts, generator)
@@ -25,8 +26,9 @@ def absorbed_inputs(lengths, b, heads, k, seed, latent=64, rope=16):
         if row - starts[row] > k:
             topk[:, row, : k - 1] = topk[:, row - 1, : k - 1]
             topk[:, row, k - 1] = row - starts[row]
-    topk[-1, s // 3] = -1
-    topk[0, s // 2 + 1, 2:4] = -1
+    if not full:
+        topk[-1, s // 3] = -1
+        topk[0, s // 2 + 1, 2:4] = -1
     return AbsorbedInputs(
         torch.randn(s, b, heads, latent + rope, generator=generator),
         torch.randn(s, b, latent + rope, generator=generator),
@@ -141,21 +143,32 @@ needs_hopper = pytest.mark.skipif(
 @pytest.mark.parametrize(("lengths", "b"), [([301], 2), ([1, 150, 0, 150], 1)])
 def test_gradients_on_hopper(monkeypatch, lengths, b, heads, share, in_step):
     """Where every group of queries, some or hardly any are computed together, or, from 64 heads on,
-    each alone; and where programs begin with the tile that others have come to."""
+    each alone; and where programs begin with a tile in the middle."""
+    from glm5_patch.ops.sparse_attention.gluon_kernels.backward import SWEEP
+
     monkeypatch.setattr(unions, "SHARE", share)
-    monkeypatch.setattr(gluon, "L2_SHARE", 0 if in_step else 1)
-    absorbed = absorbed_inputs(lengths, b, heads, 100, seed=heads, latent=512, rope=64)
+    at_once = 7
+    progress = torch.full((1,), at_once * SWEEP * 3 // 5, device="cuda")
+    begun = lambda latent: (progress, at_once) if in_step else (None, at_once)
+    monkeypatch.setattr(gluon, "progress_for", begun)
+    alone = heads >= 64
+    absorbed = absorbed_inputs(lengths, b, heads, 200, heads, latent=512, rope=64, full=alone)
     tensors = [t.cuda() if isinstance(t, torch.Tensor) else t for t in absorbed]
     exact = AbsorbedInputs(*(t.bfloat16() for t in tensors[:2]), *tensors[2:])
-    assert (gluon.progress_for(exact.latent)[0] is not None) == in_step
-    own = unions.backward if heads < 64 else gluon.backward
+    own = gluon.backward if alone else unions.backward
     assert choose("sparse_attention.backward", exact.call, own=True).compute is own
     out, lse = triton.forward(exact)
     d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     truth = exact._replace(query=exact.query.float(), latent=exact.latent.float())
     expected = reference.backward(truth, *reference.forward(truth), d_out.float())
+    before = progress.item()
     for ours, theirs in zip(own(exact, out, lse, d_out), expected):
         assert relative(ours.float(), theirs) < 5e-3
+    if alone and in_step:
+        tiles = ((exact.positions - exact.starts + 1).clamp(max=200) + 63) // 64
+        done = (tiles * (SWEEP // tiles)).sum().item() * b * heads // 64
+        assert progress.item() == before + done
+    in_step = False
     torch.use_deterministic_algorithms(True)
     try:
         first, again = (own(exact, out, lse, d_out) for _ in range(2))
@@ -164,6 +177,20 @@ def test_gradients_on_hopper(monkeypatch, lengths, b, heads, share, in_step):
     for ours, theirs, same in zip(first, expected, again):
         assert relative(ours.float(), theirs) < 5e-3
         assert torch.equal(ours, same)
+
+
+@needs_hopper
+def test_programs_begin_in_step_where_gradients_leave_l2(monkeypatch):
+    latent = torch.zeros(8, 1, 576, device="cuda")
+    assert gluon.progress_for(latent)[0] is None
+    monkeypatch.setattr(gluon, "L2_SHARE", 0)
+    progress, at_once = gluon.progress_for(latent)
+    assert progress.tolist() == [0] and at_once > 1
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert gluon.progress_for(latent)[0] is None
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @needs_hopper

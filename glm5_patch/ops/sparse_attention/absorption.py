@@ -36,7 +36,7 @@ def absorbed_attention(attention: AttentionInputs) -> tuple[Tensor, Tensor]:
     """As ``operation.sparse_attention``: a query times its key's projection meets the latent
     itself, and what comes out of the latent is projected to values after. Each of the two passes
     over the keys is an operation of its own, so that a library may compute one of them."""
-    return _AbsorbedAttention.apply(*attention)
+    return _AbsorbedAttention.apply(torch.is_grad_enabled() and _recomputes(), *attention)
 
 
 def in_blocks(attention: AttentionInputs, places: int) -> Iterator[tuple[slice, AttentionInputs]]:
@@ -71,7 +71,7 @@ class _AbsorbedAttention(torch.autograd.Function):
     with the square of the sequence."""
 
     @staticmethod
-    def forward(ctx, *attention):
+    def forward(ctx, recomputed, *attention):
         attention = AttentionInputs(*attention)
         if attention.topk_indices is not None:
             attention = attention._replace(topk_indices=attention.topk_indices.contiguous())
@@ -79,7 +79,7 @@ class _AbsorbedAttention(torch.autograd.Function):
         output = query.new_empty((*query.shape[:3], dims.value))
         keeps = query.nbytes // query.shape[-1] * dims.latent <= KEPT_BYTES
         blocks = list(in_blocks(attention, VISIBLE_PLACES))
-        keeps_absorbed = len(blocks) == 1 and _recomputes()
+        keeps_absorbed = len(blocks) == 1 and recomputed
         attended = [_attend(part, output[rows], keeps, keeps_absorbed) for rows, part in blocks]
         kept, lses, absorbed_queries = zip(*attended)
         lse = lses[0] if len(lses) == 1 else torch.cat(lses)
@@ -102,7 +102,7 @@ class _AbsorbedAttention(torch.autograd.Function):
         attention = AttentionInputs(*tensors, ctx.queries, ctx.dims, ctx.softmax_scale, lse)
         d_output = d_output.unflatten(2, (-1, ctx.dims.value))
         d_query = query.new_empty(query.shape)
-        trains_up = ctx.needs_input_grad[2]  # not where it is frozen, under an adapter elsewhere
+        trains_up = ctx.needs_input_grad[3]  # not where it is frozen, under an adapter elsewhere
         sums = None, None
         for (rows, part), out in zip(in_blocks(attention, VISIBLE_PLACES), kept):
             of_rows = part, absorbed_query, out, d_output[rows], d_query[rows]
@@ -110,7 +110,7 @@ class _AbsorbedAttention(torch.autograd.Function):
         d_latent, d_up = sums
         if d_up is not None:
             d_up = d_up.to(up_projection.dtype).flatten(1)
-        return d_query, d_latent.to(latent.dtype).unsqueeze(2), d_up, *6 * [None]
+        return None, d_query, d_latent.to(latent.dtype).unsqueeze(2), d_up, *6 * [None]
 
 
 class _KeptQuery:

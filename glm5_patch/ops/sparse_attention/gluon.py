@@ -94,10 +94,11 @@ def _compile_backward() -> None:
     from .gluon_kernels import backward as kernels
 
     rows = torch.bfloat16, torch.float32, torch.float32
-    outputs = torch.bfloat16, torch.float32, None, None
-    kernels.backward.warmup(
-        *TENSORS, *rows, *outputs, *SIZES, 1.0, 1.0, 1, grid=(1,), num_warps=WARPS
-    )
+    for progress in (None, torch.int64):
+        outputs = torch.bfloat16, torch.float32, None, progress
+        kernels.backward.warmup(
+            *TENSORS, *rows, *outputs, *SIZES, 1.0, 1.0, 132, grid=(1,), num_warps=WARPS
+        )
 
 
 @backend(

@@ -85,11 +85,12 @@ def _compile() -> None:
 
     tensors = torch.bfloat16, torch.bfloat16, torch.int32, torch.int32
     rows = torch.bfloat16, torch.float32, torch.float32
-    outputs = torch.bfloat16, torch.float32, None, None
-    sizes = 0, 16, 1, 2048, 1.0, 1.0, 1
-    kernels.union_backward.warmup(
-        *tensors, *rows, *outputs, *sizes, HEADS=16, grid=(1,), num_warps=WARPS
-    )
+    sizes = 0, 16, 1, 2048, 1.0, 1.0, 132
+    for progress in (None, torch.int64):
+        outputs = torch.bfloat16, torch.float32, None, progress
+        kernels.union_backward.warmup(
+            *tensors, *rows, *outputs, *sizes, HEADS=16, grid=(1,), num_warps=WARPS
+        )
 
 
 @backend(

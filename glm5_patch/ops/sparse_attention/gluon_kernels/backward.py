@@ -42,10 +42,10 @@ from .tiles import (
 
 COLUMNS = 32
 """Columns of the latent's gradient that are computed, and added to memory, at a time."""
-SHARE = 12
-"""How many times as many columns one part of the warps adds to memory; the rest is another's."""
+ALONE = 12
+"""How many times ``COLUMNS``, of 18, the part of the warps that does nothing else adds up."""
 SWEEP = 4096
-"""What a program adds to ``PROGRESS``; more than it has tiles."""
+"""About what a program adds to ``PROGRESS``; more than it has tiles."""
 
 
 def fours() -> gl.DistributedLinearLayout:
@@ -76,7 +76,7 @@ _COLUMNS = gl.constexpr(COLUMNS)
 _FOURS = gl.constexpr(fours())
 _PAIRS = gl.constexpr(pairs())
 _ACCUMULATOR = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 16]))
-_SHARE = gl.constexpr(SHARE)
+_ALONE = gl.constexpr(ALONE)
 _SWEEP = gl.constexpr(SWEEP)
 
 # In ``filled`` (to be read) and ``free`` (to be filled).
@@ -98,15 +98,15 @@ def _fetch_tile(LATENTS, key, latent, rope, filled):
 
 
 @gluon.jit
-def _tile_of_step(step, lag, tiles):
-    """The tile ``lag`` after the usual one; after the last comes the first."""
-    tile = step + lag
+def _tile_of_step(step, begin, tiles):
+    """Tile ``begin`` comes first; after the last comes number 0."""
+    tile = step + begin
     return gl.where(tile < tiles, tile, tile - tiles)
 
 
 @gluon.jit
 def _attend(
-    LSE, TERMS, D_Q, TOPK, query, stride, present, HEADS: gl.constexpr, count, tiles, lag,
+    LSE, TERMS, D_Q, TOPK, query, stride, present, HEADS: gl.constexpr, count, tiles, begin,
     scale, scale_log2,
     q_latent, q_rope, d_out, latent, rope, probs_shared, d_logits_shared, filled, free,
 ):  # fmt: skip
@@ -121,7 +121,7 @@ def _attend(
     d_q = gl.full([N, H], 0.0, gl.float32, layout=PART_HALF)
     mbarrier.wait(filled.index(_QUERY), 0)
     for step in range(0, tiles):
-        tile = _tile_of_step(step, lag, tiles)
+        tile = _tile_of_step(step, begin, tiles)
         phase = step % 2
         zero = zero_of(step)
         keys = latent.index(zero)
@@ -191,13 +191,13 @@ def _start_rotary_columns(d_logits, q_rope, number: gl.constexpr, zeros):
 
 
 @gluon.jit
-def _add_up_query(
+def _copy_and_add_up(
     Q, LATENTS, D_OUT, D_Q, D_LATENTS, UNITS, TOPK, query, stride, present,
-    HEADS: gl.constexpr, start, count, batch, b, tiles, lag,
+    HEADS: gl.constexpr, start, count, batch, b, tiles, begin,
     q_latent, q_rope, d_out, latent, rope, probs_shared, d_logits_shared, filled, free,
 ):  # fmt: skip
-    """The left half of the query's gradient, and its rotary part; and the last columns of the keys'
-    gradient. Copies the rows of the query, and of the next tile when this one has served."""
+    """Copies the rows of the query, and of the next tile when this one has served. The left half of
+    the query's gradient, and its rotary part; and the last columns of the keys' gradient."""
     ADDED: gl.constexpr = _FOURS if UNITS is None else _PAIRS
     by_key: gl.constexpr = gl.SliceLayout(1, ADDED)
     by_row: gl.constexpr = gl.SliceLayout(1, PART_ROWS)
@@ -206,7 +206,7 @@ def _add_up_query(
         Q, D_OUT, query, stride, present, HEADS,
         q_latent.index(0), q_rope.index(0), d_out.index(0), filled.index(_QUERY),
     )  # fmt: skip
-    first = _tile_of_step(0, lag, tiles) * K
+    first = _tile_of_step(0, begin, tiles) * K
     key = named_keys(TOPK, first, count, start, batch, b, HEADS, by_row)
     _fetch_tile(LATENTS, key, latent.index(0), rope.index(0), filled)
     d_q = gl.full([N, H], 0.0, gl.float32, layout=PART_HALF)
@@ -215,11 +215,11 @@ def _add_up_query(
         phase = step % 2
         zero = zero_of(step)
         d_logits = d_logits_shared.index(zero)
-        first = _tile_of_step(step + 1, lag, tiles) * K
+        first = _tile_of_step(step + 1, begin, tiles) * K
         key = named_keys(TOPK, first, count, start, batch, b, HEADS, by_row)
         mbarrier.wait(filled.index(_TILE), phase)
         mbarrier.wait(filled.index(_RIGHT), phase)
-        mbarrier.wait(filled.index(_PROBS), phase)
+        mbarrier.wait(filled.index(_PROBS), phase)  # the query has come by then
         fence_async_shared()
         d_q = warpgroup_mma(d_logits, latent.index(zero).slice(0, H, dim=1), d_q, is_async=True)
         d_q_rope = warpgroup_mma(d_logits, rope.index(zero), d_q_rope, is_async=True)
@@ -228,13 +228,13 @@ def _add_up_query(
         if step + 1 < tiles:
             mbarrier.wait(free.index(_TILE), phase)
             _fetch_tile(LATENTS, key, latent.index(0), rope.index(0), filled)
-        first = _tile_of_step(step, lag, tiles) * K
+        first = _tile_of_step(step, begin, tiles) * K
         own = named_keys(TOPK, first, count, start, batch, b, HEADS, by_key)
         inside = first + gl.arange(0, K, layout=by_key) < count
         place = _places(D_LATENTS, UNITS, own)
         probs = probs_shared.index(zero).permute((1, 0))
         d_logits = d_logits.permute((1, 0))
-        for number in gl.static_range(_SHARE, L // _COLUMNS):
+        for number in gl.static_range(_ALONE, L // _COLUMNS):
             part = _start_columns(
                 probs, d_logits, q_latent.index(zero), d_out.index(zero), number, zeros
             )
@@ -253,7 +253,7 @@ def _add_up_query(
 
 @gluon.jit
 def _add_up_keys(
-    D_LATENTS, UNITS, PROGRESS, TOPK, HEADS: gl.constexpr, start, count, batch, b, tiles, lag,
+    D_LATENTS, UNITS, PROGRESS, TOPK, HEADS: gl.constexpr, start, count, batch, b, tiles, begin,
     q_latent, d_out, probs_shared, d_logits_shared, filled, free,
 ):  # fmt: skip
     """The first columns of the keys' gradient: some are multiplied while those before are added to
@@ -263,7 +263,7 @@ def _add_up_keys(
     zeros = gl.full([K, _COLUMNS], 0.0, gl.float32, layout=_ACCUMULATOR)
     mbarrier.wait(filled.index(_QUERY), 0)
     for step in range(0, tiles):
-        first = _tile_of_step(step, lag, tiles) * K
+        first = _tile_of_step(step, begin, tiles) * K
         zero = zero_of(step)
         probs = probs_shared.index(zero).permute((1, 0))
         d_logits = d_logits_shared.index(zero).permute((1, 0))
@@ -277,14 +277,14 @@ def _add_up_keys(
         mbarrier.wait(filled.index(_PROBS), step % 2)
         fence_async_shared()
         part = _start_columns(probs, d_logits, q, upstream, 0, zeros)
-        for number in gl.static_range(1, _SHARE):
+        for number in gl.static_range(1, _ALONE):
             later = _start_columns(probs, d_logits, q, upstream, number, zeros)
             part = warpgroup_mma_wait(num_outstanding=2, deps=[part])
             _add_to_keys(place, UNITS, key, inside, part, (number - 1) * _COLUMNS)
             part = later
         part = warpgroup_mma_wait(num_outstanding=0, deps=[part])
         tell(free.index(_PROBS))
-        _add_to_keys(place, UNITS, key, inside, part, (_SHARE - 1) * _COLUMNS)
+        _add_to_keys(place, UNITS, key, inside, part, (_ALONE - 1) * _COLUMNS)
 
 
 @gluon.jit
@@ -321,22 +321,23 @@ def work_in_parts(
     Q, LATENTS, TOPK, D_OUT, LSE, TERMS, D_Q, D_LATENTS, UNITS, PROGRESS, at_once,
     query, stride, present, HEADS: gl.constexpr, start, count, batch, b, scale, scale_log2,
 ):  # fmt: skip
-    """Three parts of warps: one computes probabilities and half of the query's gradient, one the
-    other half, and two add up the gradient of the keys. Adding to memory, which bounds it, hardly
-    ever waits. Rows are those of ``place_of_rows``; with fewer than 64 HEADS, TOPK is a union.
+    """The warps are in three parts. The first computes probabilities and half of the query's
+    gradient; the second copies, computes the other half, and adds up some columns of the keys'
+    gradient; the third adds up the others. Rows are those of ``place_of_rows``; with fewer than 64
+    HEADS, TOPK is a union.
 
     Args:
-        PROGRESS: int64 [1], what all programs have done, of which each adds up ``SWEEP``. A program
-            begins with the tile that the ``at_once`` that run beside it have come to, so that they
-            add to the same keys at the same time; None: with its first.
+        PROGRESS: int64 [1], what all programs have done, each about ``SWEEP``. A program begins
+            with the tile that the ``at_once`` that run beside it have come to, so that they add to
+            the same keys at the same time; None: with its first.
     """
     dtype: gl.constexpr = Q.dtype.element_ty
     tiles = (count + K - 1) // K
     if PROGRESS is None:
-        lag = 0
+        begin = 0
     else:
-        lag = gl.atomic_add(PROGRESS, 0, sem="relaxed") // at_once % _SWEEP
-        lag = lag.to(gl.int32) * tiles // _SWEEP
+        begin = gl.atomic_add(PROGRESS, 0, sem="relaxed") // at_once % _SWEEP
+        begin = begin.to(gl.int32) * tiles // _SWEEP
     q_latent = gl.allocate_shared_memory(dtype, [1, N, L], SHARED)
     q_rope = gl.allocate_shared_memory(dtype, [1, N, R], SHARED)
     d_out = gl.allocate_shared_memory(dtype, [1, N, L], SHARED)
@@ -357,23 +358,23 @@ def work_in_parts(
             (
                 _attend,
                 (
-                    LSE, TERMS, D_Q, TOPK, query, stride, present, HEADS, count, tiles, lag,
+                    LSE, TERMS, D_Q, TOPK, query, stride, present, HEADS, count, tiles, begin,
                     scale, scale_log2,
                     q_latent, q_rope, d_out, latent, rope, probs, d_logits, filled, free,
                 ),
             ),
             (
-                _add_up_query,
+                _copy_and_add_up,
                 (
                     Q, LATENTS, D_OUT, D_Q, D_LATENTS, UNITS, TOPK, query, stride, present,
-                    HEADS, start, count, batch, b, tiles, lag,
+                    HEADS, start, count, batch, b, tiles, begin,
                     q_latent, q_rope, d_out, latent, rope, probs, d_logits, filled, free,
                 ),
             ),
             (
                 _add_up_keys,
                 (
-                    D_LATENTS, UNITS, PROGRESS, TOPK, HEADS, start, count, batch, b, tiles, lag,
+                    D_LATENTS, UNITS, PROGRESS, TOPK, HEADS, start, count, batch, b, tiles, begin,
                     q_latent, d_out, probs, d_logits, filled, free,
                 ),
             ),
