@@ -9,6 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
+    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
@@ -23,7 +24,6 @@ from ..sparse_attention.gluon_kernels.tiles import (
     copy_rows,
     keys_of_tile,
     query_of_program,
-    start_logits,
     thread_barrier,
 )
 
@@ -82,7 +82,10 @@ def head_sums(
         if tile + 1 < tiles:
             _gather(LATENTS, key, latents.index(1 - tile % 2), ropes.index(1 - tile % 2))
         key = keys_of_tile(TOPK, (tile + 2) * K, count, start, batch, b, by_row)
-        logits = start_logits(q_latent, q_rope, latent, rope, zeros)
+        logits = warpgroup_mma(
+            q_latent, latent.permute((1, 0)), zeros, use_acc=False, is_async=True
+        )
+        logits = warpgroup_mma(q_rope, rope.permute((1, 0)), logits, is_async=True)
         logits = warpgroup_mma_wait(num_outstanding=0, deps=[logits])
         sums = gl.sum(gl.exp2(logits * scale_log2 - lse[:, None]), 0)
         place = tile * K + gl.arange(0, K, layout=by_key)

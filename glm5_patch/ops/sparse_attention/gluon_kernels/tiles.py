@@ -8,7 +8,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ..gluon import HEADS, KEYS, LATENT, ROPE, WARPS, WIDTH
 
@@ -133,14 +133,6 @@ def fetch_query(
     copy_rows(Q + head * W, q_latent, q_rope, PART_ROWS)
     async_load(d_out, (D_OUT + head * L)[:, None] + column[None, :])
     async_copy.mbarrier_arrive(filled, increment_count=False)
-
-
-@gluon.jit
-def start_logits(q_latent, q_rope, latent, rope, zeros):
-    """Start the products of a query's heads and a tile of keys, [64, 64]; not to be read before a
-    ``warpgroup_mma_wait``."""
-    logits = warpgroup_mma(q_latent, latent.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    return warpgroup_mma(q_rope, rope.permute((1, 0)), logits, is_async=True)
 
 
 @gluon.jit
