@@ -201,7 +201,7 @@ def main() -> int:
     call = Call(torch.device("cuda"), torch.bfloat16)
     if any(one.name == "cudnn" and why_not(one, call) is None for one in libraries()):
         runs["cudnn"] = options.lengths
-    elif options.kernels == ["cudnn"]:
+    elif "cudnn" in options.kernels and options.kernels is not KERNELS:
         parser.error("--kernels cudnn needs cuDNN's frontend: pip install nvidia-cudnn-frontend")
     runs = {kernels: lengths for kernels, lengths in runs.items() if kernels in options.kernels}
     with single_process("cuda"):

@@ -165,29 +165,18 @@ def _attend(
 
 
 @gluon.jit
-def _start_columns(probs, d_logits, q_latent, d_out, number: gl.constexpr, zeros):
-    """Start the products of some columns of the keys' gradient, [64, 32]."""
-    part = warpgroup_mma(
-        d_logits,
-        q_latent.slice(number * _COLUMNS, _COLUMNS, dim=1),
-        zeros,
-        use_acc=False,
-        is_async=True,
-    )
-    values = d_out.slice(number * _COLUMNS, _COLUMNS, dim=1)
-    return warpgroup_mma(probs, values, part, is_async=True)
+def _start_of_keys(d_logits, q, number: gl.constexpr, zeros):
+    """Start the product of some columns of the keys' gradient, [64, 32], as keys alone."""
+    columns = q.slice(number * _COLUMNS, _COLUMNS, dim=1)
+    return warpgroup_mma(d_logits, columns, zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _start_rotary_columns(d_logits, q_rope, number: gl.constexpr, zeros):
-    """As ``_start_columns``, of the rotary part, which is no value."""
-    return warpgroup_mma(
-        d_logits,
-        q_rope.slice(number * _COLUMNS, _COLUMNS, dim=1),
-        zeros,
-        use_acc=False,
-        is_async=True,
-    )
+def _start_columns(probs, d_logits, q_latent, d_out, number: gl.constexpr, zeros):
+    """As ``_start_of_keys``, and as values."""
+    part = _start_of_keys(d_logits, q_latent, number, zeros)
+    values = d_out.slice(number * _COLUMNS, _COLUMNS, dim=1)
+    return warpgroup_mma(probs, values, part, is_async=True)
 
 
 @gluon.jit
@@ -241,7 +230,7 @@ def _copy_and_add_up(
             part = warpgroup_mma_wait(num_outstanding=0, deps=[part])
             _add_to_keys(place, UNITS, own, inside, part, number * _COLUMNS)
         for number in gl.static_range(R // _COLUMNS):
-            part = _start_rotary_columns(d_logits, q_rope.index(zero), number, zeros)
+            part = _start_of_keys(d_logits, q_rope.index(zero), number, zeros)
             part = warpgroup_mma_wait(num_outstanding=0, deps=[part])
             if number == R // _COLUMNS - 1:
                 tell(free.index(_PROBS))
